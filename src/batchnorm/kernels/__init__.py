@@ -1,0 +1,1 @@
+"""The arithmetic of batch normalization, one file a way of computing it."""

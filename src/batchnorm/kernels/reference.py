@@ -1,0 +1,192 @@
+"""Batch normalization in plain torch, for any device and floating dtype: the oracle, and the fallback.
+
+Forward, over the m values that each channel has in the batch (Ioffe & Szegedy 2015, algorithm 1)::
+
+    mu    = 1/m sum x_i                 var   = 1/m sum (x_i - mu)^2
+    x_hat = (x - mu) / sqrt(var + eps)  y     = activation(gamma * x_hat + beta + residual)
+
+Backward, with z the activation's argument and s = 1 / sqrt(var + eps)::
+
+    dz     = dy * activation'(z)        dresidual = dz
+    dgamma = sum dz * x_hat             dbeta     = sum dz
+    dx     = gamma * s * (dz - 1/m dbeta - x_hat * 1/m dgamma)      batch statistics
+    dx     = gamma * s * dz                                         running statistics
+
+One float can't hold mu where |mu| is far above sqrt(var), so it is kept as two: mu = mean + rest. Below, d is
+x - mean; then x - mu = d - rest and var = 1/m sum d^2 - rest^2, with rest at most half a unit in the last place of
+mean. The rest is taken along in numbers of a channel, so that it costs no further pass over the values.
+
+Tensors are (N, C, *). A mask is (N, *), each size equal or 1, True where a value counts; elsewhere y, dx and
+dresidual are 0, whatever the padding holds. Half precision is computed in float32; mu is summed in float64 (on
+Apple's MPS, which has none, in float32). Every function is made of differentiable torch operations, so that the
+backward can itself be differentiated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["ACTIVATIONS", "Moments", "at_least_one", "backward", "forward", "moments", "per_channel", "widened"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A nonlinearity and its derivative, both as functions of the argument z."""
+
+    function: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+
+
+def _sigmoid_derivative(z: Tensor) -> Tensor:
+    s = z.sigmoid()
+    return s * (1 - s)
+
+
+def _silu_derivative(z: Tensor) -> Tensor:
+    s = z.sigmoid()
+    return s * (1 + z * (1 - s))
+
+
+def _gelu_derivative(z: Tensor) -> Tensor:
+    cdf = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return cdf + z * density
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation(torch.relu, lambda z: (z > 0).to(z.dtype)),
+    "leaky_relu": Activation(
+        lambda z: F.leaky_relu(z, 0.01), lambda z: torch.where(z > 0, torch.ones_like(z), torch.full_like(z, 0.01))
+    ),
+    "silu": Activation(F.silu, _silu_derivative),
+    "gelu": Activation(F.gelu, _gelu_derivative),
+    "tanh": Activation(torch.tanh, lambda z: 1 - torch.tanh(z) ** 2),
+    "sigmoid": Activation(torch.sigmoid, _sigmoid_derivative),
+}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What normalises a batch: its mean (C,) as mean + rest, its biased variance (C,), the values a channel had."""
+
+    mean: Tensor
+    rest: Tensor
+    var: Tensor
+    count: Tensor | int
+
+
+def widened(values: Tensor) -> Tensor:
+    """The values in the dtype of the arithmetic: float32 for half precision, else their own."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """View (C,) values so that they broadcast along the channels of x (N, C, *)."""
+    return values if x.dim() == 2 else values.view(-1, *[1] * (x.dim() - 2))
+
+
+def _counted(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | int]:
+    """The mask made to broadcast against x, and how many values count in each channel."""
+    if mask is None:
+        return None, x.numel() // max(x.shape[1], 1)
+    return mask.unsqueeze(1), mask.expand(x.shape[0], *x.shape[2:]).sum()
+
+
+def at_least_one(count: Tensor | int) -> Tensor | int:
+    """The count as a divisor: 1 where it is smaller."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def _sum(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return values.sum([d for d in range(values.dim()) if d != 1], dtype=dtype)
+
+
+def _where(counts: Tensor | None, values: Tensor) -> Tensor:
+    return values if counts is None else torch.where(counts, values, 0.0)
+
+
+def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
+    """Mean and biased variance of each channel of x (N, C, *), over the values that count.
+
+    Centred before it is squared, never E[x^2] - E[x]^2. A constant channel of float32 numbers has that constant
+    for its mean, and a variance of exactly 0.
+    """
+    x = widened(x)
+    counts, count = _counted(mask, x)
+    divisor = at_least_one(count)
+    mu = _sum(_where(counts, x), None if x.device.type == "mps" else torch.float64) / divisor
+    mean = mu.to(x.dtype)
+    rest = (mu - mean).to(x.dtype)
+    d = _where(counts, x - per_channel(mean, x))
+    return Moments(mean, rest, _sum(d * d) / divisor - rest * rest, count)
+
+
+def _gain(scale: Tensor, weight: Tensor | None) -> Tensor:
+    """What a channel is multiplied by: gamma / sqrt(var + eps)."""
+    return scale if weight is None else scale * weight.to(scale.dtype)
+
+
+def _argument(d: Tensor, gain: Tensor, rest: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """What the activation is applied to: gamma * x_hat + beta + residual."""
+    shift = -gain * rest if bias is None else bias.to(gain.dtype) - gain * rest
+    z = d * per_channel(gain, d) + per_channel(shift, d)
+    return z if residual is None else z + residual.to(z.dtype)
+
+
+def forward(
+    x: Tensor,
+    statistics: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Normalise x (N, C, *) with the statistics given, scale, shift, add the residual, apply the activation."""
+    d = widened(x) - per_channel(statistics.mean, x)
+    gain = _gain(torch.rsqrt(statistics.var + eps), weight)
+    z = _argument(d, gain, statistics.rest, bias, residual)
+    y = z if activation is None else ACTIVATIONS[activation].function(z)
+    return _where(None if mask is None else mask.unsqueeze(1), y).to(x.dtype)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    statistics: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    batch_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dx, dweight, dbias, dresidual) of `forward`, by the formulas at the top of this file.
+
+    ``batch_statistics`` says whether the statistics are x's own, and so depend on it.
+    """
+    counts = None if mask is None else mask.unsqueeze(1)
+    rest, scale = statistics.rest, torch.rsqrt(statistics.var + eps)
+    gain = _gain(scale, weight)
+    d = _where(counts, widened(x) - per_channel(statistics.mean, x))
+    dz = _where(counts, widened(dy))
+    if activation is not None:
+        kept = None if residual is None else _where(counts, residual)
+        dz = dz * ACTIVATIONS[activation].derivative(_argument(d, gain, rest, bias, kept))
+    dbias = _sum(dz)
+    dweight = scale * (_sum(dz * d) - rest * dbias)
+    dx = dz * per_channel(gain, dz)
+    if batch_statistics:
+        slope = gain * scale * dweight / at_least_one(statistics.count)
+        level = gain * dbias / at_least_one(statistics.count) - slope * rest
+        dx = dx - d * per_channel(slope, d) - per_channel(level, d)
+    return _where(counts, dx).to(x.dtype), dweight, dbias, dz
