@@ -1,0 +1,49 @@
+"""Batch normalization for PyTorch: layers, estimators, and the evidence of what it changes.
+
+``import batchnorm as bn``. Importing it loads torch and nothing heavier: the estimators and the lab, which need
+``pip install 'batchnorm[lab]'``, are loaded at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.diagnostics.explain import Explanation, explain
+from batchnorm.errors import BatchNormError, DataError, InputError, RunError
+from batchnorm.functional import batch_norm
+from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+if TYPE_CHECKING:
+    from batchnorm.estimators import BatchNormMLPClassifier, BatchNormMLPRegressor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormError",
+    "BatchNormMLPClassifier",
+    "BatchNormMLPRegressor",
+    "DataError",
+    "Explanation",
+    "InputError",
+    "RunError",
+    "__version__",
+    "batch_norm",
+    "explain",
+]
+
+_LAZY = {"BatchNormMLPClassifier": "batchnorm.estimators", "BatchNormMLPRegressor": "batchnorm.estimators"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""What a batch normalization layer does to a batch, shown in numbers."""

@@ -1,0 +1,33 @@
+"""The public names, by hand: a name added or lost here is a decision."""
+
+import batchnorm as bn
+
+PUBLIC = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormError",
+    "BatchNormMLPClassifier",
+    "BatchNormMLPRegressor",
+    "DataError",
+    "Explanation",
+    "InputError",
+    "RunError",
+    "__version__",
+    "batch_norm",
+    "explain",
+]
+
+
+def test_the_public_names_are_these():
+    assert sorted(bn.__all__) == sorted(PUBLIC)
+    assert sorted(dir(bn)) == sorted(PUBLIC)
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(bn, name) is not None for name in PUBLIC)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    assert not hasattr(bn, "BatchNorm4d")
