@@ -1,0 +1,210 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+try:
+    import typer
+    from joblib import cpu_count
+
+    from batchnorm.lab import terminal
+    from batchnorm.lab.compare import compare as run_comparison
+    from batchnorm.lab.compare import fit_to_data
+    from batchnorm.lab.data import Dataset, Task, prepare
+    from batchnorm.lab.report import write_report
+    from batchnorm.lab.run_file import RunFile, new_folder, plain, read_run
+    from batchnorm.lab.settings import Inputs, Optimizer, Settings, parse_numbers
+    from batchnorm.lab.tables import BUILT_IN, read_table
+    from batchnorm.lab.worked_example import NOTES, from_table, worked_example
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: the command line needs pip install 'batchnorm[lab]'; {missing.name} is not installed")
+
+import batchnorm
+from batchnorm.errors import BatchNormError, InputError, RunError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+OF_ANY_RUN = {"resume", "jobs", "json_output", "quiet"}
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"batchnorm {batchnorm.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Batch normalization: what it is, and what it changes on your own data."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _read(request: dict[str, Any], seed: int) -> Dataset:
+    """The data set that a request names."""
+    return prepare(
+        read_table(request["data"], request["target"], request["rows"]),
+        task=request["task"],
+        numeric=request["numeric"],
+        categorical=request["categorical"],
+        seed=seed,
+    )
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in text.split(",")] if text else []
+
+
+def _resumed(folder: Path) -> tuple[RunFile, Settings, Dataset]:
+    """An unfinished run, its settings, and its data as they were."""
+    run = read_run(folder)
+    if run.content["status"] == "complete":
+        raise RunError(f"--resume must name an unfinished run; {str(folder)!r} is complete: batchnorm report {folder}")
+    settings = Settings.from_json(run.content["settings"])
+    dataset = _read(run.content["request"], settings.seed)
+    if dataset.fingerprint != run.content["data"]["sha256"]:
+        raise RunError(f"--resume must find the data as they were; {run.content['request']['data']!r} has changed")
+    return run, settings, dataset
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    data: Annotated[str, typer.Argument(help=f"{', '.join(BUILT_IN)}, or a CSV, TSV, Parquet or NPZ file.")] = "digits",
+    target: Annotated[str | None, typer.Option(help="Column to predict.")] = None,
+    task: Annotated[str | None, typer.Option(help="classification or regression; else inferred.")] = None,
+    numeric: Annotated[str | None, typer.Option(help="Columns to take as numbers.", metavar="A,B")] = None,
+    categorical: Annotated[str | None, typer.Option(help="Columns to take as categories.", metavar="A,B")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of placement to generate.", min=10)] = None,
+    hidden: Annotated[str, typer.Option(help="Units of each hidden layer.")] = "100,100,100",
+    activation: Annotated[str, typer.Option(help="identity, sigmoid, tanh or relu.")] = "sigmoid",
+    batch_size: Annotated[int, typer.Option(help="Rows of a mini-batch.")] = 60,
+    optimizer: Annotated[str, typer.Option(help="sgd or adam.")] = "sgd",
+    learning_rates: Annotated[str | None, typer.Option(help="Grid to search, used as it is.", metavar="R,R")] = None,
+    search_seeds: Annotated[int, typer.Option(help="Runs a learning rate in the search.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Fresh runs an arm to confirm.")] = 10,
+    steps: Annotated[int, typer.Option(help="Gradient steps of every run.")] = 2000,
+    init: Annotated[str | None, typer.Option(help="xavier, he or gaussian:SD; else by the activation.")] = None,
+    init_scale: Annotated[float, typer.Option(help="Multiplies the initial weights.")] = 1.0,
+    inputs: Annotated[str, typer.Option(help="standardized or unscaled.")] = "standardized",
+    target_score: Annotated[
+        float | None, typer.Option(help="Validation score to reach; else 0.99 of the best without.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the split and of all that is random.")] = 0,
+    jobs: Annotated[int | None, typer.Option(help="Processes of one thread; else one a core.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="A new or empty folder; else batchnorm-runs/NAME-N.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the unfinished run of a folder.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Train a network without batch norm, with it before and with it after the nonlinearity, and compare."""
+    notes = []
+    if resume is not None:
+        given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+        if given - OF_ANY_RUN:
+            names = ", ".join(
+                "DATA" if name == "data" else f"--{name.replace('_', '-')}" for name in sorted(given - OF_ANY_RUN)
+            )
+            raise InputError(f"--resume takes data and settings from the run it goes on with; got {names} too")
+        run, settings, dataset = _resumed(resume)
+    else:
+        if task not in (None, "classification", "regression"):
+            raise InputError(f"--task must be classification or regression; got {task!r}")
+        asked = Settings(
+            hidden=cast("tuple[int, ...]", parse_numbers(hidden, int, "--hidden")),
+            activation=activation,
+            batch_size=batch_size,
+            optimizer=cast("Optimizer", optimizer),
+            learning_rates=parse_numbers(learning_rates, float, "--learning-rates") if learning_rates else None,
+            search_seeds=search_seeds,
+            seeds=seeds,
+            steps=steps,
+            init=init,
+            init_scale=init_scale,
+            inputs=cast("Inputs", inputs),
+            target_score=target_score,
+            seed=seed,
+        )
+        request = {
+            "data": data,
+            "target": target,
+            "rows": rows,
+            "task": cast("Task | None", task),
+            "numeric": _names(numeric),
+            "categorical": _names(categorical),
+        }
+        dataset = _read(request, seed)
+        settings, note = fit_to_data(asked, dataset)
+        notes = [note] if note else []
+        run = RunFile.create(
+            new_folder(out, dataset.name),
+            command=shlex.join(["batchnorm", *sys.argv[1:]]),
+            request=request,
+            settings=settings.to_json(),
+            data=dataset.describe(),
+        )
+    progress = terminal.Silence() if quiet else terminal.Bars()
+    if not quiet:
+        terminal.describe_data(terminal.console(stderr=True), run.content["data"], notes)
+    try:
+        with nullcontext() if isinstance(progress, terminal.Silence) else progress:
+            result = run_comparison(dataset, settings, run, jobs=jobs or cpu_count(), progress=progress)
+    except KeyboardInterrupt:
+        finished = len(run.content["stacks"])
+        typer.echo(f"Stopped; the {finished} finished stacks of runs are kept.", err=True)
+        typer.echo(f"  batchnorm report {run.folder}             shows them", err=True)
+        typer.echo(f"  batchnorm compare --resume {run.folder}   goes on", err=True)
+        raise typer.Exit(130) from None
+    page = write_report(run)
+    if json_output:
+        typer.echo(json.dumps(plain(result), indent=2, allow_nan=False))
+    else:
+        shown = terminal.console()
+        terminal.show_result(shown, result, settings.steps)
+        typer.echo(f"Report: {page}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")]) -> None:
+    """Draw report.html again from the run.json of a folder."""
+    typer.echo(f"Report: {write_report(read_run(folder))}")
+
+
+@app.command()
+def explain(
+    data: Annotated[str | None, typer.Argument(help="Its first rows; else the notes' own four.")] = None,
+    target: Annotated[str | None, typer.Option(help="Column to predict.")] = None,
+    activation: Annotated[str, typer.Option(help="identity, sigmoid, tanh or relu.")] = "sigmoid",
+    json_output: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Show every number of batch normalization on a mini-batch of 4 rows and one neuron."""
+    batch = NOTES if data is None else from_table(read_table(data, target))
+    example = worked_example(batch, activation=activation)
+    typer.echo(example.to_json() if json_output else example.text())
+
+
+def main() -> None:
+    """Run the command line; an error is one plain sentence and exit status 2."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:
+        message = " ".join(error.format_message().split())
+        typer.echo(f"error: {message[:1].lower() + message[1:]}", err=True)
+        sys.exit(2)
+    except BatchNormError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    sys.exit(code)

@@ -1,0 +1,174 @@
+"""run.json: everything a comparison found, written as it goes, read again to resume it or to draw its report."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import tempfile
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import batchnorm
+from batchnorm.errors import RunError
+from batchnorm.lab.runs import Run
+
+__all__ = ["FILE", "RunFile", "new_folder", "plain", "read_run", "write_file"]
+
+FORMAT = "batchnorm-run"
+VERSION = 1
+FILE = "run.json"
+BYTES_NEEDED = 20_000_000
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "polars", "plotly", "joblib")
+
+
+def new_folder(out: Path | None, name: str) -> Path:
+    """An empty folder for a run: the one asked for, or the next free ``batchnorm-runs/NAME-N``.
+
+    Raises
+    ------
+    RunError
+        The folder holds something, can't be made or written to, or the disk is nearly full.
+    """
+    if out is None:
+        tried = (Path("batchnorm-runs") / f"{name}-{number}" for number in itertools.count(1))
+        out = next(folder for folder in tried if not folder.exists())
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out must be a folder; {str(out)!r} is a file")
+    if out.exists() and any(out.iterdir()):
+        held = ", ".join(sorted(path.name for path in out.iterdir())[:3])
+        hint = f"; --resume {out} goes on with it" if (out / FILE).exists() else ""
+        raise RunError(f"--out must be a new or an empty folder; {str(out)!r} holds {held}{hint}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise RunError(f"--out must be a folder that can be written to; {str(out)!r}: {error.strerror}") from error
+    free = shutil.disk_usage(out).free
+    if free < BYTES_NEEDED:
+        raise RunError(
+            f"--out must have {BYTES_NEEDED // 1_000_000} MB of free disk; {str(out)!r} has {free / 1e6:.1f} MB"
+        )
+    return out
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a whole file or leave the one that was there as it is."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
+            try:
+                part.write(text)
+                part.flush()
+                os.fsync(part.fileno())
+            except OSError:
+                Path(part.name).unlink()
+                raise
+        Path(part.name).chmod(0o666 & ~_umask())
+        Path(part.name).replace(path)
+    except OSError as error:
+        raise RunError(f"{str(path)!r} must be writable, with disk to spare: {error.strerror}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def plain(value: Any) -> Any:
+    """The value with numbers that JSON lacks turned into None, NaN, or into "inf" and "-inf", infinity."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else f"{value}"
+    return value
+
+
+def machine() -> dict[str, Any]:
+    """What a measured time depends on; nothing that names the machine or its user."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+class RunFile:
+    """The run.json of a folder: its content, and saving it."""
+
+    def __init__(self, folder: Path, content: dict[str, Any]) -> None:
+        self.folder = folder
+        self.content = content
+
+    @classmethod
+    def create(cls, folder: Path, **content: Any) -> RunFile:
+        """A new run in an empty folder."""
+        versions = {"batchnorm": batchnorm.__version__} | {name: metadata.version(name) for name in PACKAGES}
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "status": "running",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions | {"torch": str(torch.__version__)},
+            "machine": machine(),
+        }
+        return cls(folder, head | content | {"stacks": [], "result": None})
+
+    def runs(self, phase: str, arm: str | None = None) -> list[Run]:
+        """The finished runs of a phase, in the order of the plan."""
+        stacks = [s for s in self.content["stacks"] if s["phase"] == phase and arm in (None, s["arm"])]
+        return [_run(values) for stack in sorted(stacks, key=lambda s: s["key"]) for values in stack["runs"]]
+
+    def save(self) -> None:
+        """Write run.json, whole or not at all."""
+        write_file(self.folder / FILE, json.dumps(plain(self.content), separators=(",", ":"), allow_nan=False))
+
+
+def _run(values: dict[str, Any]) -> Run:
+    """A run from the values of run.json."""
+    back = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
+    curves = ("train_loss", "validation_loss", "validation_score")
+    test = values["test"] and dict(values["test"], score=back.get(values["test"]["score"], values["test"]["score"]))
+    return Run(**dict(values, test=test, **{c: [back.get(v, v) for v in values[c]] for c in curves}))
+
+
+def read_run(folder: Path) -> RunFile:
+    """The run of a folder.
+
+    Raises
+    ------
+    RunError
+        No run.json there, or one that this version can't read.
+    """
+    path = folder / FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"DIR must be the folder of a run, with a {FILE}; {str(folder)!r} has none") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{FILE} must be as batchnorm wrote it; {str(path)!r} can't be read: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise RunError(f"{FILE} must be as batchnorm wrote it; {str(path)!r} is something else")
+    if content.get("version") != VERSION:
+        raise RunError(f"{FILE} must be of format version {VERSION}; {str(path)!r} is of {content.get('version')!r}")
+    return RunFile(folder, content)

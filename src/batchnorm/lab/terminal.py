@@ -1,0 +1,141 @@
+"""What a comparison shows in a terminal of 80 columns: bars while it trains, then the verdict and the table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from batchnorm.lab.settings import ARMS
+from batchnorm.lab.verdict import number, ratio_text, steps_text
+
+__all__ = ["Bars", "Silence", "console", "describe_data", "show_result"]
+
+WIDTH = 80
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console of at most 80 columns that prints text as it is."""
+    out = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    out.width = min(WIDTH, out.width)
+    return out
+
+
+class Silence:
+    """Progress that nobody asked to see."""
+
+    def plan(self, arm: str, steps: int) -> None:
+        """Nothing."""
+
+    def advance(self, arm: str, steps: int) -> None:
+        """Nothing."""
+
+    def say(self, sentence: str) -> None:
+        """Nothing."""
+
+
+class Bars:
+    """A bar for each arm with the time left, on stderr."""
+
+    def __init__(self) -> None:
+        self.console = console(stderr=True)
+        self.progress = Progress(
+            TextColumn("{task.description:>7}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self.console,
+        )
+        self.tasks: dict[str, TaskID] = {arm: self.progress.add_task(arm, total=0) for arm in ARMS}
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def plan(self, arm: str, steps: int) -> None:
+        """Lengthen the arm's bar."""
+        task = self.progress.tasks[self.tasks[arm]]
+        self.progress.update(self.tasks[arm], total=(task.total or 0) + steps)
+
+    def advance(self, arm: str, steps: int) -> None:
+        """Move the arm's bar on."""
+        self.progress.advance(self.tasks[arm], steps)
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence above the bars."""
+        self.console.print(sentence)
+
+
+def describe_data(out: Console, data: dict[str, Any], notes: list[str]) -> None:
+    """What the data is, how it is split, and what was done to it."""
+    rows = data["rows"]
+    out.print(
+        f"{data['name']}: {len(data['features'])} features to predict {data['target']}; rows to train on "
+        f"{rows['train']}, to choose and count on {rows['validation']}, to test on {rows['test']}."
+    )
+    for note in [*data["notes"], *notes]:
+        out.print(f"- {note}")
+    for left in data["left_out"]:
+        out.print(f"- column {left['column']} is left out: {left['reason']}")
+
+
+def _table(result: dict[str, Any], steps: int) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("batch norm")
+    for heading in ("rate", "steps", "times fewer steps", "rates that reach", f"test {result['score_name']}"):
+        table.add_column(heading, justify="right")
+    for arm, values in result["arms"].items():
+        ratio = result["ratios"].get(arm)
+        times = "-" if not result["headline"] else "1" if ratio is None else ratio_text(ratio)
+        spread = f"{values['test_score']:.3f}" if not math.isnan(values["test_score"]) else "diverged"
+        table.add_row(
+            arm,
+            f"{values['learning_rate']:g}",
+            steps_text(values["median_steps"], steps),
+            times,
+            f"{values['rates_that_reach']} of {len(values['search'])}",
+            spread,
+        )
+    return table
+
+
+def _differences(result: dict[str, Any]) -> str:
+    """Test score with batch norm less that without, with its interval."""
+    parts = []
+    for arm, ratio in result["ratios"].items():
+        difference = ratio["test_difference"]
+        if difference is not None:
+            low, high = difference["interval"]
+            parts.append(f"{arm} {difference['estimate']:+.3f} [{low:+.3f}, {high:+.3f}]")
+    return f"Test {result['score_name']} against none: {', '.join(parts)}." if parts else ""
+
+
+def _seconds(result: dict[str, Any]) -> str:
+    """What a step costs in each arm, and so how many times fewer seconds the steps are."""
+    steps = ", ".join(f"{arm} {1000 * values['seconds_a_step']:.2f}" for arm, values in result["arms"].items())
+    times = ", ".join(f"{arm} {ratio_text(ratio['seconds'])}" for arm, ratio in result["ratios"].items())
+    return f"Milliseconds a step: {steps}." + (f" Times fewer seconds: {times}." if result["headline"] else "")
+
+
+def show_result(out: Console, result: dict[str, Any], steps: int) -> None:
+    """The verdict, the table, what it cost, and the caveat."""
+    out.print()
+    out.print(result["verdict"])
+    out.print()
+    out.print(_table(result, steps))
+    out.print()
+    for line in (_differences(result), _seconds(result)):
+        if line:
+            out.print(line)
+    stacking = result["stacking"]
+    out.print(
+        f"Trained {stacking['runs']} networks in stacks, {number(stacking['factor'])} times as fast as one by one."
+    )
+    out.print(f"Caveat: {result['caveat']}")
