@@ -32,7 +32,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "Moments", "at_least_one", "backward", "forward", "moments", "per_channel", "widened"]
+__all__ = [
+    "ACTIVATIONS",
+    "Moments",
+    "at_least_one",
+    "backward",
+    "forward",
+    "mean_of",
+    "moments",
+    "per_channel",
+    "widened",
+]
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,11 @@ def _where(counts: Tensor | None, values: Tensor) -> Tensor:
     return values if counts is None else torch.where(counts, values, 0.0)
 
 
+def mean_of(x: Tensor, divisor: Tensor | int) -> Tensor:
+    """Sum of each channel of x (N, C, *), taken in float64 where the device has it, over the divisor."""
+    return _sum(x, None if x.device.type == "mps" else torch.float64) / divisor
+
+
 def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     """Mean and biased variance of each channel of x (N, C, *), over the values that count.
 
@@ -120,7 +135,7 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     x = widened(x)
     counts, count = _counted(mask, x)
     divisor = at_least_one(count)
-    mu = _sum(_where(counts, x), None if x.device.type == "mps" else torch.float64) / divisor
+    mu = mean_of(_where(counts, x), divisor)
     mean = mu.to(x.dtype)
     rest = (mu - mean).to(x.dtype)
     d = _where(counts, x - per_channel(mean, x))
