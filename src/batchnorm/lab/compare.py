@@ -250,7 +250,6 @@ def variants(settings: Settings) -> dict[str, Settings]:
     other: Inputs = "unscaled" if settings.inputs == "standardized" else "standardized"
     return {
         "initial weights x 0.1": replace(settings, init_scale=settings.init_scale * 0.1),
-        "initial weights x 10": replace(settings, init_scale=settings.init_scale * 10),
         f"inputs {other}": replace(settings, inputs=other),
     }
 
