@@ -69,8 +69,8 @@ def finished(tmp_path_factory, digits):
 
 def test_all_the_planned_steps_are_counted_as_taken(finished):
     counter, _, _ = finished
-    runs = 3 * 2 + 3 + 2 * 3 * 2  # search, confirm, two variants at three rates
-    assert counter.planned == counter.taken == dict.fromkeys(ARMS, runs * SETTINGS.steps)
+    steps = (3 * 2 + 3) * 40 + 2 * (3 * 2) * 20  # search and confirm; two variants at three rates, half as long
+    assert counter.planned == counter.taken == dict.fromkeys(ARMS, steps)
 
 
 def test_the_search_tries_every_rate_with_every_search_seed_and_confirms_with_fresh_ones(finished):
@@ -189,4 +189,5 @@ def test_a_batch_larger_than_the_training_rows_is_reduced_and_said(digits):
 def test_a_variant_differs_from_the_set_up_in_one_thing():
     for varied in variants(SETTINGS).values():
         before, after = SETTINGS.to_json(), varied.to_json()
+        assert after.pop("steps") == before.pop("steps") // 2
         assert sum(before[name] != after[name] for name in before) == 1

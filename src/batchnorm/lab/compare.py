@@ -246,19 +246,20 @@ def _confirm(settings: Settings, chosen: dict[Arm, float]) -> list[Stack]:
 
 
 def variants(settings: Settings) -> dict[str, Settings]:
-    """Set-ups that differ from the one asked for in one thing."""
+    """Set-ups that differ from the one asked for in one thing, to be trained for half the steps."""
     other: Inputs = "unscaled" if settings.inputs == "standardized" else "standardized"
+    shorter = replace(settings, steps=settings.variant_steps)
     return {
-        "initial weights x 0.1": replace(settings, init_scale=settings.init_scale * 0.1),
-        f"inputs {other}": replace(settings, inputs=other),
+        "initial weights x 0.1": replace(shorter, init_scale=settings.init_scale * 0.1),
+        f"inputs {other}": replace(shorter, inputs=other),
     }
 
 
 def _vary(settings: Settings, target: Target, chosen: dict[Arm, float]) -> list[Stack]:
     """The variants, at three learning rates an arm, each until at one of them most seeds have arrived."""
     stacks = []
-    for name, varied in variants(settings).items():
-        for arm in reversed(ARMS):
+    for arm in ARMS:  # the one that is least likely to arrive, and so to stop early, first
+        for name, varied in variants(settings).items():
             rates = [_beside(chosen[arm], step) for step in VARIANT_FACTORS]
             pairs = [(rate, seed) for rate in rates for seed in range(settings.search_seeds)]
             stacks += _cut(name, f"variant: {name}", arm, pairs, varied, stop=target, whole=True)
@@ -274,16 +275,17 @@ def compare(dataset: Dataset, settings: Settings, run: RunFile, *, jobs: int, pr
     workers = _Workers(dataset, run, jobs, progress)
     started = time.perf_counter()
     before = run.content.get("seconds", 0.0)
-    runs = (len(settings.grid) + len(VARIANT_FACTORS) * len(variants(settings))) * settings.search_seeds
+    searched = len(settings.grid) * settings.search_seeds
+    varied = len(VARIANT_FACTORS) * settings.search_seeds * sum(v.steps for v in variants(settings).values())
     for arm in ARMS:
-        progress.plan(arm, (runs + settings.seeds) * settings.steps)
+        progress.plan(arm, (searched + settings.seeds) * settings.steps + varied)
     run.content["status"] = "running"
     run.save()
     try:
         target, chosen = _search(workers, settings)
         run.content["result"] = evaluate(run, dataset, settings, target, chosen)
-        varied = _vary(settings, target, chosen) if math.isfinite(target.value) else []
-        workers.train(_confirm(settings, chosen) + varied)
+        others = _vary(settings, target, chosen) if math.isfinite(target.value) else []
+        workers.train(_confirm(settings, chosen) + others)
         timed = seconds_a_step(dataset, chosen, settings)
         run.content["result"] = result = evaluate(run, dataset, settings, target, chosen, timed)
         run.content["status"] = "complete"

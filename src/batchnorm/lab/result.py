@@ -50,11 +50,14 @@ def _test_difference(arm: Sequence[Run], baseline: Sequence[Run], dataset: Datas
     )
 
 
-def _best_median(runs: Sequence[Run], target: Target, evaluations: Sequence[int], rates: set[float]) -> float | None:
-    """Median steps over the seeds, at the best of some learning rates."""
+def _best_median(
+    runs: Sequence[Run], target: Target, evaluations: Sequence[int], rates: set[float], within: int
+) -> float | None:
+    """Median steps over the seeds, at the best of some learning rates; None where that is above ``within``."""
     medians = []
     for rate in rates:
-        medians.append(median_steps([steps_to(run, target, evaluations) for run in runs if run.learning_rate == rate]))
+        steps = [steps_to(run, target, evaluations) for run in runs if run.learning_rate == rate]
+        medians.append(median_steps([step if step and step <= within else None for step in steps]))
     return min((median for median in medians if median is not None), default=None)
 
 
@@ -70,7 +73,10 @@ def _sensitivity(run: RunFile, settings: Settings, target: Target) -> list[dict[
     tried = {arm: {r.learning_rate for r in run.runs(phases[0], arm)} for arm in ARMS}
     for phase in ["search", *phases]:
         name = "as set up" if phase == "search" else phase.removeprefix("variant: ")
-        arrivals = {arm: _best_median(run.runs(phase, arm), target, evaluations, tried[arm]) for arm in ARMS}
+        arrivals = {
+            arm: _best_median(run.runs(phase, arm), target, evaluations, tried[arm], settings.variant_steps)
+            for arm in ARMS
+        }
         rows.append({"name": name, "steps": arrivals})
     return rows
 

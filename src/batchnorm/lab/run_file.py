@@ -171,4 +171,14 @@ def read_run(folder: Path) -> RunFile:
         raise RunError(f"{FILE} must be as batchnorm wrote it; {str(path)!r} is something else")
     if content.get("version") != VERSION:
         raise RunError(f"{FILE} must be of format version {VERSION}; {str(path)!r} is of {content.get('version')!r}")
+    content["result"] = _with_infinities(content["result"])
     return RunFile(folder, content)
+
+
+def _with_infinities(value: Any) -> Any:
+    """The value with "inf" and "-inf" turned back into the numbers they stand for."""
+    if isinstance(value, dict):
+        return {key: _with_infinities(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_infinities(item) for item in value]
+    return float(value) if value in ("inf", "-inf") else value

@@ -97,6 +97,11 @@ class Settings:
         """The learning rates to search at first, in ascending order and each once."""
         return tuple(sorted(set(self.learning_rates or LEARNING_RATES[self.optimizer])))
 
+    @property
+    def variant_steps(self) -> int:
+        """Steps of the runs that only ask what another set-up would change: half."""
+        return max(self.steps // 2, 1)
+
     def to_json(self) -> dict[str, Any]:
         """The settings as plain values, from which `from_json` makes them again."""
         return asdict(self)

@@ -88,9 +88,15 @@ def describe_data(out: Console, data: dict[str, Any], notes: list[str]) -> None:
 
 def _table(result: dict[str, Any], steps: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("batch norm")
-    for heading in ("rate", "steps", "times fewer steps", "rates that reach", f"test {result['score_name']}"):
-        table.add_column(heading, justify="right")
+    table.add_column("batch\nnorm")
+    for heading in (
+        "learning\nrate",
+        "steps",
+        "times fewer\nsteps",
+        "rates that\nreach",
+        f"test\n{result['score_name']}",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
     for arm, values in result["arms"].items():
         ratio = result["ratios"].get(arm)
         times = "-" if not result["headline"] else "1" if ratio is None else ratio_text(ratio)

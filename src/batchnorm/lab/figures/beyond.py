@@ -1,0 +1,35 @@
+"""Where a plot puts what took more than the steps trained: in a zone of its own, not at a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from batchnorm.lab.figures.figure import Axis, Mark, Rule, Value
+
+__all__ = ["place", "steps_axis", "zone_rule"]
+
+LANES: dict[str, float] = {"none": 1.3, "before": 1.6, "after": 2.0}
+END = 2.5
+MOST_TICKS = 5
+
+
+def place(arm: str, count: Value, steps: int) -> tuple[float, Mark]:
+    """Where a count of steps is drawn and how: at itself, or in the arm's own lane of the zone beyond."""
+    return (count, "known") if count is not None else (steps * LANES[arm], "beyond")
+
+
+def steps_axis(title: str, counts: Sequence[Value], steps: int) -> Axis:
+    """A logarithmic axis of steps that ends in the zone "> S"."""
+    least = min([count for count in counts if count is not None], default=steps / 10)
+    start = min(least, steps / 4) / 1.4
+    round_numbers = [digit * 10.0**i for i in range(math.ceil(math.log10(steps))) for digit in (1, 2, 5)]
+    ticks = [(value, f"{value:g}") for value in round_numbers if start <= value <= steps / 1.7]
+    if len(ticks) > MOST_TICKS:
+        ticks = [tick for tick in ticks if math.log10(tick[0]).is_integer()]
+    return Axis(title, "log", ticks=[*ticks, (steps * LANES["before"], f"> {steps}")], range=(start, steps * END))
+
+
+def zone_rule(axis: str, steps: int) -> Rule:
+    """The line at which the zone begins."""
+    return Rule("x" if axis == "x" else "y", steps, "", beyond=True)
