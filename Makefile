@@ -1,4 +1,5 @@
 # Two commands: `make demo` and `make test`. Each makes .venv when there is none.
+# Some tests look at the report in a browser and are skipped, with a word, where there is none: apt-get install chromium.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

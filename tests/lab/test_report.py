@@ -3,9 +3,9 @@ import dataclasses
 import html
 import json
 import math
+import os
 import shutil
 import statistics
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
@@ -61,9 +61,10 @@ def page_path(run):
 
 @pytest.fixture(scope="module")
 def chromium():
-    executable = shutil.which("chromium") or "/usr/bin/chromium"
-    if not Path(executable).exists():
-        pytest.fail("these tests look at the report in a browser; apt-get install chromium")
+    executable = shutil.which("chromium") or shutil.which("chromium-browser")
+    if executable is None:
+        missing = pytest.fail if os.environ.get("CI") else pytest.skip
+        missing("this test looks at the report in a browser: apt-get install chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
         yield browser

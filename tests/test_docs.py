@@ -1,0 +1,53 @@
+"""What README says: its examples run, and its figures are those of the committed runs."""
+
+import doctest
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from batchnorm.lab.run_file import read_run
+from batchnorm.lab.terminal import show_result
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def result(name):
+    return read_run(ROOT / "docs/results" / name).content["result"]
+
+
+def test_the_examples_of_readme_run():
+    failed, attempted = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    assert attempted > 8
+    assert failed == 0
+
+
+def test_the_table_of_readme_is_what_the_committed_run_prints():
+    console = Console(file=io.StringIO(), width=80, highlight=False)
+    show_result(console, result("digits"), 2000)
+    printed = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    shown = [line[4:] for line in README.splitlines() if re.match(r" {4}(batch |norm |none |before |after )", line)]
+    assert len(shown) == 5
+    assert [line for line in shown if line not in printed] == []
+    assert result("digits")["verdict"] in " ".join(README.split())
+
+
+def test_the_figures_of_readme_are_those_of_the_committed_runs():
+    text = " ".join(README.split())
+    digits, weak = result("digits"), result("digits-paper")
+    assert "needs **2.9 to 3.4 times fewer steps**" in text
+    assert digits["ratios"]["before"]["median"] == pytest.approx([2.94, 3.39], abs=0.005)
+    assert digits["ratios"]["before"]["interval"][0] == pytest.approx(2.48, abs=0.005)
+    assert f"{digits['arms']['none']['steps'].count(None)} of the 10 runs without" in text
+    seconds = {arm: values["seconds_a_step"] for arm, values in digits["arms"].items()}
+    assert f"costs {seconds['before'] / seconds['none']:.1f} times as much" in text
+    low, high = digits["ratios"]["before"]["seconds"]["median"]
+    assert f"it is {low:.1f} to {high:.1f} times before" in text
+    for arm in ("before", "after"):
+        assert f"at least {weak['ratios'][arm]['median'][0]:.0f} times" in text
+        assert f"({weak['ratios'][arm]['interval'][0]:.0f} to unbounded)" in text
+    assert f"to {100 * weak['target']['value']:.1f}%" in text
+    assert f"took {read_run(ROOT / 'docs/results/digits').content['seconds']:.0f} s" in text
