@@ -120,6 +120,7 @@ def normalize_with(
 ) -> Tensor:
     """Normalise with running statistics, which are constants in backward."""
     dtype = reference.widened(x).dtype
-    given = Moments(mean.to(dtype), torch.zeros_like(mean, dtype=dtype), var.to(dtype), 0)
+    # Copies, since a training step may come between this and the backward.
+    given = Moments(mean.to(dtype, copy=True), torch.zeros_like(mean, dtype=dtype), var.to(dtype, copy=True), 0)
     y, *_ = _BatchNorm.apply(x, weight, bias, residual, mask, given, eps, activation)  # type: ignore[no-untyped-call]
     return y  # type: ignore[no-any-return]

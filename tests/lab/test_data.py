@@ -57,9 +57,39 @@ def test_missing_numbers_take_the_training_median_and_missing_texts_are_a_catego
     data = dataset(size=size, city=city)
     train = data.parts["train"]
     known = [size[i] for i in train if size[i] is not None]
-    assert data.x[0, 0] == np.float32(np.median(known))
+    assert data.x[0, 0] == np.median(known)
     assert "city=(missing)" in data.features
     assert any("missing numbers are filled with the median" in note for note in data.notes)
+
+
+def test_numbers_far_from_0_are_standardised_before_they_are_rounded():
+    seconds = 1.7e9 + RANDOM.normal(0, 30, ROWS)
+    data = dataset(size=seconds)
+    x, _ = data.part("train", standardized=True)
+    assert x.dtype == np.float32
+    assert len(np.unique(x[:, 0])) == len(x)
+    assert abs(x[:, 0].mean()) < 1e-5
+    assert x[:, 0].std() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_column_with_one_value_in_the_training_rows_is_not_divided_by_rounding_noise():
+    size = np.full(ROWS, 0.1)
+    y = columns()["y"]
+    plain = prepare(Table("homes", columns(y=y), "y"))
+    size[plain.parts["validation"][0]] = 5.0
+    data = prepare(Table("homes", columns(y=y, size=size), "y"))
+    x, _ = data.part("validation", standardized=True)
+    assert x[:, 0].max() == pytest.approx(4.9)
+
+
+def test_lists_are_left_out():
+    data = dataset(extra=[[1, 2]] * ROWS)
+    assert data.left_out == [{"column": "extra", "reason": "it holds List(Int64)"}]
+
+
+def test_texts_that_are_nearly_all_numbers_are_said_to_be():
+    data = dataset(extra=[*(str(i / 7) for i in range(ROWS - 1)), "oops"])
+    assert data.left_out == [{"column": "extra", "reason": "its texts differ and are not all numbers, such as 'oops'"}]
 
 
 def test_infinite_numbers_count_as_missing():
@@ -153,6 +183,8 @@ def test_rows_without_a_target_are_not_used():
         ({"y": ["a", "b"] * 30}, {"task": "regression"}, "'y' must hold numbers; it holds 'a'"),
         ({}, {"numeric": ["city"]}, "'city' must hold numbers; it holds '(Rome|Oslo|Lima)'"),
         ({}, {"numeric": ["price"]}, "columns other than the target; got 'price'"),
+        ({"size": [1e300 * (i % 7) for i in range(ROWS)]}, {}, "fit a float32; .* column 'size'"),
+        ({"y": [[1], [2]] * 30}, {}, "numbers, texts or dates; 'y' holds List"),
         ({"y": [5.0] * ROWS}, {"task": "regression"}, "must vary; 'y' has one value"),
         ({"size": [None] * ROWS, "rooms": [1] * ROWS, "city": ["x"] * ROWS}, {}, "usable column .*size: it has no val"),
     ],

@@ -48,7 +48,11 @@ def run(tmp_path_factory):
         notes=[f"classification: {NASTY} has 10 values"],
     )
     run = RunFile.create(
-        tmp_path_factory.mktemp("run"), settings=SETTINGS.to_json(), data=dataset.describe(), command=f"echo {NASTY}"
+        tmp_path_factory.mktemp("run"),
+        request={},
+        settings=SETTINGS.to_json(),
+        data=dataset.describe(),
+        command=f"echo {NASTY}",
     )
     compare(dataset, SETTINGS, run, jobs=1, progress=Silence())
     return run

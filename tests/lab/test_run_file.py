@@ -26,8 +26,8 @@ def test_a_run_is_read_as_it_was_saved(tmp_path):
         "test": {"step": 1, "score": math.nan, "errors": ""},
         "trace": None,
     }
-    run = RunFile.create(tmp_path, settings={})
-    run.content["stacks"].append({"key": "k", "phase": "p", "arm": "none", "seconds": 1.0, "runs": [values]})
+    run = RunFile.create(tmp_path, command="", request={}, data={}, settings={})
+    run.content["stacks"].append({"key": "k/none/0", "phase": "p", "arm": "none", "seconds": 1.0, "runs": [values]})
     run.save()
     (back,) = read_run(tmp_path).runs("p", "none")
     assert back.validation_loss[0] == math.inf
@@ -42,6 +42,7 @@ def test_a_run_is_read_as_it_was_saved(tmp_path):
         ("{", "can't be read"),
         ("[]", "is something else"),
         ('{"format": "other"}', "is something else"),
+        ('{"format": "batchnorm-run", "version": 1}', "lacks status, command"),
         ('{"format": "batchnorm-run", "version": 99}', "format version 1; .* is of 99"),
     ],
 )

@@ -44,6 +44,13 @@ def test_arrays_become_columns_and_y_is_the_target_where_none_is_named(tmp_path)
     assert np.array_equal(table.frame.drop("y").to_numpy(), X)
 
 
+def test_decimal_commas_and_blanks_around_numbers_are_read_as_numbers(tmp_path):
+    (tmp_path / "comma.csv").write_text("a;y\n1,5;0\n2,25;1\n")
+    assert read_table(str(tmp_path / "comma.csv"), "y").frame["a"].to_list() == [1.5, 2.25]
+    (tmp_path / "blanks.csv").write_text("a , y\n 1.5 , 0\n 2.25 , 1\n")
+    assert read_table(str(tmp_path / "blanks.csv"), "y").frame["a"].to_list() == [1.5, 2.25]
+
+
 def bad_files(folder):
     (folder / "empty.csv").write_text("")
     (folder / "header.csv").write_text("a,b\n")
@@ -55,6 +62,9 @@ def bad_files(folder):
     (folder / "folder.csv").mkdir()
     np.savez(folder / "lengths.npz", a=np.zeros(3), b=np.zeros(4))
     np.savez(folder / "cube.npz", a=np.zeros((2, 2, 2)))
+    (folder / "utf16.csv").write_text("a,b\n1,2\n", encoding="utf-16")
+    np.savez(folder / "complex.npz", a=np.zeros(3, complex))
+    np.savez(folder / "twice.npz", a=np.zeros((3, 2)), a_1=np.zeros(3))
     np.savez(folder / "pickled.npz", a=np.array([{}], dtype=object))
 
 
@@ -72,6 +82,9 @@ def bad_files(folder):
         ("notes.txt", "a", "must be a .csv, .tsv, .parquet or .npz file; got .*notes.txt"),
         ("folder.csv", "a", "must be a .csv, .tsv, .parquet or .npz file"),
         ("lengths.npz", "a", r"same number of rows; got \[3, 4\]"),
+        ("utf16.csv", "a", "must be in UTF-8; .* is in UTF-16"),
+        ("complex.npz", "a", "numbers, texts or dates; a holds complex128"),
+        ("twice.npz", "a", "different names; two are 'a_1'"),
         ("cube.npz", "a", "1 or 2 dimensions; a has 3"),
     ],
 )

@@ -32,9 +32,7 @@ def stack(arm, rates, seeds, settings=SETTINGS, **options):
 
 
 def in_float64(dataset):
-    return replace(
-        dataset, x=dataset.x.astype(np.float64), centre=dataset.centre.astype(float), scale=dataset.scale.astype(float)
-    )
+    return replace(dataset, dtype=np.float64)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

@@ -42,14 +42,18 @@ def test_a_clear_gain_is_said_with_its_interval():
 
 def test_no_gain_is_said_to_be_none():
     text = verdict(result(NONE, NONE), "wine", 2000)
-    assert text.startswith("On wine batch norm does not help the network reach a validation accuracy of 0.95 sooner: ")
-    assert "no clear change before the nonlinearity (between 0.6 to 2 times fewer steps)" in text
+    assert text == (
+        "On wine batch norm does not clearly help the network reach a validation accuracy of 0.95 sooner: "
+        "0.6 to 2 times fewer steps before the nonlinearity and 0.6 to 2 times fewer steps after it."
+    )
 
 
 def test_harm_is_said_as_times_more():
     text = verdict(result(HARM, NONE), "wine", 2000)
-    assert "does not help" in text
-    assert "4 times more steps before the nonlinearity (2 to 5)" in text
+    assert text == (
+        "On wine batch norm does not help the network reach a validation accuracy of 0.95 sooner: it needs "
+        "4 times more steps before the nonlinearity (2 to 5); not clear: 0.6 to 2 times fewer steps after it."
+    )
 
 
 def test_one_gain_of_two_is_not_hidden_nor_the_other():
@@ -61,7 +65,22 @@ def test_one_gain_of_two_is_not_hidden_nor_the_other():
 def test_a_ratio_that_is_only_bounded_is_said_to_be():
     text = verdict(result(OPEN, CLEAR), "digits", 2000)
     assert "at least 10 times fewer steps before the nonlinearity (4 to unbounded)" in text
-    assert "6 of 20 pairs" in caveat(result(OPEN, CLEAR), 360)
+    assert "In 6 of the 2 x 10 pairs" in caveat(result(OPEN, CLEAR), 360)
+
+
+def test_too_few_seeds_for_an_interval_make_no_claim():
+    few = result(CLEAR[:4], CLEAR[:4])
+    few["arms"]["none"]["steps"] = [1] * 4
+    assert "does not clearly help" in verdict(few, "digits", 2000)
+    assert "With 4 seeds an interval holds the true ratio with 87.5% confidence" in caveat(few, 360)
+
+
+def test_without_a_target_the_caveat_is_that():
+    assert caveat(result(CLEAR, CLEAR, headline=False, value=-math.inf), 360).startswith("No run without batch norm")
+
+
+def test_few_rows_with_a_target_score_are_not_said_to_be_counted_on_the_loss():
+    assert "validation loss" not in caveat(result(CLEAR, CLEAR, headline=False), 36)
 
 
 def test_without_a_headline_there_is_no_ratio_but_the_medians_and_the_reason():
@@ -77,7 +96,13 @@ def test_where_no_arm_arrives_there_is_no_ratio():
     assert "no arm had most of its runs reach" in text
 
 
-@pytest.mark.parametrize(("diverged", "words"), [((10, 0, 0), "before the nonlinearity and after it it trained")])
+@pytest.mark.parametrize(
+    ("diverged", "words"),
+    [
+        ((10, 0, 0), "and with it before the nonlinearity and after it trained"),
+        ((10, 10, 10), "and so did those with it"),
+    ],
+)
 def test_where_the_baseline_never_trained_that_is_the_verdict(diverged, words):
     text = verdict(result(CLEAR, CLEAR, headline=False, value=-math.inf, diverged=diverged), "wine", 500)
     assert "diverged at every learning rate" in text

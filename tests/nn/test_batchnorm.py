@@ -103,11 +103,20 @@ def test_eval_normalises_a_single_row():
     assert layer(torch.ones(1, 3)).shape == (1, 3)
 
 
+def test_a_training_step_between_an_eval_forward_and_its_backward_changes_no_gradient():
+    layer, x = bn.BatchNorm1d(3).eval(), torch.randn(8, 3, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    y = layer(x).square().sum()
+    layer.train()(torch.randn(8, 3) + 5)
+    (gradient,) = torch.autograd.grad(y, x)
+    assert torch.equal(gradient, expected)
+
+
 def test_wrong_input_is_a_value_error():
     for layer, x in [(bn.BatchNorm2d(3), torch.ones(4, 3)), (bn.BatchNorm(3), torch.ones(3))]:
         with pytest.raises(ValueError, match=r"expected 4D|at least 2 dim"):
             layer(x)
-    with pytest.raises(ValueError, match=r"4 channels .*; got 3"):
+    with pytest.raises(ValueError, match=r"num_features=3 channels .*; got 4, in shape \(2, 4\)"):
         bn.BatchNorm1d(3)(torch.ones(2, 4))
     with pytest.raises(bn.InputError, match="got 'swish'"):
         bn.BatchNorm1d(3, activation="swish")

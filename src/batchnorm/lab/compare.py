@@ -11,6 +11,7 @@ import signal
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -183,7 +184,9 @@ class _Workers:
                     f"what is finished is kept, and --resume {self.run.folder} goes on"
                 ) from error
             finally:
-                results.close()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # joblib's, that tasks are cancelled: so they should be
+                    results.close()
                 watch.stop()
 
 
@@ -201,7 +204,7 @@ def _beside(rate: float, steps: int) -> float:
     return float(f"{(1, 3)[place % 2]}e{place // 2}")
 
 
-def _search(workers: _Workers, settings: Settings) -> tuple[Target, dict[Arm, float]]:
+def _search(workers: _Workers, settings: Settings) -> tuple[Target, dict[Arm, float], list[float]]:
     """Search the learning rates of every arm, and one more beyond an edge of the grid where the best is there."""
     seeds = range(settings.search_seeds)
     rows = len(workers.dataset.parts["validation"])
@@ -232,7 +235,7 @@ def _search(workers: _Workers, settings: Settings) -> tuple[Target, dict[Arm, fl
                 for arm in ARMS:
                     workers.progress.plan(arm, settings.search_seeds * settings.steps)
                 workers.progress.say(f"The best learning rate is at the edge of the grid: {rate:g} is tried too.")
-    return target, chosen
+    return target, chosen, tried
 
 
 def _confirm(settings: Settings, chosen: dict[Arm, float]) -> list[Stack]:
@@ -255,12 +258,12 @@ def variants(settings: Settings) -> dict[str, Settings]:
     }
 
 
-def _vary(settings: Settings, target: Target, chosen: dict[Arm, float]) -> list[Stack]:
-    """The variants, at three learning rates an arm, each until at one of them most seeds have arrived."""
+def _vary(settings: Settings, target: Target, chosen: dict[Arm, float], tried: list[float]) -> list[Stack]:
+    """The variants, at the chosen learning rate and those beside it, each until most seeds of one of them arrive."""
     stacks = []
     for arm in ARMS:  # the one that is least likely to arrive, and so to stop early, first
         for name, varied in variants(settings).items():
-            rates = [_beside(chosen[arm], step) for step in VARIANT_FACTORS]
+            rates = [rate for rate in tried if rate in {_beside(chosen[arm], step) for step in VARIANT_FACTORS}]
             pairs = [(rate, seed) for rate in rates for seed in range(settings.search_seeds)]
             stacks += _cut(name, f"variant: {name}", arm, pairs, varied, stop=target, whole=True)
     return stacks
@@ -275,16 +278,16 @@ def compare(dataset: Dataset, settings: Settings, run: RunFile, *, jobs: int, pr
     workers = _Workers(dataset, run, jobs, progress)
     started = time.perf_counter()
     before = run.content.get("seconds", 0.0)
-    searched = len(settings.grid) * settings.search_seeds
-    varied = len(VARIANT_FACTORS) * settings.search_seeds * sum(v.steps for v in variants(settings).values())
     for arm in ARMS:
-        progress.plan(arm, (searched + settings.seeds) * settings.steps + varied)
+        progress.plan(arm, (len(settings.grid) * settings.search_seeds + settings.seeds) * settings.steps)
     run.content["status"] = "running"
     run.save()
     try:
-        target, chosen = _search(workers, settings)
+        target, chosen, tried = _search(workers, settings)
         run.content["result"] = evaluate(run, dataset, settings, target, chosen)
-        others = _vary(settings, target, chosen) if math.isfinite(target.value) else []
+        others = _vary(settings, target, chosen, tried) if math.isfinite(target.value) else []
+        for stack in others:
+            progress.plan(stack.arm, stack.settings.steps * len(stack.seeds))
         workers.train(_confirm(settings, chosen) + others)
         timed = seconds_a_step(dataset, chosen, settings)
         run.content["result"] = result = evaluate(run, dataset, settings, target, chosen, timed)

@@ -22,6 +22,7 @@ Task = Literal["classification", "regression"]
 MOST_CLASSES_IN_NUMBERS = 20
 MOST_CATEGORIES = 20
 MOST_VALIDATION_ROWS = 5000
+LARGEST_DEVIATION = 1e30
 FEWEST_ROWS = 10
 
 
@@ -32,21 +33,22 @@ class Dataset:
     ``x`` are the features before scaling, missing values filled in; ``centre`` and ``scale``, taken from the
     training rows, standardise them (0 and 1 for the one-hot columns of a category). ``y`` are class numbers, or
     the target standardised on the training rows. ``parts`` holds the row numbers of "train", "validation" and
-    "test".
+    "test". All is float64 until a part is standardised; ``dtype`` is what a network gets.
     """
 
     name: str
     task: Task
     target: str
-    x: NDArray[np.float32]
+    x: NDArray[np.float64]
     y: NDArray[Any]
     parts: dict[str, NDArray[np.int64]]
-    centre: NDArray[np.float32]
-    scale: NDArray[np.float32]
+    centre: NDArray[np.float64]
+    scale: NDArray[np.float64]
     features: list[str]
     classes: list[str]
     left_out: list[dict[str, str]]
     notes: list[str] = field(default_factory=list)
+    dtype: type[np.floating[Any]] = np.float32
 
     @property
     def outputs(self) -> int:
@@ -67,11 +69,11 @@ class Dataset:
         shares = np.bincount(train, minlength=len(self.classes)) / len(train)
         return float(np.mean(-np.log(shares[validation])))
 
-    def part(self, name: str, *, standardized: bool) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """Features and targets of a part, standardised or as they are."""
+    def part(self, name: str, *, standardized: bool) -> tuple[NDArray[np.floating[Any]], NDArray[Any]]:
+        """Features and targets of a part, standardised or as they are, in the dtype of the training."""
         rows = self.parts[name]
         x = self.x[rows]
-        return ((x - self.centre) / self.scale if standardized else x), self.y[rows]
+        return ((x - self.centre) / self.scale if standardized else x).astype(self.dtype), self.y[rows]
 
     def describe(self) -> dict[str, Any]:
         """What a report says of the data."""
@@ -116,10 +118,18 @@ def _reason_to_leave_out(column: pl.Series, categorical: bool) -> str | None:
     if known.n_unique() == 1:
         return "it has one value" if known.len() == column.len() else None
     if categorical and known.n_unique() == column.len():
-        return "all its texts differ, as identifiers do"
+        return _reason_texts_differ(known)
     if not categorical and running_index(column):
         return "it counts the rows, as an index does"
     return None
+
+
+def _reason_texts_differ(texts: pl.Series) -> str:
+    """Whether texts that all differ look like identifiers, or like numbers with a few that are none among them."""
+    odd = texts.filter(texts.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False).is_null())
+    if 2 * odd.len() >= texts.len():
+        return "all its texts differ, as identifiers do"
+    return f"its texts differ and are not all numbers, such as {odd[0]!r}"
 
 
 def _as_numbers(column: pl.Series) -> pl.Series:
@@ -143,6 +153,8 @@ def _not_a_number(text: str) -> bool:
 
 def _target(column: pl.Series, task: Task | None) -> tuple[Task, NDArray[Any], list[str], str]:
     """Task, targets, class names, and the sentence that says why this task."""
+    if not _plain(column):
+        raise DataError(f"a target must hold numbers, texts or dates; {column.name!r} holds {column.dtype}")
     numeric = column.dtype.is_numeric()
     whole = numeric and bool((column == column.cast(pl.Float64).round()).all())
     few = column.n_unique() <= MOST_CLASSES_IN_NUMBERS
@@ -155,11 +167,11 @@ def _target(column: pl.Series, task: Task | None) -> tuple[Task, NDArray[Any], l
         return chosen, y.to_numpy(), [], f"regression: {why}"
     counts = column.value_counts().sort(column.name)
     if counts.height < 2:
-        raise DataError(f"a target must have at least 2 classes; {column.name!r} has 1: {counts[0, 0]!r}")
+        raise DataError(f"a target must have at least 2 classes; {column.name!r} has 1: {counts[0, 0]}")
     rare = counts.filter(pl.col("count") < 2)
     if rare.height:
         raise DataError(
-            f"every class must have at least 2 rows; in {column.name!r} {rare[0, 0]!r} has 1"
+            f"every class must have at least 2 rows; in {column.name!r} {rare[0, 0]} has 1"
             + (f", and so have {rare.height - 1} others" if rare.height > 1 else "")
         )
     values = counts[column.name]
@@ -169,7 +181,7 @@ def _target(column: pl.Series, task: Task | None) -> tuple[Task, NDArray[Any], l
     return chosen, y.to_numpy(), names, f"classification: {why}"
 
 
-def _one_hot(column: pl.Series, train: NDArray[np.int64]) -> tuple[list[str], NDArray[np.float32], str | None]:
+def _one_hot(column: pl.Series, train: NDArray[np.int64]) -> tuple[list[str], NDArray[np.float64], str | None]:
     """One column a category of the training rows, the rarest together; a missing value is a category too."""
     texts = column.cast(pl.String).fill_null("(missing)")
     ranked = texts[train].value_counts(sort=True).sort("count", texts.name, descending=[True, False])[texts.name]
@@ -181,7 +193,12 @@ def _one_hot(column: pl.Series, train: NDArray[np.int64]) -> tuple[list[str], ND
         names.append(f"{column.name}=(other)")
         columns.append((~texts.is_in(kept)).to_numpy())
         note = f"{column.name}: the {len(kept)} most frequent of {ranked.len()} categories are told apart"
-    return names, np.stack(columns, axis=1).astype(np.float32), note
+    return names, np.stack(columns, axis=1).astype(np.float64), note
+
+
+def _plain(column: pl.Series) -> bool:
+    """Whether a column holds numbers, texts, categories, booleans or dates, and no lists or objects."""
+    return not (column.dtype.is_nested() or column.dtype in (pl.Object, pl.Binary))
 
 
 def _is_categorical(column: pl.Series) -> bool:
@@ -234,9 +251,12 @@ def prepare(
 
     left_out: list[dict[str, str]] = []
     numbers: dict[str, NDArray[np.float64]] = {}
-    categories: list[tuple[list[str], NDArray[np.float32]]] = []
+    categories: list[tuple[list[str], NDArray[np.float64]]] = []
     filled = 0
     for column in known.drop(table.target).iter_columns():
+        if not _plain(column):
+            left_out.append({"column": column.name, "reason": f"it holds {column.dtype}"})
+            continue
         forced = column.name in numeric or column.name in categorical
         as_category = column.name in categorical or (_is_categorical(column) and column.name not in numeric)
         values = column if as_category else _as_numbers(column) if column.dtype.is_float() or forced else column
@@ -266,22 +286,27 @@ def prepare(
 
     plain = np.stack(list(numbers.values()), axis=1) if numbers else np.empty((known.height, 0))
     train = parts["train"]
-    deviation = plain[train].std(axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        deviation = plain[train].std(axis=0)
+    for name, width in zip(numbers, deviation, strict=True):
+        if not width < LARGEST_DEVIATION:
+            raise DataError(f"numbers must fit a float32; the standard deviation of column {name!r} is {width:.3g}")
+    varies = np.ptp(plain[train], axis=0) > 0  # not the deviation, which of one value need not round to 0
     ones = sum(len(names) for names, _ in categories)
     if chosen == "regression":
         spread = y[train].std()
-        if spread == 0:
+        if np.ptp(y[train]) == 0:
             raise DataError(f"a regression target must vary; {table.target!r} has one value in the training rows")
         y = ((y - y[train].mean()) / spread).astype(np.float32)
     return Dataset(
         name=table.name,
         task=chosen,
         target=table.target,
-        x=np.concatenate([plain, *(encoded for _, encoded in categories)], axis=1).astype(np.float32),
+        x=np.concatenate([plain, *(encoded for _, encoded in categories)], axis=1),
         y=y,
         parts=parts,
-        centre=np.concatenate([plain[train].mean(axis=0), np.zeros(ones)]).astype(np.float32),
-        scale=np.concatenate([np.where(deviation > 0, deviation, 1.0), np.ones(ones)]).astype(np.float32),
+        centre=np.concatenate([plain[train].mean(axis=0), np.zeros(ones)]),
+        scale=np.concatenate([np.where(varies, deviation, 1.0), np.ones(ones)]),
         features=[*numbers, *(name for names, _ in categories for name in names)],
         classes=classes,
         left_out=left_out,

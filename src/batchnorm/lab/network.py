@@ -7,6 +7,7 @@ train in the time of a few. Nothing of one run reaches another: each has its own
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -157,7 +158,7 @@ def check_init(init: str) -> None:
         return
     name, _, deviation = init.partition(":")
     try:
-        fits = name == "gaussian" and float(deviation) > 0
+        fits = name == "gaussian" and 0 < float(deviation) < math.inf
     except ValueError:
         fits = False
     if not fits:

@@ -104,7 +104,7 @@ def evaluate(
     """The result as far as the runs go; its keys are described in docs/compare.md."""
     evaluations = evaluation_steps(settings.steps)
     confirmed = {arm: run.runs("confirm", arm) for arm in ARMS}
-    finished = all(confirmed.values())
+    finished = all(len(runs) == settings.seeds for runs in confirmed.values())
     arrivals = {arm: [steps_to(r, target, evaluations) for r in runs] for arm, runs in confirmed.items()}
     rows = len(dataset.parts["validation"])
     result: dict[str, Any] = {

@@ -25,6 +25,7 @@ __all__ = ["FILE", "RunFile", "new_folder", "plain", "read_run", "write_file"]
 FORMAT = "batchnorm-run"
 VERSION = 1
 FILE = "run.json"
+KEYS = ("status", "command", "request", "settings", "data", "stacks", "result")
 BYTES_NEEDED = 20_000_000
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "polars", "plotly", "joblib")
 
@@ -46,17 +47,17 @@ def new_folder(out: Path | None, name: str) -> Path:
         held = ", ".join(sorted(path.name for path in out.iterdir())[:3])
         hint = f"; --resume {out} goes on with it" if (out / FILE).exists() else ""
         raise RunError(f"--out must be a new or an empty folder; {str(out)!r} holds {held}{hint}")
+    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
+    if free < BYTES_NEEDED:
+        raise RunError(
+            f"--out must have {BYTES_NEEDED // 1_000_000} MB of free disk; {str(out)!r} has {free / 1e6:.1f} MB"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise RunError(f"--out must be a folder that can be written to; {str(out)!r}: {error.strerror}") from error
-    free = shutil.disk_usage(out).free
-    if free < BYTES_NEEDED:
-        raise RunError(
-            f"--out must have {BYTES_NEEDED // 1_000_000} MB of free disk; {str(out)!r} has {free / 1e6:.1f} MB"
-        )
     return out
 
 
@@ -137,7 +138,12 @@ class RunFile:
     def runs(self, phase: str, arm: str | None = None) -> list[Run]:
         """The finished runs of a phase, in the order of the plan."""
         stacks = [s for s in self.content["stacks"] if s["phase"] == phase and arm in (None, s["arm"])]
-        return [_run(values) for stack in sorted(stacks, key=lambda s: s["key"]) for values in stack["runs"]]
+
+        def place(stack: dict[str, Any]) -> tuple[str, int]:
+            name, _, number = stack["key"].rpartition("/")
+            return name, int(number)
+
+        return [_run(values) for stack in sorted(stacks, key=place) for values in stack["runs"]]
 
     def save(self) -> None:
         """Write run.json, whole or not at all."""
@@ -171,6 +177,9 @@ def read_run(folder: Path) -> RunFile:
         raise RunError(f"{FILE} must be as batchnorm wrote it; {str(path)!r} is something else")
     if content.get("version") != VERSION:
         raise RunError(f"{FILE} must be of format version {VERSION}; {str(path)!r} is of {content.get('version')!r}")
+    missing = [key for key in KEYS if key not in content]
+    if missing:
+        raise RunError(f"{FILE} must be as batchnorm wrote it; {str(path)!r} lacks {', '.join(missing)}")
     content["result"] = _with_infinities(content["result"])
     return RunFile(folder, content)
 

@@ -63,6 +63,11 @@ BUILT_IN: dict[str, Callable[[], pl.DataFrame]] = {
 }
 
 
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(2)
+
+
 def _separator(path: Path) -> str:
     """The separator that the header line has most of."""
     if path.suffix.lower() == ".tsv":
@@ -73,10 +78,31 @@ def _separator(path: Path) -> str:
 
 
 def _read_text(path: Path) -> pl.DataFrame:
-    frame = pl.read_csv(
-        path, separator=_separator(path), null_values=MISSING, infer_schema_length=None, try_parse_dates=True
-    )
-    return frame.rename({column: column.strip() for column in frame.columns})
+    separator = _separator(path)
+
+    def read(decimal_comma: bool) -> pl.DataFrame:
+        return pl.read_csv(
+            path,
+            separator=separator,
+            null_values=MISSING,
+            infer_schema_length=None,
+            try_parse_dates=True,
+            decimal_comma=decimal_comma,
+        )
+
+    frame = read(decimal_comma=False)
+    texts = [column.drop_nulls() for column in frame.iter_columns() if column.dtype == pl.String]
+    if separator == ";" and any(text.len() and text.str.contains(r"^\s*-?\d+,\d+\s*$").all() for text in texts):
+        frame = read(decimal_comma=True)
+    frame = frame.rename({column: " ".join(column.split()) for column in frame.columns})
+    return frame.with_columns(_stripped(column) for column in frame.iter_columns() if column.dtype == pl.String)
+
+
+def _stripped(texts: pl.Series) -> pl.Series:
+    """Texts without the blanks around them, as numbers where all are."""
+    texts = texts.str.strip_chars()
+    numbers = texts.cast(pl.Float64, strict=False)
+    return numbers if numbers.null_count() == texts.null_count() and texts.null_count() < texts.len() else texts
 
 
 def _read_arrays(path: Path) -> pl.DataFrame:
@@ -84,12 +110,14 @@ def _read_arrays(path: Path) -> pl.DataFrame:
         columns: dict[str, np.ndarray] = {}
         for name in arrays.files:
             values = arrays[name]
-            if values.ndim == 1:
-                columns[name] = values
-            elif values.ndim == 2:
-                columns |= {f"{name}_{i}": values[:, i] for i in range(values.shape[1])}
-            else:
+            if values.dtype.kind not in "biufUM":
+                raise DataError(f"arrays in an NPZ file must hold numbers, texts or dates; {name} holds {values.dtype}")
+            if values.ndim not in (1, 2):
                 raise DataError(f"arrays in an NPZ file must have 1 or 2 dimensions; {name} has {values.ndim}")
+            new = {name: values} if values.ndim == 1 else {f"{name}_{i}": column for i, column in enumerate(values.T)}
+            if twice := columns.keys() & new.keys():
+                raise DataError(f"columns of an NPZ file must have different names; two are {min(twice)!r}")
+            columns |= new
     lengths = {len(values) for values in columns.values()}
     if len(lengths) > 1:
         raise DataError(f"arrays in an NPZ file must have the same number of rows; got {sorted(lengths)}")
@@ -102,6 +130,8 @@ def _read_file(path: Path) -> pl.DataFrame:
         raise DataError(f"DATA must be a file or one of {', '.join(BUILT_IN)}; there is no file {str(path)!r}")
     if not path.is_file() or suffix not in SUFFIXES:
         raise DataError(f"DATA must be a .csv, .tsv, .parquet or .npz file; got {str(path)!r}")
+    if suffix in (".csv", ".tsv") and _first_bytes(path) in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"a text file must be in UTF-8; {str(path)!r} is in UTF-16")
     if path.stat().st_size == 0:
         raise DataError(f"DATA must have rows; {str(path)!r} is empty")
     try:
@@ -114,6 +144,8 @@ def _read_file(path: Path) -> pl.DataFrame:
         raise DataError(f"DATA must be readable; {str(path)!r} is not") from error
     except (PolarsError, UnicodeError, ValueError, OSError, zipfile.BadZipFile) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")[:120]
+        if suffix == ".npz":  # numpy's own advice is to load it unsafely
+            reason = "it is no archive of plain arrays"
         raise DataError(f"DATA must be a table; {str(path)!r} can't be read as {suffix[1:]}: {reason}") from error
 
 

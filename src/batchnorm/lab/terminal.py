@@ -141,7 +141,8 @@ def show_result(out: Console, result: dict[str, Any], steps: int) -> None:
         if line:
             out.print(line)
     stacking = result["stacking"]
-    out.print(
-        f"Trained {stacking['runs']} networks in stacks, {number(stacking['factor'])} times as fast as one by one."
-    )
+    if stacking["factor"] > 1:
+        out.print(
+            f"Trained {stacking['runs']} networks in stacks, {number(stacking['factor'])} times as fast as one by one."
+        )
     out.print(f"Caveat: {result['caveat']}")

@@ -8,6 +8,7 @@ from typing import Any
 
 __all__ = ["bounds_text", "caveat", "number", "ratio_text", "steps_text", "verdict"]
 
+CONFIDENCE = 0.95
 WHERE = {"before": "before the nonlinearity", "after": "after it"}
 
 
@@ -43,28 +44,33 @@ def steps_text(median: float | None, steps: int) -> str:
 
 
 def _direction(ratio: dict[str, Any]) -> int:
-    """1 where the whole interval says fewer steps, -1 where more, 0 where it does not tell."""
+    """1 where the whole interval says fewer steps, -1 where more, 0 where it does not tell or is no interval."""
     low, high = ratio["interval"]
-    return int(low > 1) - int(high < 1)
+    return 0 if ratio["confidence"] < CONFIDENCE else int(low > 1) - int(high < 1)
 
 
 def _inverse(bounds: Sequence[float]) -> list[float]:
     return [1 / bounds[1], 1 / bounds[0] if bounds[0] > 0 else math.inf]
 
 
-def _clause(arm: str, ratio: dict[str, Any]) -> str:
-    """What one placement changed."""
+def _end(value: float) -> str:
+    return "unbounded" if value == math.inf else number(value)
+
+
+def _clear(arm: str, ratio: dict[str, Any]) -> str:
+    """What a placement changed for certain: "5.6 times fewer steps before the nonlinearity (4.1 to 9)"."""
+    fewer = _direction(ratio) > 0
+    median = ratio["median"] if fewer else _inverse(ratio["median"])
+    low, high = ratio["interval"] if fewer else _inverse(ratio["interval"])
+    return (
+        f"{bounds_text(median)} times {'fewer' if fewer else 'more'} steps {WHERE[arm]} ({_end(low)} to {_end(high)})"
+    )
+
+
+def _unclear(arm: str, ratio: dict[str, Any]) -> str:
+    """What a placement changed, or did not: "0.6 to 2 times fewer steps before the nonlinearity"."""
     low, high = ratio["interval"]
-    direction = _direction(ratio)
-    if direction < 0:
-        low, high = _inverse((low, high))
-    many = bounds_text(ratio["median"] if direction > 0 else _inverse(ratio["median"]))
-    interval = f"({number(low)} to {'unbounded' if high == math.inf else number(high)})"
-    if direction == 0:
-        low, high = ratio["interval"]
-        interval = f"{number(low)} to {'unbounded' if high == math.inf else number(high)}"
-        return f"no clear change {WHERE[arm]} (between {interval} times fewer steps)"
-    return f"{many} times {'fewer' if direction > 0 else 'more'} steps {WHERE[arm]} {interval}"
+    return f"{_end(low)} to {_end(high)} times fewer steps {WHERE[arm]}"
 
 
 def verdict(result: dict[str, Any], name: str, steps: int) -> str:
@@ -73,7 +79,7 @@ def verdict(result: dict[str, Any], name: str, steps: int) -> str:
     rule = result["target"]["rule"].split(",")[0]
     if not math.isfinite(result["target"]["value"]):
         trains = [WHERE[arm] for arm in ratios if arms[arm]["diverged"] < len(arms[arm]["steps"])]
-        with_it = f"with it {' and '.join(trains)} it trained" if trains else "with it too"
+        with_it = f"and with it {' and '.join(trains)} trained" if trains else "and so did those with it"
         return (
             f"On {name} the network without batch norm diverged at every learning rate tried, {with_it}; "
             "so there is nothing to count steps against."
@@ -87,26 +93,39 @@ def verdict(result: dict[str, Any], name: str, steps: int) -> str:
             f"norm, {medians['before']} with it before the nonlinearity and {medians['after']} after it."
         )
     directions = {arm: _direction(ratio) for arm, ratio in ratios.items()}
-    clauses = " and ".join(_clause(arm, ratio) for arm, ratio in ratios.items())
+    clear = " and ".join(_clear(arm, ratio) for arm, ratio in ratios.items() if directions[arm])
+    unclear = " and ".join(_unclear(arm, ratio) for arm, ratio in ratios.items() if not directions[arm])
+    rest = f"; not clear: {unclear}" if unclear else ""
     if max(directions.values()) > 0:
-        return f"On {name} batch norm needs {clauses} to reach {rule}."
-    return f"On {name} batch norm does not help the network reach {rule} sooner: {clauses}."
+        return f"On {name} batch norm needs {clear} to reach {rule}{rest}."
+    if min(directions.values()) < 0:
+        return f"On {name} batch norm does not help the network reach {rule} sooner: it needs {clear}{rest}."
+    return f"On {name} batch norm does not clearly help the network reach {rule} sooner: {unclear}."
 
 
 def caveat(result: dict[str, Any], validation_rows: int) -> str:
     """The one thing most worth knowing before the verdict is believed."""
     arms, ratios = result["arms"], result["ratios"]
-    if not result["headline"] and math.isfinite(result["target"]["value"]):
+    if not math.isfinite(result["target"]["value"]):
+        return "No run without batch norm set a target; what can be compared is the test score."
+    if not result["headline"]:
+        counted = "steps are counted on the validation loss and " if result["target"]["measure"] == "loss" else ""
         return (
-            f"Only {validation_rows} validation rows: steps are counted on the validation loss and no ratio is "
-            "claimed, since one row more or less would move it."
+            f"Only {validation_rows} validation rows: {counted}no ratio is claimed, since one row more or less "
+            "would move it."
+        )
+    seeds = len(arms["none"]["steps"])
+    confidence = min(ratio["confidence"] for ratio in ratios.values())
+    if confidence < CONFIDENCE:
+        return (
+            f"With {seeds} seeds an interval holds the true ratio with {100 * confidence:.3g}% confidence at most, too "
+            "little for a claim: take 6 or more."
         )
     open_ended = sum(ratio["at_least"] + ratio["at_most"] + ratio["unknown"] for ratio in ratios.values())
     if open_ended:
-        pairs = sum(len(ratio["pairs"]) for ratio in ratios.values())
         return (
-            f"In {open_ended} of {pairs} pairs a run did not arrive within the steps trained; such a pair bounds the "
-            "ratio and does not fix it."
+            f"In {open_ended} of the {len(ratios)} x {seeds} pairs a run did not arrive within the steps trained; such "
+            "a pair bounds the ratio and does not fix it."
         )
     edges = {result["grid"][0], result["grid"][-1]}
     at_edge = [arm for arm, values in arms.items() if values["learning_rate"] in edges]

@@ -39,6 +39,11 @@ class _Layer(TorchBatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002 (torch's name for it)
         """Return ``activation(gamma * z_hat + beta + residual)``, of input's shape (N, C, *) and dtype."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        if input.shape[1] != self.num_features:
+            raise InputError(
+                f"input must have num_features={self.num_features} channels in dimension 1; "
+                f"got {input.shape[1]}, in shape {tuple(input.shape)}"
+            )
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)

@@ -45,8 +45,8 @@ def variants(evidence: Evidence) -> Figure | None:
         title="Initial weights and input scaling",
         finding=f"Of {len(rows)} set-ups, most search seeds reach the target in {listed(arrives)}.",
         note=(
-            "Median steps of the search seeds to the target, at the best of three learning rates: the "
-            f"arm's own, and one about 3 times lower and higher. Shaded: not within {steps} steps at any of the three."
+            "Median steps of the search seeds to the target, at the best of up to three learning rates: the "
+            f"arm's own, and one about 3 times lower and higher. Shaded: not within {steps} steps at any of them."
         ),
         plots=[
             Plot(
