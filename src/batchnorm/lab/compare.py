@@ -7,6 +7,7 @@ of a step is measured. Training is done in stacks (see `train`), spread over pro
 from __future__ import annotations
 
 import math
+import os
 import signal
 import tempfile
 import threading
@@ -88,8 +89,12 @@ def _cut(
     ]
 
 
-def _train_stack(stack: Stack, dataset: Dataset, taken: np.memmap[Any, Any], index: int) -> dict[str, Any]:
+def _train_stack(
+    stack: Stack, dataset: Dataset, taken: np.memmap[Any, Any], index: int, main_process: int
+) -> dict[str, Any]:
     """Train one stack on one thread and put it in the form that run.json holds; runs in a worker."""
+    if os.getpid() != main_process:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the main one sees to it
 
     def progress(step: int) -> None:
         taken[index] = step
@@ -139,7 +144,7 @@ class _Watch(threading.Thread):
 
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Keep Ctrl-C from the processes started here, for good, and from this one until the block ends."""
+    """Keep Ctrl-C from the processes started here while they start, and from this one until the block ends."""
     if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -171,7 +176,7 @@ class _Workers:
             parallel = Parallel(n_jobs=self.jobs, return_as="generator_unordered")
             with _no_interrupt():
                 results = parallel(
-                    delayed(_train_stack)(stack, self.dataset, taken, i) for i, stack in enumerate(waiting)
+                    delayed(_train_stack)(stack, self.dataset, taken, i, os.getpid()) for i, stack in enumerate(waiting)
                 )
             watch.start()
             try:
