@@ -135,9 +135,12 @@ class _Watch(threading.Thread):
         self.told[index] = steps
 
     def stop(self) -> None:
-        """Stop, and count as taken the steps that stacks stopped early did not need."""
+        """Tell no more of the workers."""
         self.over.set()
         self.join()
+
+    def finish(self) -> None:
+        """Count as taken the steps that stacks stopped early did not need."""
         for index, stack in enumerate(self.stacks):
             self.tell(index, stack, stack.settings.steps)
 
@@ -193,6 +196,7 @@ class _Workers:
                     warnings.simplefilter("ignore")  # joblib's, that tasks are cancelled: so they should be
                     results.close()
                 watch.stop()
+            watch.finish()
 
 
 def _beside(rate: float, steps: int) -> float:

@@ -16,7 +16,7 @@ from batchnorm.lab.measures import CONFIDENCE, FEWEST_VALIDATION_ROWS, SHARE_OF_
 from batchnorm.lab.run_file import RunFile, write_file
 from batchnorm.lab.runs import CONSECUTIVE, median_steps
 from batchnorm.lab.settings import ARMS, Arm
-from batchnorm.lab.verdict import number, ratio_text, steps_text
+from batchnorm.lab.verdict import difference_text, number, ratio_text, steps_text
 
 __all__ = ["FILE", "Report", "Row", "Section", "report_data", "write_report"]
 
@@ -91,7 +91,7 @@ def _row(evidence: Evidence, arm: Arm) -> Row:
         seconds_ratio=_times(evidence, arm, ratio and ratio.get("seconds")),
         rates_that_reach=f"{values['rates_that_reach']} of {len(values['search'])}" if values else SOON,
         test_score=_test_score(values),
-        test_difference=_difference(difference) if difference else "",
+        test_difference=difference_text(difference) if difference else "",
     )
 
 
@@ -109,11 +109,6 @@ def _test_score(values: dict[str, Any] | None) -> str:
         return SOON
     score = values["test_score"]
     return "diverged" if score is None or math.isnan(score) else f"{score:.3f}"
-
-
-def _difference(difference: dict[str, Any]) -> str:
-    low, high = difference["interval"]
-    return f"{difference['estimate']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _unfinished(run: RunFile, evidence: Evidence) -> list[str]:

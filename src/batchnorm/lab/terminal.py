@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 from batchnorm.lab.settings import ARMS
-from batchnorm.lab.verdict import number, ratio_text, steps_text
+from batchnorm.lab.verdict import difference_text, number, ratio_text, steps_text
 
 __all__ = ["Bars", "Silence", "console", "describe_data", "show_result"]
 
@@ -118,8 +118,7 @@ def _differences(result: dict[str, Any]) -> str:
     for arm, ratio in result["ratios"].items():
         difference = ratio["test_difference"]
         if difference is not None:
-            low, high = difference["interval"]
-            parts.append(f"{arm} {difference['estimate']:+.3f} [{low:+.3f}, {high:+.3f}]")
+            parts.append(f"{arm} {difference_text(difference)}")
     return f"Test {result['score_name']} against none: {', '.join(parts)}." if parts else ""
 
 

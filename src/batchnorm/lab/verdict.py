@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["bounds_text", "caveat", "number", "ratio_text", "steps_text", "verdict"]
+from batchnorm.lab.measures import CONFIDENCE
 
-CONFIDENCE = 0.95
+__all__ = ["bounds_text", "caveat", "difference_text", "number", "ratio_text", "steps_text", "verdict"]
+
 WHERE = {"before": "before the nonlinearity", "after": "after it"}
 
 
@@ -36,6 +37,12 @@ def ratio_text(ratio: dict[str, Any]) -> str:
     for words, symbol in sign.items():
         text = text.replace(words, symbol)
     return f"{text} [{number(low)}, {top}]"
+
+
+def difference_text(difference: dict[str, Any]) -> str:
+    """A difference of test scores with its interval: "+0.016 [+0.002, +0.031]"."""
+    low, high = difference["interval"]
+    return f"{difference['estimate']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def steps_text(median: float | None, steps: int) -> str:
