@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from batchnorm.diagnostics.explain import Explanation, explain
 from batchnorm.errors import BatchNormError, DataError, InputError, RunError
 from batchnorm.functional import batch_norm
+from batchnorm.kernels.allocator import tune_allocator
 from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "batch_norm",
     "explain",
+    "tune_allocator",
 ]
 
 _LAZY = {"BatchNormMLPClassifier": "batchnorm.estimators", "BatchNormMLPRegressor": "batchnorm.estimators"}

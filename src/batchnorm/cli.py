@@ -14,8 +14,8 @@ try:
     from joblib import cpu_count
 
     from batchnorm.lab import terminal
-    from batchnorm.lab.compare import compare as run_comparison
-    from batchnorm.lab.compare import fit_to_data
+    from batchnorm.lab.comparison import compare as run_comparison
+    from batchnorm.lab.comparison import fit_to_data
     from batchnorm.lab.data import Dataset, Task, prepare
     from batchnorm.lab.report import write_report
     from batchnorm.lab.run_file import RunFile, new_folder, plain, read_run
@@ -154,6 +154,7 @@ def compare(
             settings=settings.to_json(),
             data=dataset.describe(),
         )
+    batchnorm.tune_allocator()
     progress = terminal.Silence() if quiet else terminal.Bars()
     if not quiet:
         terminal.describe_data(terminal.console(stderr=True), run.content["data"], notes)

@@ -10,7 +10,7 @@ import statistics
 import pytest
 from playwright.sync_api import sync_playwright
 
-from batchnorm.lab.compare import compare
+from batchnorm.lab.comparison import compare
 from batchnorm.lab.data import prepare
 from batchnorm.lab.report import report_data, write_report
 from batchnorm.lab.run_file import RunFile, plain, read_run

@@ -24,6 +24,7 @@ from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from batchnorm.errors import RunError
+from batchnorm.kernels.allocator import tune_allocator
 from batchnorm.lab.data import Dataset
 from batchnorm.lab.measures import choose_rate, choose_target, summarise_rates
 from batchnorm.lab.result import evaluate
@@ -95,6 +96,7 @@ def _train_stack(
     """Train one stack on one thread and put it in the form that run.json holds; runs in a worker."""
     if os.getpid() != main_process:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the main one sees to it
+        tune_allocator()  # the worker is ours alone
 
     def progress(step: int) -> None:
         taken[index] = step

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from batchnorm.lab.compare import compare, fit_to_data, variants
+from batchnorm.lab.comparison import compare, fit_to_data, variants
 from batchnorm.lab.data import prepare
 from batchnorm.lab.measures import ratio_bounds
 from batchnorm.lab.run_file import RunFile, read_run
