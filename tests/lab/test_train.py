@@ -11,8 +11,10 @@ import torch
 from batchnorm.lab.data import prepare
 from batchnorm.lab.runs import Target
 from batchnorm.lab.settings import ARMS, PLACEMENTS, Settings
+from batchnorm.lab.stacks import Stack
 from batchnorm.lab.tables import Table, read_table
-from batchnorm.lab.train import Stack, Trainer, seconds_a_step, train
+from batchnorm.lab.train import seconds_a_step, train
+from batchnorm.lab.trainer import Trainer
 
 SETTINGS = Settings(hidden=(12, 12), steps=50)
 

@@ -25,19 +25,19 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from batchnorm.errors import RunError
 from batchnorm.kernels.allocator import tune_allocator
+from batchnorm.lab.claims import Claim, Study, judge_claims
 from batchnorm.lab.data import Dataset
 from batchnorm.lab.measures import choose_rate, choose_target, summarise_rates
 from batchnorm.lab.result import evaluate
 from batchnorm.lab.run_file import RunFile
 from batchnorm.lab.runs import Target, evaluation_steps
-from batchnorm.lab.settings import ARMS, Arm, Inputs, Settings
-from batchnorm.lab.train import Stack, seconds_a_step, train
+from batchnorm.lab.settings import ARMS, Arm, Inputs, Settings, beside
+from batchnorm.lab.stacks import Stack, cut
+from batchnorm.lab.train import seconds_a_step, train
 
 __all__ = ["Progress", "compare", "fit_to_data", "variants"]
 
-RUNS_A_STACK = 11
 VARIANT_FACTORS = (-1, 0, 1)
-GRID_FACTOR = 3.0
 POLL_SECONDS = 0.2
 
 
@@ -62,32 +62,6 @@ def fit_to_data(settings: Settings, dataset: Dataset) -> tuple[Settings, str | N
     return replace(settings, batch_size=rows), (
         f"the batch size of {settings.batch_size} is reduced to the {rows} training rows"
     )
-
-
-def _cut(
-    name: str,
-    phase: str,
-    arm: Arm,
-    pairs: Sequence[tuple[float, int]],
-    settings: Settings,
-    *,
-    whole: bool = False,
-    **options: Any,
-) -> list[Stack]:
-    """Stacks of about equal size of pairs of learning rate and seed; one stack where it is to stop as a whole."""
-    pieces = np.array_split(np.arange(len(pairs)), 1 if whole else math.ceil(len(pairs) / RUNS_A_STACK))
-    return [
-        Stack(
-            key=f"{name}/{arm}/{number}",
-            phase=phase,
-            arm=arm,
-            learning_rates=tuple(pairs[i][0] for i in piece),
-            seeds=tuple(pairs[i][1] for i in piece),
-            settings=settings,
-            **options,
-        )
-        for number, piece in enumerate(pieces)
-    ]
 
 
 def _train_stack(
@@ -201,20 +175,6 @@ class _Workers:
             watch.finish()
 
 
-def _beside(rate: float, steps: int) -> float:
-    """The learning rate so many factors of about 3 away: on 1, 3, 10, 30, ... where the rate is.
-
-    >>> _beside(10.0, 1), _beside(0.01, -1), _beside(0.2, 1)
-    (30.0, 0.003, 0.6)
-    """
-    exponent = math.floor(math.log10(rate) + 1e-9)
-    lead = rate / 10.0**exponent
-    if round(lead, 6) not in (1.0, 3.0):
-        return float(f"{rate * GRID_FACTOR**steps:.6g}")
-    place = 2 * exponent + (round(lead) == 3) + steps
-    return float(f"{(1, 3)[place % 2]}e{place // 2}")
-
-
 def _search(workers: _Workers, settings: Settings) -> tuple[Target, dict[Arm, float], list[float]]:
     """Search the learning rates of every arm, and one more beyond an edge of the grid where the best is there."""
     seeds = range(settings.search_seeds)
@@ -225,7 +185,7 @@ def _search(workers: _Workers, settings: Settings) -> tuple[Target, dict[Arm, fl
     while new:
         pairs = [(rate, seed) for rate in new for seed in seeds]
         name = "search" if not tried else f"search beyond {tried[0]:g} to {tried[-1]:g}"
-        workers.train([s for arm in reversed(ARMS) for s in _cut(name, "search", arm, pairs, settings)])
+        workers.train([s for arm in reversed(ARMS) for s in cut(name, "search", arm, pairs, settings)])
         extended = bool(tried)
         tried = sorted([*tried, *new])
         target = choose_target(
@@ -240,8 +200,8 @@ def _search(workers: _Workers, settings: Settings) -> tuple[Target, dict[Arm, fl
         }
         new = []
         if settings.learning_rates is None and not extended:
-            new += [_beside(tried[0], -1)] if tried[0] in chosen.values() else []
-            new += [_beside(tried[-1], 1)] if tried[-1] in chosen.values() else []
+            new += [beside(tried[0], -1)] if tried[0] in chosen.values() else []
+            new += [beside(tried[-1], 1)] if tried[-1] in chosen.values() else []
             for rate in new:
                 for arm in ARMS:
                     workers.progress.plan(arm, settings.search_seeds * settings.steps)
@@ -249,13 +209,14 @@ def _search(workers: _Workers, settings: Settings) -> tuple[Target, dict[Arm, fl
     return target, chosen, tried
 
 
-def _confirm(settings: Settings, chosen: dict[Arm, float]) -> list[Stack]:
+def _confirm(settings: Settings, chosen: dict[Arm, float], records: tuple[str, ...]) -> list[Stack]:
     """The chosen learning rates on fresh seeds, the same ones for every arm."""
+    options: dict[str, Any] = {"test": True, "records": records}
     seeds = range(settings.search_seeds, settings.search_seeds + settings.seeds)
     stacks = []
     for arm in reversed(ARMS):
-        cut = _cut("confirm", "confirm", arm, [(chosen[arm], seed) for seed in seeds], settings, test=True)
-        stacks += [replace(cut[0], trace=True), *cut[1:]]
+        pieces = cut("confirm", "confirm", arm, [(chosen[arm], seed) for seed in seeds], settings, **options)
+        stacks += [replace(pieces[0], trace=True), *pieces[1:]]
     return stacks
 
 
@@ -274,17 +235,19 @@ def _vary(settings: Settings, target: Target, chosen: dict[Arm, float], tried: l
     stacks = []
     for arm in ARMS:  # the one that is least likely to arrive, and so to stop early, first
         for name, varied in variants(settings).items():
-            rates = [rate for rate in tried if rate in {_beside(chosen[arm], step) for step in VARIANT_FACTORS}]
+            rates = [rate for rate in tried if rate in {beside(chosen[arm], step) for step in VARIANT_FACTORS}]
             pairs = [(rate, seed) for rate in rates for seed in range(settings.search_seeds)]
-            stacks += _cut(name, f"variant: {name}", arm, pairs, varied, stop=target, whole=True)
+            stacks += cut(name, f"variant: {name}", arm, pairs, varied, stop=target, whole=True)
     return stacks
 
 
-def compare(dataset: Dataset, settings: Settings, run: RunFile, *, jobs: int, progress: Progress) -> dict[str, Any]:
+def compare(
+    dataset: Dataset, settings: Settings, run: RunFile, *, jobs: int, progress: Progress, claims: Sequence[Claim] = ()
+) -> dict[str, Any]:
     """Compare the arms, keep everything in run.json as it is finished, and return the result (see docs/compare.md).
 
-    Finished stacks that run.json holds already are not trained again. Ctrl-C leaves the file with what is
-    finished, marked as interrupted.
+    ``claims`` are measured beside. Finished stacks that run.json holds already are not trained again. Ctrl-C leaves
+    the file with what is finished, marked as interrupted.
     """
     workers = _Workers(dataset, run, jobs, progress)
     started = time.perf_counter()
@@ -297,11 +260,17 @@ def compare(dataset: Dataset, settings: Settings, run: RunFile, *, jobs: int, pr
         target, chosen, tried = _search(workers, settings)
         run.content["result"] = evaluate(run, dataset, settings, target, chosen)
         others = _vary(settings, target, chosen, tried) if math.isfinite(target.value) else []
+        study = Study(dataset, settings, run, target, chosen, tried)
+        others += [stack for claim in claims for stack in claim.stacks(study)]
         for stack in others:
             progress.plan(stack.arm, stack.settings.steps * len(stack.seeds))
-        workers.train(_confirm(settings, chosen) + others)
+        records = tuple(dict.fromkeys(record for claim in claims for record in claim.records))
+        workers.train(_confirm(settings, chosen, records) + others)
         timed = seconds_a_step(dataset, chosen, settings)
-        run.content["result"] = result = evaluate(run, dataset, settings, target, chosen, timed)
+        result = evaluate(run, dataset, settings, target, chosen, timed)
+        run.content["result"] = result
+        if claims:
+            result |= judge_claims(study, claims)
         run.content["status"] = "complete"
     except KeyboardInterrupt:
         run.content["status"] = "interrupted"

@@ -24,10 +24,10 @@ from batchnorm.lab.runs import Run, Target, evaluation_steps, median_steps, step
 from batchnorm.lab.settings import ARMS, Arm, Settings
 from batchnorm.lab.verdict import caveat, verdict
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "test_difference", "test_errors"]
 
 
-def _test_errors(runs: Sequence[Run], dataset: Dataset) -> NDArray[np.float64]:
+def test_errors(runs: Sequence[Run], dataset: Dataset) -> NDArray[np.float64]:
     """Errors (seeds, test rows) as the runs kept them."""
     rows = len(dataset.parts["test"])
     decoded = [base64.b64decode((run.test or {})["errors"]) for run in runs]
@@ -36,7 +36,7 @@ def _test_errors(runs: Sequence[Run], dataset: Dataset) -> NDArray[np.float64]:
     return np.stack([np.frombuffer(numbers, "<f4") for numbers in decoded]).astype(float)
 
 
-def _test_difference(arm: Sequence[Run], baseline: Sequence[Run], dataset: Dataset, seed: int) -> dict[str, Any] | None:
+def test_difference(arm: Sequence[Run], baseline: Sequence[Run], dataset: Dataset, seed: int) -> dict[str, Any] | None:
     """Difference of the test scores over the pairs in which neither run diverged."""
     pairs = [(a, b) for a, b in zip(arm, baseline, strict=True) if a.diverged_at is None and b.diverged_at is None]
     if not pairs:
@@ -46,7 +46,7 @@ def _test_difference(arm: Sequence[Run], baseline: Sequence[Run], dataset: Datas
         y = dataset.y[dataset.parts["test"]]
         spread = (y - y.mean()) ** 2
     return paired_difference(
-        _test_errors([a for a, _ in pairs], dataset), _test_errors([b for _, b in pairs], dataset), spread, seed
+        test_errors([a for a, _ in pairs], dataset), test_errors([b for _, b in pairs], dataset), spread, seed
     )
 
 
@@ -143,7 +143,7 @@ def evaluate(
             if seconds is not None:
                 factor = seconds["none"] / seconds[arm]
                 ratio["seconds"] = {name: [bound * factor for bound in ratio[name]] for name in ("median", "interval")}
-            ratio["test_difference"] = _test_difference(confirmed[arm], confirmed["none"], dataset, settings.seed)
+            ratio["test_difference"] = test_difference(confirmed[arm], confirmed["none"], dataset, settings.seed)
             result["ratios"][arm] = ratio
         result["verdict"] = verdict(result, dataset.name, settings.steps)
         result["caveat"] = caveat(result, rows)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CONSECUTIVE", "Measure", "Run", "Target", "evaluation_steps", "median_steps", "steps_to"]
+__all__ = ["CONSECUTIVE", "Measure", "Run", "Target", "evaluation_steps", "median_steps", "rounded", "steps_to"]
 
 CONSECUTIVE = 3
 Measure = Literal["score", "loss"]
@@ -29,6 +29,7 @@ class Run:
     validation_score: list[float] = field(default_factory=list)
     test: dict[str, Any] | None = None
     trace: list[list[list[float]]] | None = None
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Target:
         if self.measure == "score":
             return np.asarray(run.validation_score) >= self.value
         return np.asarray(run.validation_loss) <= self.value
+
+
+def rounded(value: float) -> float:
+    """Six digits: what a float32 sum is good for, and what run.json needs to hold."""
+    return float(f"{value:.6g}")
 
 
 def evaluation_steps(steps: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from batchnorm.errors import InputError
 from batchnorm.lab.network import ACTIVATIONS, Placement, check_init
 
-__all__ = ["ARMS", "PLACEMENTS", "Arm", "Inputs", "Optimizer", "Settings", "parse_numbers"]
+__all__ = ["ARMS", "PLACEMENTS", "Arm", "Inputs", "Optimizer", "Settings", "beside", "parse_numbers"]
 
 Arm = Literal["none", "before", "after"]
 Optimizer: TypeAlias = Literal["sgd", "adam"]
@@ -22,6 +22,8 @@ LEARNING_RATES: dict[str, tuple[float, ...]] = {
     "sgd": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
     "adam": (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
 }
+
+GRID_FACTOR = 3.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Settings:
         The validation score to reach; by default 0.99 of the best without batch normalization.
     seed : int
         Of the split, and of everything drawn at random.
+    null_arm : "none", "before" or "after", optional
+        Gives every arm this network, each with fresh seeds of its own: an A/A check, in which no claim should hold.
     """
 
     hidden: tuple[int, ...] = (100, 100, 100)
@@ -69,6 +73,7 @@ class Settings:
     inputs: Inputs = "standardized"
     target_score: float | None = None
     seed: int = 0
+    null_arm: Arm | None = None
 
     def __post_init__(self) -> None:
         if not self.hidden or min(self.hidden) < 1:
@@ -98,6 +103,11 @@ class Settings:
         return tuple(sorted(set(self.learning_rates or LEARNING_RATES[self.optimizer])))
 
     @property
+    def sweep_steps(self) -> int:
+        """Steps of the many runs that sweep learning rates or initial weights: an eighth."""
+        return max(self.steps // 8, 1)
+
+    @property
     def variant_steps(self) -> int:
         """Steps of the runs that only ask what another set-up would change: half."""
         return max(self.steps // 2, 1)
@@ -113,6 +123,20 @@ class Settings:
         if values["learning_rates"] is not None:
             values["learning_rates"] = tuple(values["learning_rates"])
         return cls(**values)
+
+
+def beside(rate: float, steps: int) -> float:
+    """The learning rate so many factors of about 3 away: on 1, 3, 10, 30, ... where the rate is.
+
+    >>> beside(10.0, 1), beside(0.01, -1), beside(0.2, 1)
+    (30.0, 0.003, 0.6)
+    """
+    exponent = math.floor(math.log10(rate) + 1e-9)
+    lead = rate / 10.0**exponent
+    if round(lead, 6) not in (1.0, 3.0):
+        return float(f"{rate * GRID_FACTOR**steps:.6g}")
+    place = 2 * exponent + (round(lead) == 3) + steps
+    return float(f"{(1, 3)[place % 2]}e{place // 2}")
 
 
 def parse_numbers(text: str, kind: type[int] | type[float], name: str) -> tuple[float, ...]:

@@ -129,6 +129,22 @@ def _seconds(result: dict[str, Any]) -> str:
     return f"Milliseconds a step: {steps}." + (f" Times fewer seconds: {times}." if result["headline"] else "")
 
 
+def _claims(claims: list[dict[str, Any]]) -> Table:
+    """A row for each thing claimed, with its verdict before and after the nonlinearity."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("claim")
+    for heading in ("before the\nnonlinearity", "after it"):
+        table.add_column(heading, no_wrap=True)
+    for claim in claims:
+        verdicts: dict[str, dict[str, str]] = {}
+        for finding in claim["findings"]:
+            verdicts.setdefault(finding["label"], {})[finding["subject"]] = finding["verdict"]
+        for label, by_subject in verdicts.items():
+            before = by_subject.get("before") or by_subject.get("inputs", "")
+            table.add_row(f"{claim['name']}: {label}", before, by_subject.get("after", ""))
+    return table
+
+
 def show_result(out: Console, result: dict[str, Any], steps: int) -> None:
     """The verdict, the table, what it cost, and the caveat."""
     out.print()
@@ -145,3 +161,8 @@ def show_result(out: Console, result: dict[str, Any], steps: int) -> None:
             f"Trained {stacking['runs']} networks in stacks, {number(stacking['factor'])} times as fast as one by one."
         )
     out.print(f"Caveat: {result['caveat']}")
+    if "claims" in result:
+        out.print()
+        out.print(_claims(result["claims"]))
+        out.print()
+        out.print(result["power"]["text"])

@@ -1,0 +1,97 @@
+"""How often a claim holds where nothing is to be found: on shuffled labels, and with an arm compared against itself.
+
+    python benchmarks/null_claims.py --repetitions 200 --out benchmarks/results/null_claims.json
+
+Each repetition is a whole study, small: breast_cancer, 2 hidden layers of 8 units, 10 seeds. It has a split and
+seeds of its own; the labels are shuffled anew. Counted is how often each claim holds, and how often any does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, cpu_count, delayed
+from scipy.stats import binomtest
+
+from batchnorm.lab.claims import CLAIMS
+from batchnorm.lab.comparison import compare
+from batchnorm.lab.data import prepare
+from batchnorm.lab.run_file import RunFile
+from batchnorm.lab.settings import Settings
+from batchnorm.lab.tables import read_table
+from batchnorm.lab.terminal import Silence
+
+QUICK = Settings(
+    hidden=(8, 8), activation="tanh", batch_size=32, learning_rates=(0.1, 0.3), search_seeds=2, seeds=10, steps=80
+)
+CHECKS = ("shuffled labels", "an arm against itself")
+
+
+def study(check: str, repetition: int) -> list[tuple[str, str]]:
+    """What every claim of one study came to: ("fewer_steps, fewer steps, before", "undecided"), ..."""
+    torch.set_num_threads(1)
+    settings, claims = replace(QUICK, seed=repetition), list(CLAIMS.values())
+    dataset = prepare(read_table("breast_cancer"), seed=repetition)
+    if check == "shuffled labels":
+        dataset = replace(dataset, y=np.random.default_rng(repetition).permutation(dataset.y))
+    else:
+        settings = replace(settings, null_arm="before")
+        claims = [claim for claim in claims if claim.name != "inputs"]  # it compares no arms
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFile.create(Path(folder), command="", request={}, settings=settings.to_json(), data=dataset.describe())
+        result = compare(dataset, settings, run, jobs=1, progress=Silence(), claims=claims)
+    return [
+        (f"{claim['name']}, {finding['label']}, {finding['subject']}", finding["verdict"])
+        for claim in result["claims"]
+        for finding in claim["findings"]
+    ]
+
+
+def rate(count: int, repetitions: int) -> dict[str, Any]:
+    """A count with its exact 95% interval as shares."""
+    interval = binomtest(count, repetitions).proportion_ci()
+    return {"holds": count, "share": count / repetitions, "interval": [interval.low, interval.high]}
+
+
+def main() -> None:
+    """Run both checks and write what they came to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=cpu_count())
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    repetitions = arguments.repetitions
+    report: dict[str, Any] = {
+        "command": f"python benchmarks/null_claims.py --repetitions {repetitions} --out {arguments.out}",
+        "repetitions": repetitions,
+        "settings": QUICK.to_json(),
+        "machine": {"system": platform.system(), "cores": os.cpu_count(), "torch": str(torch.__version__)},
+        "checks": {},
+    }
+    for check in CHECKS:
+        started = time.perf_counter()
+        studies = Parallel(n_jobs=arguments.jobs)(delayed(study)(check, i) for i in range(repetitions))
+        holds = Counter(name for verdicts in studies for name, verdict in verdicts if verdict == "holds")
+        wrong = sum(any(verdict == "holds" for _, verdict in verdicts) for verdicts in studies)
+        report["checks"][check] = {
+            "any claim": rate(wrong, repetitions),
+            "claims": {name: rate(holds[name], repetitions) for name, _ in studies[0]},
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        print(f"{check}: some claim holds in {wrong} of {repetitions} studies")  # noqa: T201
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Claim: training depends less on the initial weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from batchnorm.lab.claims.claim import Claim, Measured
+from batchnorm.lab.claims.judgement import Measurement
+from batchnorm.lab.claims.study import Study
+from batchnorm.lab.claims.sweep import share, width_pairs, widths
+from batchnorm.lab.runs import Target, evaluation_steps, steps_to
+from batchnorm.lab.settings import ARMS
+from batchnorm.lab.stacks import Stack, cut
+
+__all__ = ["CLAIM", "SCALES"]
+
+SCALES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+
+
+def _phase(scale: float) -> str:
+    return f"initial scale x {scale:g}"
+
+
+def _stacks(study: Study) -> list[Stack]:
+    settings = study.settings
+    return [
+        stack
+        for scale in SCALES
+        for arm in ARMS
+        for stack in cut(
+            _phase(scale),
+            _phase(scale),
+            arm,
+            [(study.chosen[arm], seed) for seed in study.seeds],
+            replace(settings, steps=settings.sweep_steps, init_scale=settings.init_scale * scale),
+        )
+    ]
+
+
+def _design(study: Study) -> str:
+    settings = study.settings
+    trained = "" if study.threshold is None else f" ({study.threshold:.3g})"
+    return (
+        f"Every arm is trained at its own learning rate from initial weights multiplied by {len(SCALES)} factors, "
+        f"{SCALES[0]:g} to {SCALES[-1]:g}, with {settings.seeds} seeds, {settings.sweep_steps} steps each. A run "
+        "trains where the mean of its last three validation scores is at least half of the way"
+        f"{trained} from a constant guess to the best score of any arm. Compared seed by seed is over how many decades "
+        "of initial weights the network trains. It does not hold where one decade more is excluded."
+    )
+
+
+def _measure(study: Study) -> Measured:
+    runs = {arm: [study.run.runs(_phase(scale), arm) for scale in SCALES] for arm in ARMS}
+    decades = {arm: widths(study, by_scale, 1.0) for arm, by_scale in runs.items()}
+    evaluations = evaluation_steps(study.settings.sweep_steps)
+    details: dict[str, Any] = {
+        "scales": list(SCALES),
+        "threshold": study.threshold,
+        "steps": study.settings.sweep_steps,
+        "trains": {arm: [share(study.trains, at) for at in by_scale] for arm, by_scale in runs.items()},
+        "scores": {arm: [[study.last_score(run) for run in at] for at in by_scale] for arm, by_scale in runs.items()},
+        "width": decades,
+    }
+    if study.threshold is not None:
+        target = Target("score", study.threshold, "")
+        details["arrivals"] = {
+            arm: [[steps_to(run, target, evaluations) for run in at] for at in by_scale]
+            for arm, by_scale in runs.items()
+        }
+    measurements = [
+        Measurement(
+            arm,
+            "more initial weights train",
+            "decades more of initial weights",
+            "decades fewer of initial weights",
+            "difference",
+            width_pairs(decades, arm),
+            1.0,
+            study.nothing_learned("none", arm),
+        )
+        for arm in ARMS[1:]
+    ]
+    return Measured(measurements, details)
+
+
+CLAIM = Claim(
+    name="initial_weights",
+    title="Less dependence on the initial weights",
+    question="Does the network train from initial weights that are far too small or far too large?",
+    statement="Batch norm widens the range of initial weights that train",
+    design=_design,
+    measure=_measure,
+    stacks=_stacks,
+)

@@ -1,0 +1,153 @@
+"""Claim: batch normalization reduces internal covariate shift; and, beside it, that it smooths the loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from batchnorm.lab.claims.claim import Claim, Measured
+from batchnorm.lab.claims.judgement import Measurement
+from batchnorm.lab.claims.study import Study
+from batchnorm.lab.measures import Bounds
+from batchnorm.lab.recorders import STEP_SIZES, probe_steps
+from batchnorm.lab.runs import Run, Target, evaluation_steps, steps_to
+from batchnorm.lab.settings import ARMS, Arm
+from batchnorm.lab.stacks import Stack, cut
+
+__all__ = ["CLAIM"]
+
+PHASE = "shift"
+MARGIN = 1.1
+FEWEST_FOR_A_RANK_CORRELATION = 5
+
+
+def _stacks(study: Study) -> list[Stack]:
+    settings = replace(study.settings, steps=study.settings.variant_steps)
+    pairs = [(study.common_rate, seed) for seed in study.seeds]
+    return [stack for arm in ARMS for stack in cut(PHASE, PHASE, arm, pairs, settings, records=("shift",))]
+
+
+def _design(study: Study) -> str:
+    settings = study.settings
+    probes = len(probe_steps(settings.variant_steps))
+    return (
+        f"Every arm is trained with {settings.seeds} seeds at one learning rate, {study.common_rate:g}, at which the "
+        f"worst of them does best in the search, for {settings.variant_steps} steps; at {probes} of them the networks "
+        "are looked at before and after the step, always on the same training rows and with those rows' statistics, as "
+        "in training. Drift is the symmetrised Kullback-Leibler divergence in one step between the distributions of "
+        "each input of a layer, taken as normal (median over the inputs; compared is the median over layers and "
+        "probes). The loss is the smoother the less the gradient changes along itself: the length of its change over "
+        "its own length after one learning rate (after Santurkar et al. 2018). Ratios are without batch norm over with "
+        "it, seed by seed. They do not hold where a gain of 10% is excluded. Beside them is their rank correlation, "
+        "over the runs of all arms, with the steps to half of the way from a constant guess to the best score of any "
+        "arm. After the nonlinearity the mean and the variance of a layer's inputs are beta and gamma squared, "
+        "whatever the weights are."
+    )
+
+
+def _arrival(study: Study, run: Run) -> int | None:
+    """Steps of a run to half of the way from a constant guess to the best score of any arm."""
+    if study.threshold is None:
+        return None
+    return steps_to(run, Target("score", study.threshold, ""), evaluation_steps(study.settings.variant_steps))
+
+
+def _drifts(run: Run) -> NDArray[np.float64]:
+    """Drift (probes, layers) of a run; what is not finite, of a diverged run, is infinite."""
+    return _finite(run.record["shift"]["drift"])
+
+
+def _changes(run: Run) -> NDArray[np.float64]:
+    """Relative change of the gradient after one learning rate (probes,) of a run."""
+    return _finite(run.record["shift"]["gradient_change"])[:, STEP_SIZES.index(1.0)]
+
+
+def _finite(values: Any) -> NDArray[np.float64]:
+    numbers = np.array(values, dtype=float)
+    return np.where(np.isnan(numbers), math.inf, numbers)
+
+
+def _ratio(none: float, arm: float) -> Bounds:
+    """Without over with; unknown where both diverged or neither moves."""
+    if none == arm and (none == 0 or none == math.inf):
+        return 0.0, math.inf
+    ratio = math.inf if arm == 0 else none / arm
+    return ratio, ratio
+
+
+def _over_seeds(values: NDArray[np.float64]) -> dict[str, list[float]]:
+    """Median and middle half over seeds (the first axis)."""
+    ordered = np.sort(values, axis=0)
+    last = len(ordered) - 1
+    return {
+        "median": np.median(ordered, axis=0).tolist(),
+        "low": ordered[math.floor(last / 4)].tolist(),
+        "high": ordered[math.ceil(last * 3 / 4)].tolist(),
+    }
+
+
+def _correlation(amounts: list[float], arrivals: list[int | None]) -> dict[str, Any]:
+    """Rank correlation over runs of an amount with the steps it took, those that never arrive last."""
+    steps = [math.inf if step is None else float(step) for step in arrivals]
+    varied = len(set(steps)) > 1 and len(set(amounts)) > 1
+    known = len(steps) >= FEWEST_FOR_A_RANK_CORRELATION and varied
+    ranks = [np.unique(values, return_inverse=True)[1] for values in (amounts, steps)]
+    return {"rho": float(spearmanr(*ranks).statistic) if known else None, "runs": len(steps)}
+
+
+def _measure(study: Study) -> Measured:
+    runs: dict[Arm, list[Run]] = {arm: study.run.runs(PHASE, arm) for arm in ARMS}
+    drifts = {arm: np.array([_drifts(run) for run in of_arm]) for arm, of_arm in runs.items()}
+    changes = {arm: np.array([_changes(run) for run in of_arm]) for arm, of_arm in runs.items()}
+    drift = {arm: [float(np.median(values)) for values in of_arm] for arm, of_arm in drifts.items()}
+    change = {arm: [float(np.median(values)) for values in of_arm] for arm, of_arm in changes.items()}
+    arrivals = {arm: [_arrival(study, run) for run in of_arm] for arm, of_arm in runs.items()}
+    measurements = []
+    for amounts, label, more, less in (
+        (drift, "less drift", "times less drift", "times more drift"),
+        (change, "a smoother loss", "times less change of the gradient", "times more change of the gradient"),
+    ):
+        for arm in ARMS[1:]:
+            pairs = [_ratio(none, some) for none, some in zip(amounts["none"], amounts[arm], strict=True)]
+            reason = study.nothing_learned("none", arm)
+            measurements.append(Measurement(arm, label, more, less, "ratio", pairs, MARGIN, reason))
+    hidden = len(study.settings.hidden)
+    first_half = (hidden - 1) // 2
+    shown: dict[str, Any] = {arm: of_arm[0].record["shift"] for arm, of_arm in runs.items()}
+    together = [step for arm in ARMS for step in arrivals[arm]]
+    details = {
+        "probes": probe_steps(study.settings.variant_steps),
+        "learning_rate": study.common_rate,
+        "layers": [*(f"hidden layer {number}" for number in range(2, hidden + 1)), "output layer"],
+        "drift": {arm: [_over_seeds(values[:, :, i]) for i in range(hidden)] for arm, values in drifts.items()},
+        "gradient": {arm: _over_seeds(values) for arm, values in changes.items()},
+        "arrivals": arrivals,
+        "correlation": {
+            "drift": _correlation([value for arm in ARMS for value in drift[arm]], together),
+            "gradient": _correlation([value for arm in ARMS for value in change[arm]], together),
+        },
+        "distributions": {"layers": [f"hidden layer {number}" for number in range(1, hidden + 1)]}
+        | {
+            arm: [[probe[i] for probe in record["distributions"]] for i in range(hidden)]
+            for arm, record in shown.items()
+        },
+        "outputs": {"layer": f"hidden layer {first_half + 1}"}
+        | {arm: record["outputs"] for arm, record in shown.items()},
+    }
+    return Measured(measurements, details)
+
+
+CLAIM = Claim(
+    name="shift",
+    title="Internal covariate shift, and the smoothness of the loss",
+    question="Do the inputs of the layers move less while the layers before them learn, and is the loss smoother?",
+    statement="Batch norm reduces internal covariate shift and smooths the loss",
+    design=_design,
+    measure=_measure,
+    stacks=_stacks,
+)

@@ -1,0 +1,112 @@
+"""What the claims are measured from: the finished runs of a comparison, its data and its choices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from batchnorm.lab.data import Dataset
+from batchnorm.lab.measures import best_rate, paired_difference
+from batchnorm.lab.result import test_errors
+from batchnorm.lab.run_file import RunFile
+from batchnorm.lab.runs import CONSECUTIVE, Run, Target
+from batchnorm.lab.settings import ARMS, Arm, Settings
+
+__all__ = ["Study"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison whose learning rates are chosen, and what its claims have in common."""
+
+    dataset: Dataset
+    settings: Settings
+    run: RunFile
+    target: Target
+    chosen: dict[Arm, float]
+    tried: list[float]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that confirm, which the claims are measured on too."""
+        first = self.settings.search_seeds
+        return list(range(first, first + self.settings.seeds))
+
+    @property
+    def counted(self) -> bool:
+        """Whether steps to the target are counted, so that ratios of them can be judged."""
+        return bool(self.run.content["result"]["headline"])
+
+    @property
+    def too_few_rows(self) -> str:
+        """Why ratios of steps are not judged where they are not counted."""
+        return f"on {len(self.dataset.parts['validation'])} validation rows no ratio of steps is claimed"
+
+    @cached_property
+    def constant_score(self) -> float:
+        """Validation score of one guess for every row: the most frequent class, or the mean, of the training rows."""
+        if self.dataset.task == "regression":
+            return 0.0
+        train, validation = (self.dataset.y[self.dataset.parts[part]] for part in ("train", "validation"))
+        return float(np.mean(validation == np.bincount(train).argmax()))
+
+    @cached_property
+    def threshold(self) -> float | None:
+        """The validation score of a run that trains: half of the way from a constant guess to the best of any arm.
+
+        None where no arm's best is above that of a constant guess.
+        """
+        best = max(best_rate(self.run.runs("search", arm), "score")[1] for arm in ARMS)
+        return (self.constant_score + best) / 2 if best > self.constant_score else None
+
+    @cached_property
+    def common_rate(self) -> float:
+        """The learning rate of the search at which the worst of the arms does best, by its best median score."""
+        summaries = self.run.content["result"]["arms"]
+        worst: dict[float, float] = {
+            row["learning_rate"]: min(
+                other["best_score"]
+                for arm in ARMS
+                for other in summaries[arm]["search"]
+                if other["learning_rate"] == row["learning_rate"]
+            )
+            for row in summaries["none"]["search"]
+        }
+        return max(worst, key=lambda rate: worst[rate])
+
+    def last_score(self, run: Run) -> float:
+        """Mean of a run's last three validation scores; NaN where it diverged."""
+        return math.nan if run.diverged_at is not None else float(np.mean(run.validation_score[-CONSECUTIVE:]))
+
+    def trains(self, run: Run) -> bool:
+        """Whether a run ends at the threshold or above."""
+        return self.threshold is not None and self.last_score(run) >= self.threshold
+
+    @cached_property
+    def learns(self) -> dict[Arm, bool]:
+        """Whether each arm's confirming runs beat a constant guess on the test rows (bootstrap, one-sided 2.5%)."""
+        y = self.dataset.y
+        train, test = (y[self.dataset.parts[part]] for part in ("train", "test"))
+        if self.dataset.task == "classification":
+            guess, spread = (test != np.bincount(train).argmax()).astype(float), None
+        else:
+            guess, spread = (test - train.mean()) ** 2, (test - test.mean()) ** 2
+        learns = {}
+        for arm in ARMS:
+            runs = [run for run in self.run.runs("confirm", arm) if run.diverged_at is None]
+            if not runs:
+                learns[arm] = False
+                continue
+            errors = test_errors(runs, self.dataset)
+            gain = paired_difference(errors, np.broadcast_to(guess, errors.shape), spread, self.settings.seed)
+            learns[arm] = gain["interval"][0] > 0
+        return learns
+
+    def nothing_learned(self, *arms: Arm) -> str | None:
+        """Why nothing is claimed of some arms: none of them beats a constant guess; else None."""
+        if any(self.learns[arm] for arm in arms):
+            return None
+        return "the networks don't clearly beat a constant guess on the test rows, so there is nothing to compare"
