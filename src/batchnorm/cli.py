@@ -14,9 +14,11 @@ try:
     from joblib import cpu_count
 
     from batchnorm.lab import terminal
+    from batchnorm.lab.claims import CLAIMS, claims_named
     from batchnorm.lab.comparison import compare as run_comparison
     from batchnorm.lab.comparison import fit_to_data
     from batchnorm.lab.data import Dataset, Task, prepare
+    from batchnorm.lab.explain_page import write_page
     from batchnorm.lab.report import write_report
     from batchnorm.lab.run_file import RunFile, new_folder, plain, read_run
     from batchnorm.lab.settings import Inputs, Optimizer, Settings, parse_numbers
@@ -102,6 +104,10 @@ def compare(
         float | None, typer.Option(help="Validation score to reach; else 0.99 of the best without.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split and of all that is random.")] = 0,
+    study: Annotated[bool, typer.Option("--study", help="Measure every claim made for batch norm, too.")] = False,
+    claim: Annotated[
+        list[str] | None, typer.Option(help=f"Measure one claim: {', '.join(CLAIMS)}. May be repeated.", metavar="NAME")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes of one thread; else one a core.", min=1)] = None,
     out: Annotated[Path | None, typer.Option(help="A new or empty folder; else batchnorm-runs/NAME-N.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the unfinished run of a folder.")] = None,
@@ -119,6 +125,7 @@ def compare(
             raise InputError(f"--resume takes data and settings from the run it goes on with; got {names} too")
         run, settings, dataset = _resumed(resume)
     else:
+        claims = list(CLAIMS) if study else [asked.name for asked in claims_named(claim or [])]
         if task not in (None, "classification", "regression"):
             raise InputError(f"--task must be classification or regression; got {task!r}")
         asked = Settings(
@@ -143,6 +150,7 @@ def compare(
             "task": cast("Task | None", task),
             "numeric": _names(numeric),
             "categorical": _names(categorical),
+            "claims": claims,
         }
         dataset = _read(request, seed)
         settings, note = fit_to_data(asked, dataset)
@@ -160,7 +168,14 @@ def compare(
         terminal.describe_data(terminal.console(stderr=True), run.content["data"], notes)
     try:
         with nullcontext() if isinstance(progress, terminal.Silence) else progress:
-            result = run_comparison(dataset, settings, run, jobs=jobs or cpu_count(), progress=progress)
+            result = run_comparison(
+                dataset,
+                settings,
+                run,
+                jobs=jobs or cpu_count(),
+                progress=progress,
+                claims=claims_named(run.content["request"].get("claims", [])),
+            )
     except KeyboardInterrupt:
         finished = len(run.content["stacks"])
         typer.echo(f"Stopped; the {finished} finished stacks of runs are kept.", err=True)
@@ -187,12 +202,20 @@ def explain(
     data: Annotated[str | None, typer.Argument(help="Its first rows; else the notes' own four.")] = None,
     target: Annotated[str | None, typer.Option(help="Column to predict.")] = None,
     activation: Annotated[str, typer.Option(help="identity, sigmoid, tanh or relu.")] = "sigmoid",
+    html: Annotated[
+        Path | None, typer.Option(help="Write one offline page to teach from.", metavar="FILE", show_default=False)
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Show every number of batch normalization on a mini-batch of 4 rows and one neuron."""
     batch = NOTES if data is None else from_table(read_table(data, target))
     example = worked_example(batch, activation=activation)
-    typer.echo(example.to_json() if json_output else example.text())
+    if html is not None:
+        write_page(example, html)
+    if json_output:
+        typer.echo(example.to_json())
+    else:
+        typer.echo(example.text() if html is None else f"Page: {html}")
 
 
 def main() -> None:

@@ -246,6 +246,11 @@ def test_no_line_of_the_text_is_wider_than_80_columns(features, target, activati
         (MiniBatch(("a", "b"), FEATURES, "t", [1.0]), "one number for each of the 4 rows; got 1"),
         (MiniBatch(("a", "b"), [*FEATURES, (math.nan, 1.0)]), "a, b must be finite numbers; got .*nan"),
         (MiniBatch(("a", "b"), FEATURES, "t", [1.0, 0.0, 0.0, math.inf]), "t must be finite numbers; got .*inf"),
+        (
+            MiniBatch(("a", "b"), [*FEATURES, (1e200, 1.0)]),
+            "a, b must be numbers whose squares are finite; got .*1e.200",
+        ),
+        (MiniBatch(("a", "b"), FEATURES, "t", [1.0, 0.0, 0.0, 1e200]), "t must be numbers whose squares are finite"),
         (MiniBatch(("a", "b"), FEATURES, assumed=frozenset({(5, "a")})), "rows 1 to 4 of a, b; got a of 5"),
         (MiniBatch(("a", "b"), FEATURES, assumed=frozenset({(1, "target")})), "of a, b; got target of 1"),
     ],

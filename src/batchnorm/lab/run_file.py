@@ -63,19 +63,20 @@ def new_folder(out: Path | None, name: str) -> Path:
 
 def write_file(path: Path, text: str) -> None:
     """Write a whole file or leave the one that was there as it is."""
+    part = None
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
-            try:
-                part.write(text)
-                part.flush()
-                os.fsync(part.fileno())
-            except OSError:
-                Path(part.name).unlink()
-                raise
+            part.write(text)
+            part.flush()
+            os.fsync(part.fileno())
         Path(part.name).chmod(0o666 & ~_umask())
         Path(part.name).replace(path)
-    except OSError as error:
-        raise RunError(f"{str(path)!r} must be writable, with disk to spare: {error.strerror}") from error
+    except BaseException as error:  # Ctrl-C too must leave no litter
+        if part is not None:
+            Path(part.name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise RunError(f"{str(path)!r} must be writable, with disk to spare: {error.strerror}") from error
+        raise
 
 
 def _umask() -> int:
@@ -120,6 +121,7 @@ class RunFile:
     def __init__(self, folder: Path, content: dict[str, Any]) -> None:
         self.folder = folder
         self.content = content
+        self._stacks: dict[str, str] = {}  # as they are written: a study has many, and saves after each
 
     @classmethod
     def create(cls, folder: Path, **content: Any) -> RunFile:
@@ -146,8 +148,19 @@ class RunFile:
         return [_run(values) for stack in sorted(stacks, key=place) for values in stack["runs"]]
 
     def save(self) -> None:
-        """Write run.json, whole or not at all."""
-        write_file(self.folder / FILE, json.dumps(plain(self.content), separators=(",", ":"), allow_nan=False))
+        """Write run.json, whole or not at all. A finished stack must not be changed any more."""
+        for stack in self.content["stacks"]:
+            if stack["key"] not in self._stacks:
+                self._stacks[stack["key"]] = _json(stack)
+        stacks = ",".join(self._stacks[stack["key"]] for stack in self.content["stacks"])
+        members = [
+            f"{_json(key)}:{f'[{stacks}]' if key == 'stacks' else _json(value)}" for key, value in self.content.items()
+        ]
+        write_file(self.folder / FILE, f"{{{','.join(members)}}}")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(plain(value), separators=(",", ":"), allow_nan=False)
 
 
 def _run(values: dict[str, Any]) -> Run:

@@ -141,6 +141,7 @@ def worked_example(
     if not math.isfinite(b):
         raise InputError(f"bias must be finite; got {b}")
     z = (x @ w + b).unsqueeze(1)
+    _check_size("z", z)
     layer = BatchNorm1d(1, dtype=z.dtype)
     plain = explain(layer, z)
     return WorkedExample(
@@ -194,6 +195,8 @@ def _checked(batch: MiniBatch) -> tuple[Tensor, Tensor | None]:
     for name, values in ((", ".join(batch.names), x), (batch.target_name, target)):
         if values is not None and not values.isfinite().all():
             raise DataError(f"{name} must be finite numbers; got {values.tolist()}")
+        if values is not None:
+            _check_size(name, values)
     columns = batch.names if target is None else (*batch.names, batch.target_name)
     for row, name in sorted(batch.assumed):
         if not (1 <= row <= count and name in columns):
@@ -201,6 +204,12 @@ def _checked(batch: MiniBatch) -> tuple[Tensor, Tensor | None]:
                 f"an assumed cell must be in rows 1 to {count} of {', '.join(columns)}; got {name} of {row}"
             )
     return x, target
+
+
+def _check_size(name: str, values: Tensor) -> None:
+    """Raise unless the sums of squares that variance and loss are made of stay finite."""
+    if not (4 * values * values).sum().isfinite():
+        raise DataError(f"{name} must be numbers whose squares are finite; got {values.flatten().tolist()}")
 
 
 def _normalised(calculation: Calculation) -> dict[str, Any]:
