@@ -3,12 +3,9 @@ import dataclasses
 import html
 import json
 import math
-import os
-import shutil
 import statistics
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from batchnorm.lab.comparison import compare
 from batchnorm.lab.data import prepare
@@ -64,54 +61,8 @@ def page_path(run):
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    executable = shutil.which("chromium") or shutil.which("chromium-browser")
-    if executable is None:
-        missing = pytest.fail if os.environ.get("CI") else pytest.skip
-        missing("this test looks at the report in a browser: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-class Visit:
-    """A page that is open in a browser, and what went wrong or out of it."""
-
-    def __init__(self, browser, path, *, width=1280):
-        self.context = browser.new_context(viewport={"width": width, "height": 900})
-        self.page = self.context.new_page()
-        self.complaints, self.requests = [], []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(path.as_uri())
-
-    def axis(self, figure, name, plot=0):
-        """The drawn axis of a plot of a figure."""
-        return self.page.evaluate(
-            "([figure, name, plot]) => { const axis = document.querySelectorAll(`#figure-${figure} .plot`)[plot]"
-            "._fullLayout[name + 'axis']; return { type: axis.type, range: axis.range, title: axis.title.text }; }",
-            [figure, name, plot],
-        )
-
-    def lines(self, figure, plot=0):
-        """Colour, and last x, of the drawn lines of a plot of a figure."""
-        return self.page.evaluate(
-            "([figure, plot]) => document.querySelectorAll(`#figure-${figure} .plot`)[plot].data"
-            ".filter((trace) => trace.fill === undefined && trace.mode === 'lines')"
-            ".map((trace) => [trace.line.color, trace.x.at(-1)])",
-            [figure, plot],
-        )
-
-    def press(self, figure, control, value):
-        self.page.click(f"#figure-{figure} [data-control={control}][data-value='{value}']")
-
-
-@pytest.fixture(scope="module")
-def visit(chromium, page_path):
-    visit = Visit(chromium, page_path)
+def visit(new_visit, page_path):
+    visit = new_visit(page_path)
     yield visit
     visit.context.close()
 
@@ -125,7 +76,7 @@ def figure_of(report, key):
 
 
 def series_of(plot, arm, **wanted):
-    return next(s for s in plot["series"] if s["arm"] == arm and all(s[name] == wanted[name] for name in wanted))
+    return next(s for s in plot["series"] if s["group"] == arm and all(s[name] == wanted[name] for name in wanted))
 
 
 def raw_runs(run, phase, arm):
@@ -274,10 +225,12 @@ def test_a_button_shows_another_unit_of_the_last_layer(visit):
 
 
 def test_an_arm_can_be_taken_out_of_every_figure_and_put_back(visit):
-    key = visit.page.locator("#figure-race .key[data-arm=none]")
+    key = visit.page.locator("#figure-race .key[data-group=none]")
     key.click()
     assert len(visit.lines("race")) == len(visit.lines("curves")) == 2
-    assert set(visit.page.eval_on_selector_all(".key[data-arm=none]", "k => k.map((b) => b.ariaPressed)")) == {"false"}
+    assert set(visit.page.eval_on_selector_all(".key[data-group=none]", "k => k.map((b) => b.ariaPressed)")) == {
+        "false"
+    }
     key.click()
     assert len(visit.lines("race")) == 3
 
@@ -295,14 +248,13 @@ def test_the_race_is_run_from_the_first_step_to_the_last(visit):
     assert visit.complaints == []
 
 
-def test_a_phone_of_360_pixels_shows_the_page_without_scrolling_sideways(chromium, page_path):
-    visit = Visit(chromium, page_path, width=360)
+def test_a_phone_of_360_pixels_shows_the_page_without_scrolling_sideways(open_report, page_path):
+    visit = open_report(page_path, width=360)
     visit.page.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
     assert visit.page.evaluate("document.documentElement.scrollWidth") == 360
     wide = "[...document.querySelectorAll('.plot .main-svg')].filter((svg) => svg.getBoundingClientRect().right > 360)"
     assert visit.page.evaluate(wide + ".length") == 0
     assert visit.complaints == []
-    visit.context.close()
 
 
 def test_figures_take_on_the_colours_of_a_dark_screen(visit):
@@ -350,17 +302,16 @@ def test_an_interrupted_run_is_drawn_as_far_as_it_got_and_says_how_to_go_on(run,
     assert "no verdict yet" in text
     assert f"batchnorm compare --resume {tmp_path}" in text
     assert {arm for figure in report_data(partial).drawings for plot in figure["plots"] for s in plot["series"]
-            for arm in [s["arm"]]} == {stack["arm"] for stack in partial.content["stacks"]}  # fmt: skip
+            for arm in [s["group"]]} == {stack["arm"] for stack in partial.content["stacks"]}  # fmt: skip
 
 
-def test_the_page_of_an_interrupted_run_opens_without_a_complaint(run, chromium, tmp_path):
+def test_the_page_of_an_interrupted_run_opens_without_a_complaint(run, open_report, tmp_path):
     partial = copied(run, tmp_path, status="interrupted", **PARTS["one arm confirmed"](run))
-    visit = Visit(chromium, write_report(partial))
+    visit = open_report(write_report(partial))
     assert visit.complaints == []
-    visit.context.close()
 
 
-def test_a_baseline_that_always_diverged_is_drawn_beside_those_that_did_not(run, chromium, tmp_path):
+def test_a_baseline_that_always_diverged_is_drawn_beside_those_that_did_not(run, open_report, tmp_path):
     changed = copied(run, tmp_path)
     for stack in changed.content["stacks"]:
         for values in stack["runs"] if stack["arm"] == "none" else []:
@@ -372,9 +323,8 @@ def test_a_baseline_that_always_diverged_is_drawn_beside_those_that_did_not(run,
     report = report_data(changed)
     assert "not finite without batch norm" in figure_of(report, "race").finding
     assert set(series_of(drawing(report, "race")["plots"][0], "none")["y"]) == {None}
-    visit = Visit(chromium, write_report(changed))
+    visit = open_report(write_report(changed))
     assert visit.complaints == []
-    visit.context.close()
 
 
 def test_few_validation_rows_claim_no_ratio(run, tmp_path):

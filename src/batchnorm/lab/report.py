@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from batchnorm.lab import figures
-from batchnorm.lab.figures import LABELS, Evidence, Figure
+from batchnorm.lab.claim_sections import ClaimSection, claim_sections
+from batchnorm.lab.figures import GROUPS, LABELS, Evidence, Figure
 from batchnorm.lab.measures import CONFIDENCE, FEWEST_VALIDATION_ROWS, SHARE_OF_BEST
 from batchnorm.lab.run_file import RunFile, write_file
 from batchnorm.lab.runs import CONSECUTIVE, median_steps
 from batchnorm.lab.settings import ARMS, Arm
 from batchnorm.lab.verdict import difference_text, number, ratio_text, steps_text
 
-__all__ = ["FILE", "Report", "Row", "Section", "report_data", "write_report"]
+__all__ = ["FILE", "Report", "Row", "Section", "figure_html", "report_data", "report_html", "write_report"]
 
 FILE = "report.html"
 SOON = "not yet"
@@ -58,6 +60,8 @@ class Report:
     caveat: str | None
     unfinished: list[str]
     score_name: str
+    claims: list[ClaimSection]
+    power: dict[str, Any] | None
     rows: list[Row]
     sections: list[Section]
     method: dict[str, Any]
@@ -68,9 +72,15 @@ class Report:
     seconds_a_step: dict[Arm, float] | None
 
     @property
+    def figures(self) -> list[Figure]:
+        """All its figures, in order."""
+        drawn = [section.figures for section in self.claims] + [section.figures for section in self.sections]
+        return [figure for figures_of in drawn for figure in figures_of]
+
+    @property
     def drawings(self) -> list[dict[str, Any]]:
         """What the browser draws."""
-        return [figure.drawing() for section in self.sections for figure in section.figures]
+        return [figure.drawing() for figure in self.figures]
 
 
 def _row(evidence: Evidence, arm: Arm) -> Row:
@@ -211,12 +221,13 @@ def _made_with(content: dict[str, Any], evidence: Evidence) -> list[tuple[str, s
     return lines
 
 
-def _sections(evidence: Evidence) -> list[Section]:
-    """The figures that there are runs for, under their headings."""
+def _sections(evidence: Evidence, claims: list[ClaimSection]) -> list[Section]:
+    """The figures that there are runs for, under their headings; the race, unless a claim shows it."""
     if not evidence.arms:
         return []
+    raced = any(figure.key == "race" for claim in claims for figure in claim.figures)
     planned: list[tuple[str, str, list[Figure | None]]] = [
-        ("race", "The race", [figures.race(evidence)]),
+        ("race", "The race", [None if raced else figures.race(evidence)]),
         (
             "changes",
             "What would change this answer",
@@ -233,14 +244,17 @@ def report_data(run: RunFile) -> Report:
     """What the report of a run says, finished or not."""
     evidence = Evidence(run)
     result, data = evidence.result or {}, evidence.data
+    claims = claim_sections(evidence)
     return Report(
         name=data["name"],
         verdict=result.get("verdict", f"The comparison on {data['name']} is not finished, so there is no verdict yet."),
         caveat=result.get("caveat"),
         unfinished=_unfinished(run, evidence),
         score_name=evidence.score_name,
+        claims=claims,
+        power=result.get("power"),
         rows=[_row(evidence, arm) for arm in ARMS],
-        sections=_sections(evidence),
+        sections=_sections(evidence, claims),
         method=_method(evidence),
         set_up=_set_up(evidence),
         data=_data(data),
@@ -250,17 +264,28 @@ def report_data(run: RunFile) -> Report:
     )
 
 
-def write_report(run: RunFile) -> Path:
-    """Write report.html beside the run.json of a run, whole or not at all; returns its path."""
-    report = report_data(run)
+def _page(template: str, drawings: Sequence[Any], seconds: Mapping[Arm, float] | None, **shown: Any) -> str:
+    """A template of a page with figures, filled in."""
     templates = Environment(
         loader=PackageLoader("batchnorm.lab"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    page = templates.get_template("report.html").render(
-        report=report,
-        embedded={"labels": LABELS, "seconds": report.seconds_a_step, "figures": report.drawings},
-        plotly=get_plotlyjs(),
-    )
+    embedded = {"labels": GROUPS, "seconds": seconds, "figures": drawings}
+    return templates.get_template(template).render(embedded=embedded, plotly=get_plotlyjs(), **shown)
+
+
+def report_html(run: RunFile) -> str:
+    """The report of a run as a page that works offline."""
+    report = report_data(run)
+    return _page("report.html", report.drawings, report.seconds_a_step, report=report)
+
+
+def figure_html(figure: Figure, seconds: Mapping[Arm, float] | None) -> str:
+    """A figure of a report as a page of its own; ``seconds`` are those of a step of each arm, once measured."""
+    return _page("figure.html", [figure.drawing()], seconds, figure=figure)
+
+
+def write_report(run: RunFile) -> Path:
+    """Write report.html beside the run.json of a run, whole or not at all; returns its path."""
     path = run.folder / FILE
-    write_file(path, page)
+    write_file(path, report_html(run))
     return path

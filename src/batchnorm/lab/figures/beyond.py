@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from batchnorm.lab.figures.figure import Axis, Mark, Rule, Value
+from batchnorm.lab.figures.figure import Axis, Mark, Rule, Series, Value
 
-__all__ = ["place", "steps_axis", "zone_rule"]
+__all__ = ["place", "placed", "steps_axis", "zone_rule"]
 
 LANES: dict[str, float] = {"none": 1.3, "before": 1.6, "after": 2.0}
 END = 2.5
@@ -17,6 +17,13 @@ MOST_TICKS = 5
 def place(arm: str, count: Value, steps: int) -> tuple[float, Mark]:
     """Where a count of steps is drawn and how: at itself, or in the arm's own lane of the zone beyond."""
     return (count, "known") if count is not None else (steps * LANES[arm], "beyond")
+
+
+def placed(arm: str, x: Sequence[float], counts: Sequence[Value], steps: int, said: Sequence[str]) -> list[Series]:
+    """Counts of steps over x: a mark for each, and a line through those that are known."""
+    places = [place(arm, count, steps) for count in counts]
+    marks = Series(arm, x, [y for y, _ in places], line=False, marks=[mark for _, mark in places], text=said)
+    return [Series(arm, x, counts), marks]
 
 
 def steps_axis(title: str, counts: Sequence[Value], steps: int) -> Axis:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from batchnorm.lab.figures.controls import Control
+from batchnorm.lab.figures.downloads import Data
+
 __all__ = [
+    "GROUPS",
     "LABELS",
     "PHRASES",
-    "SCALES",
     "Axis",
-    "Control",
     "Figure",
     "Mark",
     "Plot",
     "Rule",
     "Series",
+    "Surface",
     "Table",
     "Value",
     "listed",
@@ -26,19 +29,26 @@ __all__ = [
 
 LABELS = {"none": "without batch norm", "before": "batch norm before", "after": "batch norm after"}
 PHRASES = {"none": "without batch norm", "before": "with it before the nonlinearity", "after": "with it after"}
+GROUPS = LABELS | {
+    "raw": "raw inputs",
+    "normalised": "normalised inputs",
+    "theory": "what independent rows give",
+    "pair": "one seed",
+    "descent": "gradient descent",
+}
 
 Value = float | None
-Mark = Literal["known", "at least", "at most", "beyond"]
+Mark = Literal["known", "at least", "at most", "beyond", "minimum"]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One arm's numbers in a plot.
+    """The numbers of one group, an arm most often, in a plot.
 
     Parameters
     ----------
-    arm : str
-        Whose; it sets colour, dash and marker.
+    group : str
+        Whose, a key of `GROUPS`; it sets colour, dash and marker.
     x, y : sequence of numbers
         In units of the axes; None leaves a gap.
     low, high : sequence of numbers, optional
@@ -49,11 +59,13 @@ class Series:
         How each point is known, which sets its symbol; without it points have none.
     text : sequence of str, optional
         What is said of each point under the pointer, in place of its number.
-    choice : str, optional
-        The choice of the figure's "unit" control that shows the series.
+    choice : mapping of str to str, optional
+        The options of the figure's controls that show the series, all of them together.
+    faint : bool
+        Whether it is drawn pale, as what the others are to be seen against.
     """
 
-    arm: str
+    group: str
     x: Sequence[Value]
     y: Sequence[Value]
     low: Sequence[Value] | None = None
@@ -61,7 +73,31 @@ class Series:
     line: bool = True
     marks: Sequence[Mark] | None = None
     text: Sequence[str] | None = None
-    choice: str | None = None
+    choice: Mapping[str, str] | None = None
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Heights over a plane, drawn as contours behind the series of a plot.
+
+    Parameters
+    ----------
+    group : str
+        Whose; it sets the colour.
+    x, y : sequence of numbers
+        The grid.
+    above : sequence of sequence of numbers
+        Heights above the lowest there is, a row for each y.
+    levels : sequence of numbers
+        Heights at which there is a contour, equal factors apart.
+    """
+
+    group: str
+    x: Sequence[float]
+    y: Sequence[float]
+    above: Sequence[Sequence[float]]
+    levels: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -70,7 +106,9 @@ class Axis:
 
     ``time`` is "steps", "seconds" or "chosen" by the reader where the numbers are gradient steps; ``switch`` names
     the control that changes the scale; ``ticks`` are (value, label) where they are given; ``range`` is in the units
-    of the axis; a ``shared`` axis has the limits that hold every plot of the figure.
+    of the axis; a ``shared`` axis has the limits that hold every plot of the figure; a control that it is ``held``
+    against leaves its limits as they are, those that hold all of the control's options; on an ``equal`` axis a unit is
+    as long as on the other.
     """
 
     title: str
@@ -80,6 +118,8 @@ class Axis:
     ticks: Sequence[tuple[float, str]] | None = None
     range: tuple[float, float] | None = None
     shared: bool = False
+    held: Sequence[str] = ()
+    equal: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,13 +134,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Plot:
-    """One pair of axes with the arms' series in them."""
+    """One pair of axes with the series in them."""
 
     title: str
     x: Axis
     y: Axis
     series: Sequence[Series]
     rules: Sequence[Rule] = ()
+    surface: Surface | None = None
 
 
 @dataclass(frozen=True)
@@ -112,23 +153,12 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Control:
-    """A choice that the reader has; the first option holds at first."""
-
-    name: Literal["time", "x", "y", "unit"]
-    label: str
-    options: Sequence[tuple[str, str]]
-
-
-SCALES = (("log", "log"), ("linear", "linear"))
-TIME = Control("time", "Against", (("steps", "steps"), ("seconds", "seconds")))
-X_SCALE = Control("x", "Horizontal axis", SCALES)
-Y_SCALE = Control("y", "Loss axis", SCALES)
-
-
-@dataclass(frozen=True)
 class Figure:
-    """A figure of the report: what it asks, what it finds in one sentence, its plots and its table."""
+    """A figure of the report: what it asks, what it finds in one sentence, its plots and its numbers.
+
+    ``chain`` names parts of a network, in the order in which data pass them, for a small diagram above the plots;
+    ``data`` is what can be saved as a file.
+    """
 
     key: str
     title: str
@@ -138,16 +168,23 @@ class Figure:
     table: Table
     controls: Sequence[Control] = ()
     replay: bool = False
+    chain: Sequence[str] = ()
+    data: Data | None = None
 
     @property
-    def arms(self) -> list[str]:
-        """The arms to tell apart in a plot."""
-        many = [plot for plot in self.plots if len({series.arm for series in plot.series}) > 1]
-        return list(dict.fromkeys(series.arm for plot in many for series in plot.series))
+    def groups(self) -> list[str]:
+        """The groups to tell apart in a plot."""
+        many = [plot for plot in self.plots if len({series.group for series in plot.series}) > 1]
+        return list(dict.fromkeys(series.group for plot in many for series in plot.series))
 
     def drawing(self) -> dict[str, Any]:
         """What the browser draws: the plots as plain values of 5 digits."""
-        return {"key": self.key, "plots": [_plain(asdict(plot)) for plot in self.plots]}
+        return {
+            "key": self.key,
+            "groups": self.groups,
+            "controls": [control.drawing() for control in self.controls],
+            "plots": [_plain(asdict(plot)) for plot in self.plots],
+        }
 
 
 def _plain(value: Any) -> Any:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from batchnorm.lab.figures.controls import X_SCALE, Control
 from batchnorm.lab.figures.evidence import Evidence
 from batchnorm.lab.figures.figure import (
     LABELS,
     PHRASES,
-    X_SCALE,
     Axis,
-    Control,
     Figure,
     Plot,
     Series,
@@ -51,7 +50,7 @@ def last_inputs(evidence: Evidence) -> Figure | None:
                     [*trace[:, unit, 1]],
                     [*trace[:, unit, 0]],
                     [*trace[:, unit, 2]],
-                    choice=str(unit + 1),
+                    choice={"unit": str(unit + 1)},
                 )
                 for unit in range(units)
             ],

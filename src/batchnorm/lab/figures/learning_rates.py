@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.lab.figures.beyond import place, steps_axis, zone_rule
+from batchnorm.lab.figures.beyond import placed, steps_axis, zone_rule
 from batchnorm.lab.figures.evidence import Evidence
 from batchnorm.lab.figures.figure import LABELS, PHRASES, Axis, Figure, Plot, Series, Table, listed, shown
 from batchnorm.lab.runs import Run
@@ -60,19 +60,9 @@ def _steps(evidence: Evidence, summaries: dict[Arm, list[dict[str, Any]]], x: Ax
     steps = evidence.settings.steps
     series: list[Series] = []
     for arm, rows in summaries.items():
-        series.append(Series(arm, [row["learning_rate"] for row in rows], [row["median_steps"] for row in rows]))
-        places = [place(arm, row["median_steps"], steps) for row in rows]
         said = [f"{row['reached']} of {row['seeds']} seeds, {steps_text(row['median_steps'], steps)}" for row in rows]
-        series.append(
-            Series(
-                arm,
-                [row["learning_rate"] for row in rows],
-                [y for y, _ in places],
-                line=False,
-                marks=[mark for _, mark in places],
-                text=said,
-            )
-        )
+        searched, medians = [row["learning_rate"] for row in rows], [row["median_steps"] for row in rows]
+        series += placed(arm, searched, medians, steps, said)
     counts = [row["median_steps"] for rows in summaries.values() for row in rows]
     return Plot("Median steps to the target", x, steps_axis("", counts, steps), series, [zone_rule("y", steps)])
 

@@ -6,13 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from batchnorm.lab.figures.controls import SCALES, Control
 from batchnorm.lab.figures.evidence import Evidence
 from batchnorm.lab.figures.figure import (
     LABELS,
     PHRASES,
-    SCALES,
     Axis,
-    Control,
     Figure,
     Mark,
     Plot,

@@ -6,15 +6,12 @@ import math
 
 import numpy as np
 
+from batchnorm.lab.figures.controls import TIME, X_SCALE, Y_SCALE, Control
 from batchnorm.lab.figures.evidence import Curve, Evidence, Spread, spread
 from batchnorm.lab.figures.figure import (
     LABELS,
     PHRASES,
-    TIME,
-    X_SCALE,
-    Y_SCALE,
     Axis,
-    Control,
     Figure,
     Plot,
     Rule,

@@ -1,0 +1,46 @@
+"""The data of a figure as a file to go on with: comma-separated, numbers of nine digits."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Cell", "Data"]
+
+Cell = str | float | None
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Columns and rows of numbers, words and gaps, and what they are about."""
+
+    about: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+    def csv(self) -> str:
+        """The data as CSV; a gap is an empty cell.
+
+        >>> print(Data("steps", ["name", "steps"], [["=1+1", 93], ["b", None]]).csv(), end="")
+        name,steps
+        '=1+1,93
+        b,
+        """
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([_cell(column) for column in self.columns])
+        writer.writerows([_cell(cell) for cell in row] for row in self.rows)
+        return text.getvalue()
+
+
+def _cell(value: Cell) -> str:
+    """A cell as text; a word that a spreadsheet would calculate, since names come from users' files, is quoted."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(FORMULA) else value
+    return f"{value:.9g}"

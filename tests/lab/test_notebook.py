@@ -1,0 +1,126 @@
+import json
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+from sklearn.datasets import load_breast_cancer, load_diabetes
+
+import batchnorm as bn
+from batchnorm.lab.claims import CLAIMS
+
+QUICK = {"hidden": (6,), "steps": 24, "search_seeds": 1, "seeds": 5, "learning_rates": (0.1, 1.0), "batch_size": 30}
+
+
+@pytest.fixture(scope="module")
+def studied():
+    bunch = load_breast_cancer(as_frame=False)
+    frame = pl.DataFrame(bunch.data, schema=[str(name) for name in bunch.feature_names])
+    return bn.lab.study(frame, bunch.target, name="<b>tumours</b>", **QUICK, jobs=1)
+
+
+def test_the_table_has_a_row_for_each_arm_with_the_figures_of_the_result(studied):
+    table = studied.table()
+    arms = studied.result["arms"]
+    assert table["batch_norm"].to_list() == list(arms)
+    assert table["test_score"].to_list() == [values["test_score"] for values in arms.values()]
+    assert table["times_fewer_steps_at_least"].to_list()[1:] == [
+        ratio["median"][0] for ratio in studied.result["ratios"].values()
+    ]
+
+
+def test_the_verdicts_have_a_row_for_each_finding_of_every_claim(studied):
+    verdicts = studied.verdicts()
+    findings = [finding for claim in studied.result["claims"] for finding in claim["findings"]]
+    assert verdicts["claim"].unique(maintain_order=True).to_list() == list(CLAIMS)
+    assert verdicts["verdict"].to_list() == [finding["verdict"] for finding in findings]
+
+
+def test_the_report_is_written_whole_where_it_is_asked_for(studied, tmp_path):
+    page = studied.to_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text() == page
+    assert "&lt;b&gt;tumours&lt;/b&gt;" in page
+    assert "<b>tumours" not in page
+    with pytest.raises(bn.RunError, match="must be writable"):
+        studied.to_html(tmp_path / "missing" / "page.html")
+
+
+def test_a_notebook_is_shown_the_verdict_and_the_tables_escaped(studied):
+    shown = studied._repr_html_()
+    assert shown.count("<tr>") == 2 + 3 + studied.verdicts().height
+    assert "<b>tumours" not in shown
+    assert "script" not in shown
+
+
+def test_each_figure_is_a_page_of_its_own_with_its_numbers_as_a_data_frame(studied):
+    figures = studied.figures
+    assert "race" in figures
+    for figure in figures.values():
+        assert figure.table().height > 0
+    shown = figures["race"]._repr_html_()
+    assert shown.startswith("<iframe")
+    assert "Plotly" in shown
+    assert '<figure id="figure-race"' in figures["race"].to_html()
+
+
+def test_run_json_is_kept_where_it_is_asked_for_and_is_that_of_the_command_line(tmp_path):
+    x, y = load_diabetes(return_X_y=True)
+    found = bn.lab.compare(x, y, **QUICK, jobs=1, out=tmp_path / "kept")
+    content = json.loads((tmp_path / "kept" / "run.json").read_text())
+    assert content["status"] == "complete"
+    assert content["data"]["features"] == [f"x{i}" for i in range(1, 11)]
+    assert content["command"].startswith("bn.lab.compare(X, y, hidden=(6,)")
+    assert found.verdicts().is_empty()
+    assert "claims" not in content["result"]
+
+
+class Frame:
+    """A data frame as pandas has them: columns, and each by its name."""
+
+    def __init__(self, **columns):
+        self._columns = columns
+        self.columns = list(columns)
+
+    def __getitem__(self, name):
+        return np.array(self._columns[name], dtype=object)
+
+
+def test_a_foreign_data_frame_is_taken_with_its_texts_gaps_and_target_by_name():
+    generator = np.random.default_rng(0)
+    frame = Frame(
+        amount=[None if i == 3 else float(v) for i, v in enumerate(generator.normal(size=60))],
+        colour=generator.choice(["red", "blue"], 60).tolist(),
+        answer=generator.choice(["yes", "no"], 60).tolist(),
+    )
+    found = bn.lab.compare(frame, "answer", **QUICK, jobs=1)
+    assert found._run.content["data"]["features"] == ["amount", "colour=blue", "colour=red"]
+    assert found._run.content["data"]["classes"] == ["no", "yes"]
+    assert "1 missing numbers" in " ".join(found._run.content["data"]["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        ((np.zeros(5), np.zeros(5)), {}, bn.DataError, "X must have 2 dimensions, rows and columns; got 1"),
+        ((np.zeros((5, 2)), np.zeros((5, 2))), {}, bn.DataError, "y must have 1 dimension; got 2"),
+        ((np.zeros((5, 2)), np.zeros(4)), {}, bn.DataError, "one value for each of the 5 rows of X; got 4"),
+        ((np.zeros((5, 2)), "z"), {}, bn.DataError, "X has no column 'z'"),
+        ((pl.DataFrame({"y": [1.0]}), [1.0]), {}, bn.DataError, "both are named 'y'"),
+        ((np.zeros((5, 2)), np.zeros(5)), {"step": 3}, bn.InputError, "a setting must be one of .*; got 'step'"),
+        ((np.zeros((5, 2)), np.zeros(5)), {"claims": ["speed"]}, bn.InputError, "one of fewer_steps.*; got 'speed'"),
+        ((np.zeros((5, 2)), np.zeros(5)), {"steps": 0}, bn.InputError, "steps must be at least 1; got 0"),
+    ],
+)
+def test_bad_input_names_the_rule_and_the_value(arguments, options, error, words):
+    with pytest.raises(error, match=words):
+        bn.lab.compare(*arguments, **options)
+
+
+def test_a_study_measures_every_claim_and_takes_no_choice_of_them():
+    with pytest.raises(bn.InputError, match="study measures every claim"):
+        bn.lab.study(np.zeros((5, 2)), np.zeros(5), claims=["shift"])
+
+
+def test_what_is_not_known_of_a_number_is_a_gap_and_not_a_nan(studied):
+    for column in studied.table().select(pl.selectors.float()).iter_columns():
+        assert not any(value is not None and math.isnan(value) for value in column)
