@@ -16,6 +16,7 @@ import polars as pl
 import pytest
 
 from batchnorm.cli import main
+from batchnorm.lab.claims import CLAIMS
 
 QUICK = ["--hidden", "8", "--steps", "40", "--search-seeds", "1", "--seeds", "2", "--learning-rates", "0.1,0.3"]
 
@@ -151,6 +152,8 @@ def test_a_batch_size_larger_than_the_data_is_reduced_and_said(tmp_path):
         (["compare", "digits", "--hidden", "ten"], "--hidden must be whole numbers with commas between; got 'ten'"),
         (["compare", "digits", "--activation", "swish"], "one of identity, sigmoid, tanh, relu; got 'swish'"),
         (["compare", "digits", "--task", "ranking"], "classification or regression; got 'ranking'"),
+        (["compare", "digits", "--claim", "speed"], "must be one of fewer_steps, stability, "),
+        (["compare", "digits", "--study", "--claim", "shift"], "--study measures every claim; got --claim shift too"),
         (["compare", "--fast"], "--fast"),
         (["compare", "--resume", "."], "with a run.json; '.' has none"),
         (["compare", "digits", "--resume", "."], "got DATA too"),
@@ -235,6 +238,30 @@ def test_a_resumed_run_needs_the_data_as_they_were(tmp_path):
     path.write_text(json.dumps(content | {"status": "interrupted"}))
     frame.with_columns(pl.col("a") + 1).write_csv(tmp_path / "rows.csv")
     assert "'rows.csv' has changed" in refused("compare", "--resume", "run", cwd=tmp_path)
+
+
+def test_a_study_ends_with_a_verdict_for_each_claim_in_80_columns_and_a_resumed_one_has_the_same(tmp_path):
+    done = batchnorm("compare", "breast_cancer", *QUICK, "--study", "--quiet", "--out", "run", cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    claims = [line for line in lines if line.split(":")[0] in CLAIMS]
+    assert [line.split(":")[0] for line in claims[:2]] == ["fewer_steps"] * 2
+    assert {line.split(":")[0] for line in claims} == set(CLAIMS)
+    of_seeds = [line for line in claims if not line.startswith("inputs")]
+    assert all("undecided" in line for line in of_seeds)  # two seeds are too few
+    assert max(map(len, lines)) <= 80
+    path = tmp_path / "run/run.json"
+    content = json.loads(path.read_text())
+    kept = [stack for stack in content["stacks"] if stack["phase"] != "stability"]
+    path.write_text(json.dumps(content | {"status": "interrupted", "stacks": kept}))
+    again = batchnorm("compare", "--resume", "run", "--quiet", cwd=tmp_path)
+    assert [line for line in again.stdout.splitlines() if line.split(":")[0] in CLAIMS] == claims
+
+
+def test_one_claim_can_be_asked_for(tmp_path):
+    done = batchnorm("compare", "placement", "--rows", "600", *QUICK, "--claim", "inputs", "--json", cwd=tmp_path)
+    result = json.loads(done.stdout)
+    assert [claim["name"] for claim in result["claims"]] == ["inputs"]
+    assert result["claims"][0]["findings"][0]["verdict"] == "holds"
 
 
 def test_without_the_lab_the_command_says_what_to_install():

@@ -17,6 +17,7 @@ PUBLIC = [
     "__version__",
     "batch_norm",
     "explain",
+    "lab",
     "tune_allocator",
 ]
 

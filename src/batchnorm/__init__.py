@@ -16,6 +16,7 @@ from batchnorm.kernels.allocator import tune_allocator
 from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 if TYPE_CHECKING:
+    from batchnorm import lab
     from batchnorm.estimators import BatchNormMLPClassifier, BatchNormMLPRegressor
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "batch_norm",
     "explain",
+    "lab",
     "tune_allocator",
 ]
 
@@ -42,6 +44,8 @@ _LAZY = {"BatchNormMLPClassifier": "batchnorm.estimators", "BatchNormMLPRegresso
 
 
 def __getattr__(name: str) -> Any:
+    if name == "lab":
+        return importlib.import_module("batchnorm.lab")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)

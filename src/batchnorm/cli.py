@@ -125,6 +125,8 @@ def compare(
             raise InputError(f"--resume takes data and settings from the run it goes on with; got {names} too")
         run, settings, dataset = _resumed(resume)
     else:
+        if study and claim:
+            raise InputError(f"--study measures every claim; got --claim {claim[0]} too")
         claims = list(CLAIMS) if study else [asked.name for asked in claims_named(claim or [])]
         if task not in (None, "classification", "regression"):
             raise InputError(f"--task must be classification or regression; got {task!r}")
