@@ -2,6 +2,7 @@
 
 import doctest
 import io
+import json
 import re
 from pathlib import Path
 
@@ -54,3 +55,30 @@ def test_the_figures_of_readme_are_those_of_the_committed_runs():
         assert f"({weak['ratios'][arm]['interval'][0]:.0f} to unbounded)" in text
     assert f"to {100 * weak['target']['value']:.1f}%" in text
     assert f"took {read_run(ROOT / 'docs/results/digits').content['seconds']:.0f} s" in text
+
+
+def test_the_verdicts_of_readme_are_those_of_the_committed_studies():
+    shown = [line.strip("| ").split(" | ") for line in README.splitlines() if re.match(r"\| \w+: ", line)]
+    expected = {}
+    for study in ("digits-study", "placement-study"):
+        for claim in result(study)["claims"]:
+            for finding in claim["findings"]:
+                verdicts = expected.setdefault(f"{claim['name']}: {finding['label']}", [])
+                verdicts.append(finding["verdict"])
+    assert {name: [verdict for verdict in verdicts if verdict.strip()] for name, *verdicts in shown} == expected
+
+
+def test_what_readme_says_of_the_studies_is_in_the_committed_runs():
+    text = " ".join(README.split())
+    stability = next(claim for claim in result("digits-study")["claims"] if claim["name"] == "stability")
+    assert stability["findings"][0]["median"] == pytest.approx([2.5, 2.5], abs=0.05)
+    assert "trains over 2.5 decades more of learning rate" in text
+    checks = json.loads((ROOT / "benchmarks/results/null_claims.json").read_text())["checks"]
+    held = [check["any claim"]["holds"] for check in checks.values()]
+    assert f"some claim held in {held[0]} and {held[1]} (`benchmarks/null_claims.py`" in text
+
+
+def test_a_study_and_a_comparison_of_the_same_data_agree():
+    assert result("digits-study")["verdict"] == result("digits")["verdict"]
+    for arm, values in result("digits")["arms"].items():
+        assert values["steps"] == result("digits-study")["arms"][arm]["steps"]

@@ -228,6 +228,12 @@ def test_a_layer_is_drawn_at_every_probe_over_bins_that_stay_as_they_are(study, 
         assert len({tuple(series.x) for series in of_layer}) == 1
 
 
+def test_the_bins_of_a_layer_hold_nearly_all_of_its_distribution_at_every_probe(report):
+    for plot in figure_of(report, "layers").plots:
+        for series in plot.series:
+            assert sum(series.y) * (series.x[1] - series.x[0]) > 0.94
+
+
 def test_the_chain_of_the_sub_networks_names_all_layers(report):
     chain = figure_of(report, "subnetworks").chain
     assert chain[1:4:2] == ["P1: hidden layer 1", "P2: hidden layer 2 and output layer"]
@@ -322,22 +328,41 @@ def test_names_from_the_users_file_are_shown_as_text_and_never_run(visit, page_p
     assert NASTY in visit.page.inner_text("#figure-contours")
 
 
-def test_runs_that_diverged_are_drawn_without_a_complaint(study, open_report, tmp_path):
-    def diverge(claims):
-        shift, stable = claims["shift"]["details"], claims["stability"]["details"]
-        for by_layer in (shift["drift"]["none"], [shift["gradient"]["none"]]):
-            for band in by_layer:
-                band |= {name: ["inf"] * len(shift["probes"]) for name in ("median", "low", "high")}
-        shift["distributions"]["none"] = [
-            [[None] * 41 for _ in by_probe] for by_probe in shift["distributions"]["none"]
-        ]
-        shift["outputs"]["none"] = [[[None, None] for _ in rows] for rows in shift["outputs"]["none"]]
-        stable["scores"]["none"] = [[None] * SETTINGS.seeds for _ in stable["rates"]]
-        stable["loss_change"]["none"]["high"] = ["inf"] * len(stable["loss_change"]["none"]["steps"])
+def diverge(claims):
+    """Let the runs without batch norm diverge at the fourth probe."""
+    shift, stable = claims["shift"]["details"], claims["stability"]["details"]
+    for by_layer in (shift["drift"]["none"], [shift["gradient"]["none"]]):
+        for band in by_layer:
+            band |= {name: ["inf"] * len(shift["probes"]) for name in ("median", "low", "high")}
+    for by_probe in shift["distributions"]["none"]:
+        by_probe[3:] = [[None] * 41 for _ in by_probe[3:]]
+    shift["outputs"]["none"] = [[[None, None] for _ in rows] for rows in shift["outputs"]["none"]]
+    stable["scores"]["none"] = [[None] * SETTINGS.seeds for _ in stable["rates"]]
+    stable["loss_change"]["none"]["high"] = ["inf"] * len(stable["loss_change"]["none"]["steps"])
 
-    run = changed(study, tmp_path, diverge)
-    assert "out of bounds without batch norm" in figure_of(report_data(run), "subnetworks").finding
-    assert open_report(write_report(run)).complaints == []
+
+def test_runs_that_diverged_are_drawn_without_a_complaint(study, open_report, tmp_path):
+    assert open_report(write_report(changed(study, tmp_path, diverge))).complaints == []
+
+
+def test_figures_of_a_run_that_diverged_say_so(study, tmp_path):
+    report = report_data(changed(study, tmp_path, diverge))
+    for figure in ("layers", "subnetworks"):
+        assert "out of bounds without batch norm" in figure_of(report, figure).finding
+    assert "not finite without batch norm" in figure_of(report, "drift").finding
+
+
+def test_no_distribution_is_drawn_of_a_run_that_has_diverged(study, tmp_path):
+    plot = figure_of(report_data(changed(study, tmp_path, diverge)), "layers").plots[0]
+    assert {series.choice["step"] for series in plot.series if not series.faint} == {"0", "1", "2"}
+
+
+def test_what_does_not_move_at_all_is_drawn_on_a_logarithmic_axis_without_a_complaint(study, open_report, tmp_path):
+    def halt(claims):
+        for band in claims["shift"]["details"]["drift"]["none"]:
+            band |= {name: [0.0] * len(values) for name, values in band.items()}
+
+    assert open_report(write_report(changed(study, tmp_path, halt))).complaints == []
 
 
 @pytest.fixture
@@ -363,17 +388,22 @@ def test_a_slider_is_moved_with_the_keyboard_and_says_where_it_is(visit, slider,
     assert height(visit) != last
 
 
-def test_a_slider_is_moved_with_the_mouse(visit, slider):
+def test_a_slider_is_moved_with_the_mouse(visit, slider, study):
     box = slider.bounding_box()
     slider.click(position={"x": box["width"] / 2, "y": box["height"] / 2})
-    assert 0 < int(slider.input_value()) < int(slider.get_attribute("max"))
-    assert slider.get_attribute("aria-valuetext") == visit.page.inner_text("#figure-layers output")
+    at = int(slider.input_value())
+    assert 0 < at < int(slider.get_attribute("max"))
+    assert visit.page.inner_text("#figure-layers output") == f"step {details_of(study, 'shift')['probes'][at]}"
 
 
-def test_the_axes_stay_as_they_are_while_a_slider_moves(visit, slider):
-    limits = [visit.axis("layers", name, plot)["range"] for name in "xy" for plot in range(3)]
-    visit.page.keyboard.press("Home")
-    assert [visit.axis("layers", name, plot)["range"] for name in "xy" for plot in range(3)] == limits
+@pytest.mark.parametrize("figure", ["layers", "subnetworks"])
+def test_the_axes_stay_as_they_are_while_a_slider_moves(visit, figure):
+    visit.page.locator(f"#{figure}-step").focus()
+    ranges = []
+    for key in ("End", "Home"):
+        visit.page.keyboard.press(key)
+        ranges.append([visit.axis(figure, name, plot)["range"] for name in "xy" for plot in range(3)])
+    assert ranges[0] == ranges[1]
 
 
 def test_a_button_shows_another_layer_in_limits_of_its_own(visit, slider):
@@ -465,15 +495,15 @@ def test_a_phone_of_360_pixels_shows_the_page_without_scrolling_sideways(open_re
 @pytest.mark.parametrize("width", [360, 1440])
 def test_printed_figures_fit_paper_and_their_places(open_report, page_path, width):
     visit = open_report(page_path, width=width)
-    visit.page.set_viewport_size({"width": 700, "height": 1000})
-    visit.page.emulate_media(media="print")
-    visit.page.wait_for_selector("html.printing")
-    places = visit.page.eval_on_selector_all(
-        ".plot",
-        "all => all.map((p) => [p, p.querySelector('.main-svg')].map((e) => e.getBoundingClientRect().toJSON()))",
+    visit.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    rows = visit.page.evaluate(
+        "() => { const box = (one) => one.getBoundingClientRect().toJSON();"
+        " return [...document.querySelectorAll('.plots')].map((row) => [box(row).left,"
+        " [...row.querySelectorAll('.plot')].map((plot) => [box(plot), box(plot.querySelector('.main-svg'))])]); }"
     )
-    assert all(place["width"] == svg["width"] and place["height"] == svg["height"] for place, svg in places)
-    assert max(svg["right"] for _, svg in places) <= 700
+    for left, plots in rows:
+        assert max(svg["right"] for _, svg in plots) - left <= 680
+        assert all(place["width"] == svg["width"] and place["height"] == svg["height"] for place, svg in plots)
 
 
 def test_a_dark_screen_prints_in_the_colours_of_paper_and_is_dark_again(visit, open_report, page_path):

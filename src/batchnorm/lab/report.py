@@ -269,6 +269,7 @@ def _page(template: str, drawings: Sequence[Any], seconds: Mapping[Arm, float] |
     templates = Environment(
         loader=PackageLoader("batchnorm.lab"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    templates.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":")}
     embedded = {"labels": GROUPS, "seconds": seconds, "figures": drawings}
     return templates.get_template(template).render(embedded=embedded, plotly=get_plotlyjs(), **shown)
 

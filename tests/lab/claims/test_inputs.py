@@ -44,9 +44,11 @@ def test_a_column_that_says_all_and_one_that_says_nothing_take_one_step():
 
 def test_the_way_drawn_is_gradient_descents_and_ends_at_the_minimum(rows):
     x, y = rows
-    path = _descent(x, y)
+    steps, path = _descent(x, y)
     rate = 1 / np.linalg.eigvalsh(2 * x.T @ x / len(x)).max()
     w = np.zeros(2)
+    assert steps[:5].tolist() == [0, 1, 2, 3, 4]
+    assert steps[-1] == steps_to_minimum(x, y)
     for point in path[:5]:
         np.testing.assert_allclose(point, w, rtol=1e-9, atol=1e-12)
         w = w - rate * 2 * x.T @ (x @ w - y) / len(x)

@@ -134,24 +134,23 @@ def steps_to_minimum(x: Array, y: Array) -> float:
     return float(high)
 
 
-def _descent(x: Array, y: Array) -> Array:
-    """Weights (points, 2) on the way of gradient descent: the first steps, then ever fewer, and the minimum's."""
+def _descent(x: Array, y: Array) -> tuple[Array, Array]:
+    """Steps of gradient descent, all the first ones and then ever fewer, and the weights (points, 2) there."""
     curvatures, directions, minimum = _fit(x, y)
     last = steps_to_minimum(x, y)
     last = min(last, 1e15)
     steps = np.unique(np.concatenate([np.arange(20), np.geomspace(1, max(last, 1), PATH)]).round())
     shrink = (1 - curvatures / curvatures[-1])[None, :] ** steps[:, None]
-    return np.asarray(minimum - (shrink * (directions.T @ minimum)) @ directions.T)
+    return steps, np.asarray(minimum - (shrink * (directions.T @ minimum)) @ directions.T)
 
 
 def _surface(x: Array, y: Array) -> dict[str, Any]:
     """The loss around its minimum and the way to it, as far as either reaches, and what it takes to get there."""
     curvatures, _, minimum = _fit(x, y)
-    path = _descent(x, y)
+    points, path = _descent(x, y)
     steps = steps_to_minimum(x, y)
-    reach = 1.25 * np.maximum(np.abs(path - minimum).max(0), np.abs(minimum))
-    reach[reach == 0] = 1.0
-    axes = [np.linspace(minimum[i] - reach[i], minimum[i] + reach[i], GRID) for i in range(2)]
+    reach = 1.25 * float(max(np.abs(path - minimum).max(), np.abs(minimum).max())) or 1.0  # one scale for both weights
+    axes = [np.linspace(weight - reach, weight + reach, GRID) for weight in minimum]
     w1, w2 = np.meshgrid(*axes)
     second, cross, square = x.T @ x / len(x), x.T @ y / len(x), float(y @ y / len(y))
     loss = (
@@ -166,6 +165,7 @@ def _surface(x: Array, y: Array) -> dict[str, Any]:
         "y": axes[1].tolist(),
         "loss": loss.tolist(),
         "path": path.tolist(),
+        "path_steps": points.tolist(),
         "minimum": minimum.tolist(),
         "condition": float(curvatures[-1] / curvatures[0]) if curvatures[0] > 0 else math.inf,
         "steps": steps,

@@ -62,16 +62,14 @@ def _moments(both: dict[str, dict[str, Any]]) -> list[int]:
 
 def _plot(group: str, values: dict[str, Any], moments: list[int], equal: bool) -> Plot:
     path, points = values["path"], values.get("path_steps", [])
-    w1, w2 = values["minimum"]
-    series = [
-        Series("descent", [w1 for w1, _ in path], [w2 for _, w2 in path], faint=True),
-        Series("descent", [w1], [w2], line=False, marks=["minimum"], text=["the minimum"]),
-    ]
+    series = [Series("descent", [w1 for w1, _ in path], [w2 for _, w2 in path], faint=True)]
     for i, moment in enumerate(moments):
         at = max((k for k, step in enumerate(points) if step <= moment), default=0)
         w1, w2 = path[at]
         said = [f"step {_round(moment)}: w1 = {shown(w1)}, w2 = {shown(w2)}"]
         series.append(Series("descent", [w1], [w2], line=False, marks=["known"], text=said, choice={"step": str(i)}))
+    w1, w2 = values["minimum"]
+    series.append(Series("descent", [w1], [w2], line=False, marks=["minimum"], text=["the minimum"]))
     return Plot(
         f"{GROUPS[group].capitalize()}: {_steps(values)}",
         Axis("w1", range=(values["x"][0], values["x"][-1]), equal=equal),
