@@ -23,6 +23,7 @@ __all__ = [
     "choose_rate",
     "choose_target",
     "median_ratio",
+    "middle_half",
     "order_statistic",
     "paired_difference",
     "ratio_bounds",
@@ -136,6 +137,13 @@ def ratio_bounds(baseline: int | None, arm: int | None, steps: int) -> Bounds:
     lower = 0.0 if arm is None else steps / arm
     upper = math.inf if baseline is None else baseline / steps
     return lower, upper
+
+
+def middle_half(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Median over the first axis, and the order statistics at or just outside its quartiles."""
+    ordered = np.sort(values, axis=0)
+    last = len(ordered) - 1
+    return np.median(ordered, axis=0), ordered[math.floor(last / 4)], ordered[math.ceil(last * 3 / 4)]
 
 
 def order_statistic(count: int) -> tuple[int, float]:

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from batchnorm.lab.claims.claim import Claim, Measured
 from batchnorm.lab.claims.judgement import Measurement
 from batchnorm.lab.claims.study import Study
-from batchnorm.lab.measures import Bounds
+from batchnorm.lab.measures import Bounds, middle_half
 from batchnorm.lab.recorders import STEP_SIZES, probe_steps
 from batchnorm.lab.runs import Run, Target, evaluation_steps, steps_to
 from batchnorm.lab.settings import ARMS, Arm
@@ -82,13 +82,8 @@ def _ratio(none: float, arm: float) -> Bounds:
 
 def _over_seeds(values: NDArray[np.float64]) -> dict[str, list[float]]:
     """Median and middle half over seeds (the first axis)."""
-    ordered = np.sort(values, axis=0)
-    last = len(ordered) - 1
-    return {
-        "median": np.median(ordered, axis=0).tolist(),
-        "low": ordered[math.floor(last / 4)].tolist(),
-        "high": ordered[math.ceil(last * 3 / 4)].tolist(),
-    }
+    median, low, high = middle_half(values)
+    return {"median": median.tolist(), "low": low.tolist(), "high": high.tolist()}
 
 
 def _correlation(amounts: list[float], arrivals: list[int | None]) -> dict[str, Any]:

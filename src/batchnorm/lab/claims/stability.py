@@ -12,6 +12,7 @@ from batchnorm.lab.claims.claim import Claim, Measured
 from batchnorm.lab.claims.judgement import Measurement
 from batchnorm.lab.claims.study import Study
 from batchnorm.lab.claims.sweep import share, width_pairs, widths
+from batchnorm.lab.measures import middle_half
 from batchnorm.lab.runs import Run, evaluation_steps
 from batchnorm.lab.settings import ARMS, Arm, beside
 from batchnorm.lab.stacks import Stack, cut
@@ -56,14 +57,12 @@ def _spacing(rates: list[float]) -> float:
 def _loss_change(study: Study, arm: Arm) -> dict[str, Any]:
     """Change of the mini-batch loss between steps in the confirming runs: median and middle half over seeds."""
     changes = np.array([run.record["loss_change"]["mean"] for run in study.run.runs("confirm", arm)], dtype=float)
-    with np.errstate(invalid="ignore"):
-        ordered = np.sort(np.where(np.isfinite(changes), changes, np.inf), axis=0)[:, 1:]
-    last = len(ordered) - 1
+    median, low, high = middle_half(np.where(np.isfinite(changes), changes, np.inf)[:, 1:])
     return {
         "steps": evaluation_steps(study.settings.steps)[1:],
-        "median": np.median(ordered, axis=0).tolist(),
-        "low": ordered[math.floor(last / 4)].tolist(),
-        "high": ordered[math.ceil(last * 3 / 4)].tolist(),
+        "median": median.tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.lab.measures import best_rate
+from batchnorm.lab.measures import best_rate, middle_half
 from batchnorm.lab.run_file import RunFile
 from batchnorm.lab.runs import Measure, Run, Target, evaluation_steps, steps_to
 from batchnorm.lab.settings import ARMS, Arm, Settings
@@ -39,9 +39,7 @@ def spread(runs: Sequence[Run], curve: Curve) -> Spread:
     """
     worst = -math.inf if curve == "validation_score" else math.inf
     values = np.array([getattr(run, curve) for run in runs], dtype=float)
-    ordered = np.sort(np.where(np.isnan(values), worst, values), axis=0)
-    last = len(runs) - 1
-    return Spread(np.median(ordered, axis=0), ordered[math.floor(last / 4)], ordered[math.ceil(last * 3 / 4)])
+    return Spread(*middle_half(np.where(np.isnan(values), worst, values)))
 
 
 class Evidence:
