@@ -1,12 +1,14 @@
-# Two commands: `make demo` and `make test`. Each makes .venv when there is none.
+# Two commands: `make demo` and `make test`. Each makes .venv when there is none, and builds the CPU kernels in it.
 # Some tests look at the pages in a browser, some with axe-core, which npm fetches; where there is none of these they
 # are skipped, with a word: apt-get install chromium npm.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 AXE := axe-core@4.14.1
+KERNELS := $(wildcard src/batchnorm/kernels/native*.cpp src/batchnorm/kernels/native*.h)
+SANITIZERS := -fsanitize=address,undefined
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/batchnorm compare digits
@@ -19,10 +21,29 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+bench: $(VENV)/installed
+	$(BIN)/batchnorm bench --out benchmarks/results/kernels.json
+
+# The kernels' tests on kernels that stop at the first access out of bounds and the first undefined operation. ASan must
+# come first in the process; so must libstdc++, whose exceptions it watches and torch throws. Python's leaks aren't ours.
+sanitize: $(VENV)/installed
+	rm -rf build/sanitize
+	CC=gcc CXX=g++ CFLAGS='-g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all $(SANITIZERS)' \
+	    LDFLAGS='$(SANITIZERS)' $(BIN)/python setup.py -q build_ext --build-lib build/sanitize
+	BATCHNORM_KERNELS=native BATCHNORM_NATIVE_LIBRARY=$(CURDIR)/build/sanitize/batchnorm/kernels/_native.so \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	    $(BIN)/python -m pytest tests/kernels --ignore tests/kernels/test_allocator.py  # malloc is ASan's there
+
+# Where the kernels alone have changed they alone are built anew.
+$(VENV)/installed: pyproject.toml constraints.txt setup.py $(KERNELS)
+	$(if $(filter-out $(KERNELS),$?),$(INSTALL),$(BIN)/python setup.py -q build_ext --inplace)
 	touch $@
+
+define INSTALL
+$(PYTHON) -m venv $(VENV)
+$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+endef
 
 $(VENV)/axe: $(VENV)/installed
 	@rm -rf $@.part && mkdir $@.part
@@ -31,5 +52,5 @@ $(VENV)/axe: $(VENV)/installed
 	else echo "make test: without npm the tests that need axe-core are skipped"; fi
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist src/*.egg-info src/batchnorm/kernels/_native.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests -name __pycache__ -type d -exec rm -rf {} +

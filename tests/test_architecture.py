@@ -10,8 +10,9 @@ import pytest
 import batchnorm
 
 ROOT = Path(batchnorm.__file__).parent
-ORDER = ["errors", "kernels", "ops", "functional", "nn", "diagnostics", "lab", "estimators", "cli"]
-HEAVY = ["typer", "rich", "plotly", "polars", "sklearn", "scipy", "joblib", "jinja2", "triton", "batchnorm.lab"]
+ORDER = ["errors", "kernels", "ops", "functional", "nn", "diagnostics", "lab", "estimators", "bench", "cli"]
+HEAVY = ["typer", "rich", "plotly", "polars", "sklearn", "scipy", "joblib", "jinja2", "triton"]
+HEAVY += ["transformers", "batchnorm.lab", "batchnorm.bench"]
 
 
 def modules():

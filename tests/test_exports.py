@@ -13,10 +13,12 @@ PUBLIC = [
     "DataError",
     "Explanation",
     "InputError",
+    "KernelError",
     "RunError",
     "__version__",
     "batch_norm",
     "explain",
+    "kernels",
     "lab",
     "tune_allocator",
 ]

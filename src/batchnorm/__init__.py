@@ -10,9 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from batchnorm.diagnostics.explain import Explanation, explain
-from batchnorm.errors import BatchNormError, DataError, InputError, RunError
+from batchnorm.errors import BatchNormError, DataError, InputError, KernelError, RunError
 from batchnorm.functional import batch_norm
 from batchnorm.kernels.allocator import tune_allocator
+from batchnorm.kernels.chosen import kernels
 from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 if TYPE_CHECKING:
@@ -32,10 +33,12 @@ __all__ = [
     "DataError",
     "Explanation",
     "InputError",
+    "KernelError",
     "RunError",
     "__version__",
     "batch_norm",
     "explain",
+    "kernels",
     "lab",
     "tune_allocator",
 ]

@@ -220,6 +220,65 @@ def explain(
         typer.echo(example.text() if html is None else f"Page: {html}")
 
 
+@app.command()
+def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+    """Show versions, kernels, devices and settings; exit 1 where BATCHNORM_KERNELS asks for what can't be had."""
+    from batchnorm.diagnostics.doctor import examine
+
+    findings = examine()
+    typer.echo(findings.to_json() if json_output else str(findings))
+    if findings.problem is not None:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    only: Annotated[str | None, typer.Option(help="Cases whose name has this text or fits it.", metavar="TEXT")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A handful of cases, within 30 s.")] = False,
+    seconds: Annotated[float, typer.Option(help="To time a case for, at least 5 rounds.", min=0)] = 1.0,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile, too: float32, with backward.")] = False,
+    stock_allocator: Annotated[bool, typer.Option("--stock-allocator", help="Leave the allocator as it is.")] = False,
+    allocators: Annotated[bool, typer.Option("--allocators", help="Large arrays, allocator tuned and not.")] = False,
+    models: Annotated[bool, typer.Option("--models", help="Whole training steps: ResNet-50, MobileNetV2.")] = False,
+    batch: Annotated[int, typer.Option(help="Images of a step of --models.", min=2)] = 16,
+    threads: Annotated[int | None, typer.Option(help="Else as many as torch takes.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results as JSON.", metavar="FILE")] = None,
+    table: Annotated[Path | None, typer.Option(help="Only print a file as Markdown.", metavar="FILE")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Time the kernels against torch's, on this machine; exit 1 where a result is wrong."""
+    from batchnorm.bench import run
+    from batchnorm.bench.markdown import markdown
+    from batchnorm.bench.plan import check_request, plan
+    from batchnorm.bench.progress import Bar
+    from batchnorm.bench.table import show
+
+    if table is not None:
+        typer.echo(markdown(run.read(table)), nl=False)
+        return
+    asked = {"--allocators": allocators, "--models": models, "--quick": quick, "--compile": compiled}
+    kind = check_request(asked | {"--stock-allocator": stock_allocator}, out)
+    settings = run.Settings(seconds=seconds, compile=compiled, tuned_allocator=not stock_allocator, threads=threads)
+    jobs = plan(kind, settings, only=only, quick=quick, batch=batch)
+    content = run.start(kind, settings, shlex.join(["batchnorm", *sys.argv[1:]]))
+    bar = None if quiet else Bar(len(jobs))
+    try:
+        with bar or nullcontext():
+            run.perform(content, jobs, out, bar.say if bar else lambda _: None)
+    except KeyboardInterrupt:
+        kept = "" if out is None else f", kept in {out}"
+        typer.echo(f"Stopped after {len(content['results'])} of {len(jobs)} cases{kept}.", err=True)
+    if json_output:
+        typer.echo(json.dumps(plain(content), indent=1, allow_nan=False))
+    else:
+        show(terminal.console(), content)
+    if not content["complete"]:
+        raise typer.Exit(130)
+    if run.has_faults(content):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command line; an error is one plain sentence and exit status 2."""
     try:

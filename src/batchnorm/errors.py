@@ -18,3 +18,7 @@ class DataError(BatchNormError, ValueError):
 
 class RunError(BatchNormError):
     """A comparison that can't be started, resumed or saved."""
+
+
+class KernelError(BatchNormError, RuntimeError):
+    """Kernels asked for by name that can't be had here."""

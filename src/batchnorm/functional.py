@@ -7,7 +7,7 @@ from torch import Tensor
 
 from batchnorm import ops
 from batchnorm.errors import InputError
-from batchnorm.kernels.reference import ACTIVATIONS, at_least_one
+from batchnorm.kernels.reference import ACTIVATIONS
 
 __all__ = ["batch_norm", "check_activation"]
 
@@ -18,7 +18,8 @@ def check_activation(activation: str | None) -> None:
         raise InputError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
 
 
-def _check(x: Tensor, residual: Tensor | None, mask: Tensor | None, **per_channel: Tensor | None) -> None:
+def check(x: Tensor, residual: Tensor | None, mask: Tensor | None, **per_channel: Tensor | None) -> None:
+    """Raise `InputError` unless shapes and dtypes fit: x (N, C, *), residual as x, mask (N, *), the others (C,)."""
     if x.dim() < 2:
         raise InputError(f"input must have at least 2 dimensions, (N, C, *); got shape {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -38,6 +39,12 @@ def _check(x: Tensor, residual: Tensor | None, mask: Tensor | None, **per_channe
             raise InputError(
                 f"mask must be bool and of shape {whole}, each size equal or 1; got {mask.dtype} {tuple(mask.shape)}"
             )
+
+
+def check_count(x: Tensor) -> None:
+    """Raise `InputError` where each channel has a single value, which has no variance to divide by."""
+    if x.numel() == x.shape[1] > 0:
+        raise InputError(f"training needs more than 1 value per channel; got input of shape {tuple(x.shape)}")
 
 
 def batch_norm(
@@ -97,24 +104,11 @@ def batch_norm(
     tensor([[-1., -1.],
             [ 1.,  1.]])
     """
-    _check(x, residual, mask, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    check(x, residual, mask, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     check_activation(activation)
-    if not training:
-        if running_mean is None or running_var is None:
-            raise InputError("without training, running_mean and running_var must be given; got None")
-        return ops.normalize_with(x, running_mean, running_var, weight, bias, eps, activation, residual, mask)
-    if x.numel() == x.shape[1] > 0:
-        raise InputError(f"training needs more than 1 value per channel; got input of shape {tuple(x.shape)}")
-    y, mean, var, count = ops.normalize_with_batch(x, weight, bias, eps, activation, residual, mask)
-    # One value has no unbiased variance, and none has no mean: neither moves what is known already.
-    step = momentum * (count > 1)
-    with torch.no_grad():
-        if running_mean is not None:
-            _move(running_mean, mean, step)
-        if running_var is not None:
-            _move(running_var, var * (count / at_least_one(count - 1)), step)
-    return y
-
-
-def _move(running: Tensor, new: Tensor, step: Tensor | float) -> None:
-    running.lerp_(new.to(running.dtype), step.to(running.dtype) if isinstance(step, Tensor) else step)
+    if training:
+        check_count(x)
+    elif running_mean is None or running_var is None:
+        raise InputError("without training, running_mean and running_var must be given; got None")
+    running = ops.Running(running_mean, running_var, None, momentum)
+    return ops.batch_norm(x, weight, bias, residual, mask, running, eps, activation, training)

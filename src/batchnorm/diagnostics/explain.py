@@ -290,7 +290,7 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
     eval_output = copied.eval().forward(x)
     train_output = copied.train().forward(x)
 
-    var = reference.moments(x).var
+    var = reference.moments(x).var.to(reference.widened(x).dtype)
     mean, unbiased_var = torch.zeros_like(var), torch.ones_like(var)
     # with momentum 1 these become the batch's mean and unbiased variance
     batch_norm(x, mean, unbiased_var, training=True, momentum=1.0)

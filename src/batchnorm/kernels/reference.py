@@ -12,14 +12,14 @@ Backward, with z the activation's argument and s = 1 / sqrt(var + eps)::
     dx     = gamma * s * (dz - 1/m dbeta - x_hat * 1/m dgamma)      batch statistics
     dx     = gamma * s * dz                                         running statistics
 
-One float can't hold mu where |mu| is far above sqrt(var), so it is kept as two: mu = mean + rest. Below, d is
-x - mean; then x - mu = d - rest and var = 1/m sum d^2 - rest^2, with rest at most half a unit in the last place of
-mean. The rest is taken along in numbers of a channel, so that it costs no further pass over the values.
+Moments are float64 (float32 on Apple's MPS, which has no other). One float can't hold mu where |mu| is far above
+sqrt(var), so in float32 arithmetic it is taken as two: mu = mean + rest, with mean the float next to mu. Below, d is
+x - mean; then x - mu = d - rest. The rest is taken along in numbers of a channel, so that it costs no further pass over
+the values.
 
 Tensors are (N, C, *). A mask is (N, *), each size equal or 1, True where a value counts; elsewhere y, dx and
-dresidual are 0, whatever the padding holds. Half precision is computed in float32; mu is summed in float64 (on
-Apple's MPS, which has none, in float32). Every function is made of differentiable torch operations, so that the
-backward can itself be differentiated.
+dresidual are 0, whatever the padding holds. Half precision is computed in float32. Every function is made of
+differentiable torch operations, so that the backward can itself be differentiated.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ __all__ = [
     "Moments",
     "at_least_one",
     "backward",
+    "count_of",
     "forward",
-    "mean_of",
     "moments",
     "per_channel",
+    "statistics_dtype",
     "widened",
 ]
 
@@ -83,10 +84,9 @@ ACTIVATIONS: dict[str, Activation] = {
 
 @dataclass(frozen=True)
 class Moments:
-    """What normalises a batch: its mean (C,) as mean + rest, its biased variance (C,), the values a channel had."""
+    """What normalises a batch: its mean and biased variance (C,), and the number of values a channel had."""
 
     mean: Tensor
-    rest: Tensor
     var: Tensor
     count: Tensor | int
 
@@ -101,11 +101,11 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values if x.dim() == 2 else values.view(-1, *[1] * (x.dim() - 2))
 
 
-def _counted(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | int]:
-    """The mask made to broadcast against x, and how many values count in each channel."""
+def count_of(x: Tensor, mask: Tensor | None) -> Tensor | int:
+    """How many values count in each channel of x (N, C, *)."""
     if mask is None:
-        return None, x.numel() // max(x.shape[1], 1)
-    return mask.unsqueeze(1), mask.expand(x.shape[0], *x.shape[2:]).sum()
+        return x.numel() // max(x.shape[1], 1)
+    return mask.expand(x.shape[0], *x.shape[2:]).sum()
 
 
 def at_least_one(count: Tensor | int) -> Tensor | int:
@@ -121,9 +121,9 @@ def _where(counts: Tensor | None, values: Tensor) -> Tensor:
     return values if counts is None else torch.where(counts, values, 0.0)
 
 
-def mean_of(x: Tensor, divisor: Tensor | int) -> Tensor:
-    """Sum of each channel of x (N, C, *), taken in float64 where the device has it, over the divisor."""
-    return _sum(x, None if x.device.type == "mps" else torch.float64) / divisor
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of moments: float64 where the device has it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
@@ -133,24 +133,32 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     for its mean, and a variance of exactly 0.
     """
     x = widened(x)
-    counts, count = _counted(mask, x)
+    counts, count = None if mask is None else mask.unsqueeze(1), count_of(x, mask)
     divisor = at_least_one(count)
-    mu = mean_of(_where(counts, x), divisor)
-    mean = mu.to(x.dtype)
-    rest = (mu - mean).to(x.dtype)
-    d = _where(counts, x - per_channel(mean, x))
-    return Moments(mean, rest, _sum(d * d) / divisor - rest * rest, count)
+    dtype = statistics_dtype(x)
+    mean = _sum(_where(counts, x), dtype) / divisor
+    d, rest = _centred(x, mean)
+    # Squared in the wider type, where values near 1e30 have a variance.
+    d = _where(counts, d).to(dtype)
+    return Moments(mean, _sum(d * d) / divisor - rest * rest, count)
 
 
-def _gain(scale: Tensor, weight: Tensor | None) -> Tensor:
-    """What a channel is multiplied by: gamma / sqrt(var + eps)."""
-    return scale if weight is None else scale * weight.to(scale.dtype)
+def _centred(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The input minus the mean as its dtype has it, and what that leaves of the mean (C,)."""
+    rounded = mean.to(x.dtype)
+    return x - per_channel(rounded, x), mean - rounded.to(mean.dtype)
+
+
+def _gain(var: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """1 / sqrt(var + eps), and what a channel is multiplied by: gamma times it."""
+    scale = torch.rsqrt(var + eps)
+    return scale, scale if weight is None else scale * weight.to(scale.dtype)
 
 
 def _argument(d: Tensor, gain: Tensor, rest: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """What the activation is applied to: gamma * x_hat + beta + residual."""
     shift = -gain * rest if bias is None else bias.to(gain.dtype) - gain * rest
-    z = d * per_channel(gain, d) + per_channel(shift, d)
+    z = d * per_channel(gain.to(d.dtype), d) + per_channel(shift.to(d.dtype), d)
     return z if residual is None else z + residual.to(z.dtype)
 
 
@@ -165,9 +173,9 @@ def forward(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Normalise x (N, C, *) with the statistics given, scale, shift, add the residual, apply the activation."""
-    d = widened(x) - per_channel(statistics.mean, x)
-    gain = _gain(torch.rsqrt(statistics.var + eps), weight)
-    z = _argument(d, gain, statistics.rest, bias, residual)
+    d, rest = _centred(widened(x), statistics.mean)
+    _, gain = _gain(statistics.var, weight, eps)
+    z = _argument(d, gain, rest, bias, residual)
     y = z if activation is None else ACTIVATIONS[activation].function(z)
     return _where(None if mask is None else mask.unsqueeze(1), y).to(x.dtype)
 
@@ -183,25 +191,27 @@ def backward(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     *,
+    y: Tensor | None = None,
     batch_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, dweight, dbias, dresidual) of `forward`, by the formulas at the top of this file.
 
-    ``batch_statistics`` says whether the statistics are x's own, and so depend on it.
+    ``batch_statistics`` says whether the statistics are x's own, and so depend on it. Where the activation's
+    derivative is told by the sign alone, y may be given in the place of the residual.
     """
     counts = None if mask is None else mask.unsqueeze(1)
-    rest, scale = statistics.rest, torch.rsqrt(statistics.var + eps)
-    gain = _gain(scale, weight)
-    d = _where(counts, widened(x) - per_channel(statistics.mean, x))
-    dz = _where(counts, widened(dy))
+    scale, gain = _gain(statistics.var, weight, eps)
+    d, rest = _centred(widened(x), statistics.mean)
+    d, dz = _where(counts, d), _where(counts, widened(dy))
     if activation is not None:
         kept = None if residual is None else _where(counts, residual)
-        dz = dz * ACTIVATIONS[activation].derivative(_argument(d, gain, rest, bias, kept))
-    dbias = _sum(dz)
-    dweight = scale * (_sum(dz * d) - rest * dbias)
-    dx = dz * per_channel(gain, dz)
+        z = _argument(d, gain, rest, bias, kept) if y is None else widened(y)
+        dz = dz * ACTIVATIONS[activation].derivative(z)
+    dbias = _sum(dz).to(gain.dtype)
+    dweight = scale * (_sum(dz * d).to(gain.dtype) - rest * dbias)
+    dx = dz * per_channel(gain.to(dz.dtype), dz)
     if batch_statistics:
         slope = gain * scale * dweight / at_least_one(statistics.count)
         level = gain * dbias / at_least_one(statistics.count) - slope * rest
-        dx = dx - d * per_channel(slope, d) - per_channel(level, d)
+        dx = dx - d * per_channel(slope.to(d.dtype), d) - per_channel(level.to(d.dtype), d)
     return _where(counts, dx).to(x.dtype), dweight, dbias, dz

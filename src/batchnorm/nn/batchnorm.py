@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
+from batchnorm import ops
 from batchnorm.errors import InputError
-from batchnorm.functional import batch_norm, check_activation
+from batchnorm.functional import check, check_activation, check_count
+from batchnorm.ops import Running
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -44,24 +46,19 @@ class _Layer(TorchBatchNorm):
                 f"input must have num_features={self.num_features} channels in dimension 1; "
                 f"got {input.shape[1]}, in shape {tuple(input.shape)}"
             )
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the cumulative mean
-                momentum = 1.0 / float(self.num_batches_tracked)
-        no_statistics = self.running_mean is None and self.running_var is None
-        keep = not self.training or self.track_running_stats
-        return batch_norm(
-            input,
-            self.running_mean if keep else None,
-            self.running_var if keep else None,
-            self.weight,
-            self.bias,
-            self.training or no_statistics,
-            momentum,
-            self.eps,
-            activation=self.activation,
-            residual=residual,
+        check(input, residual, None)
+        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        training = self.training or (mean is None and var is None)
+        if training:
+            check_count(input)
+        if not self.training:
+            running = Running(mean, var, None, self.momentum)
+        elif self.track_running_stats:
+            running = Running(mean, var, batches, self.momentum)
+        else:
+            running = Running(None, None, None, self.momentum)
+        return ops.batch_norm(
+            input, self.weight, self.bias, residual, None, running, self.eps, self.activation, training
         )
 
     def extra_repr(self) -> str:

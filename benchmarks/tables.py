@@ -1,0 +1,13 @@
+"""Put the tables of benchmarks/results into docs/benchmarks.md: python benchmarks/tables.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from batchnorm.bench.markdown import filled
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs/benchmarks.md"
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(), ROOT / "benchmarks/results"))

@@ -1,0 +1,151 @@
+"""Build the CPU kernels with whatever C++ compiler there is; all the rest is in pyproject.toml.
+
+``batchnorm/kernels/_native.so`` is no extension module but a shared library that needs libc and libm alone: it knows
+neither Python nor torch, so one wheel serves every Python. Where it can't be built the package installs all the same
+and runs on its reference kernels, and ``batchnorm/kernels/_native.txt`` says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+SOURCES = Path("src/batchnorm/kernels")
+KERNELS = Extension(
+    "batchnorm.kernels._native",
+    ["src/batchnorm/kernels/native.cpp"],
+    depends=[path.as_posix() for path in sorted(SOURCES.glob("*.h"))],  # the sdist needs them
+)
+# Never -ffast-math, which flushes subnormals in the whole process; never -fopenmp, which brings a second runtime; never
+# -march=native, since the kernels choose their instructions where they run.
+COMPILE = [
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-threadsafe-statics",
+    "-fopenmp-simd",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+]
+
+
+def compilers() -> tuple[list[str], list[str]]:
+    """The commands that compile C++ and that link as for C, which leaves libstdc++ out."""
+    cxx = os.environ.get("CXX") or os.environ.get("CC")
+    if not cxx:
+        cxx = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")
+    cc = os.environ.get("CC") or cxx.replace("clang++", "clang").replace("g++", "gcc").replace("c++", "cc")
+    for command in (cxx, cc):
+        if not command or not shutil.which(shlex.split(command)[0]):
+            named = f": {command}" if command else ""
+            raise CompileError(f"no C++ compiler was found when batchnorm was installed{named}")
+    return shlex.split(cxx), shlex.split(cc)
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler; its first error is what the user gets to read."""
+    logging.info(shlex.join(command))
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
+    except OSError as error:
+        raise CompileError(f"{command[0]} could not be run when batchnorm was installed: {error}") from error
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
+        said = next((line for line in lines if "error" in line or "undefined" in line), lines[0]).strip()
+        raise CompileError(f"{command[0]} failed when batchnorm was installed: {said[:300]}")
+
+
+class BuildKernels(build_ext):
+    """Compiles and links the one C++ file, or leaves the reason why not beside where the library would be."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The same name on every platform, since no Python imports it."""
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def run(self) -> None:
+        """Leave either the library or the reason."""
+        library, reason = self.products()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        for path in (library, reason):
+            path.unlink(missing_ok=True)
+        try:
+            self.compile(library)
+        except CompileError as error:
+            reason.write_text(f"{error}\n", encoding="utf-8")
+            self.warn(f"batchnorm runs on its slow reference kernels, since {error}")
+        if self.inplace:
+            for path in (library, reason):
+                put(path, SOURCES / path.name)
+
+    def compile(self, library: Path) -> None:
+        """Compile and link, or raise with the reason."""
+        if sys.platform == "win32":
+            raise CompileError("the native kernels are not built on Windows")
+        cxx, cc = compilers()
+        platform = self.target()
+        flags = {name: shlex.split(os.environ.get(name, "")) for name in ("CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS")}
+        compiled = Path(self.build_temp, "native.o")
+        compiled.parent.mkdir(parents=True, exist_ok=True)
+        ours = [*COMPILE, *platform, *flags["CPPFLAGS"], *flags["CFLAGS"], *flags["CXXFLAGS"]]
+        run([*cxx, *ours, "-c", KERNELS.sources[0], "-o", str(compiled)])
+        # What libstdc++ would have to supply must fail here, not where the library is loaded.
+        whole = [] if sys.platform == "darwin" else ["-Wl,-z,defs"]
+        run([*cc, "-shared", *platform, *whole, *flags["LDFLAGS"], str(compiled), "-lm", "-o", str(library)])
+
+    def target(self) -> list[str]:
+        """What macOS's compiler must be told, so that the library fits the tag of the wheel."""
+        if not self.plat_name.startswith("macosx-"):
+            return []
+        _, version, machine = self.plat_name.split("-")
+        machines = ["arm64", "x86_64"] if machine == "universal2" else [machine]
+        return [f"-mmacosx-version-min={version}", *(flag for name in machines for flag in ("-arch", name))]
+
+    def products(self) -> tuple[Path, Path]:
+        """The library and the reason, of which one is there after a build."""
+        library = Path(self.build_lib, self.get_ext_filename(KERNELS.name))
+        return library, library.with_suffix(".txt")
+
+    def get_outputs(self) -> list[str]:
+        """What was built."""
+        return list(self.get_output_mapping())
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """What was built, and where an editable install has it."""
+        return {str(path): str(SOURCES / path.name) for path in self.products() if path.exists()}
+
+
+def put(new: Path, old: Path) -> None:
+    """Put a file, or its absence, in another's place; a process that has the old one open keeps it whole."""
+    if new.exists():
+        part = old.with_name(f"{old.name}.part")
+        shutil.copyfile(new, part)
+        part.replace(old)
+    else:
+        old.unlink(missing_ok=True)
+
+
+class TagWheel(bdist_wheel):
+    """py3-none-PLATFORM: the library asks for a platform, and for no Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """The platform of the build, and no Python."""
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(ext_modules=[KERNELS], cmdclass={"build_ext": BuildKernels, "bdist_wheel": TagWheel})

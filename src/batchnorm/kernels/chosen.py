@@ -1,0 +1,97 @@
+"""Which kernels run here, and why the others don't."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+from batchnorm.errors import KernelError
+from batchnorm.kernels.native import instructions
+from batchnorm.kernels.native import reason as reason_without_native
+
+__all__ = ["Kernel", "Kernels", "cpu_kernel", "kernels"]
+
+VARIABLE = "BATCHNORM_KERNELS"
+KNOWN = ("reference", "native", "triton")
+NO_GPU_KERNELS = "this version has no GPU kernels"
+REMEDY = (
+    "To build the native ones, install a C++ compiler, then batchnorm again, with pip install --force-reinstall "
+    f"--no-deps --no-cache-dir; {VARIABLE}=reference takes the reference without a warning."
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The kernel of one kind of tensors.
+
+    Attributes
+    ----------
+    name : str
+        ``"native"``, the compiled kernels, or ``"reference"``, the formulas in plain torch.
+    instructions : str or None
+        The vector instructions that the native kernels use on this processor: ``"AVX2"``, for one.
+    reason : str or None
+        Why it is the reference.
+    """
+
+    name: Literal["native", "reference"]
+    instructions: str | None = None
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.instructions})" if self.reason is None else f"{self.name}: {self.reason}"
+
+
+@dataclass(frozen=True, repr=False)
+class Kernels:
+    """Which kernels run here: ``cpu`` for CPU tensors, ``cuda`` for CUDA tensors."""
+
+    cpu: Kernel
+    cuda: Kernel
+
+    def __repr__(self) -> str:
+        return f"CPU tensors:  {self.cpu}\nCUDA tensors: {self.cuda}"
+
+
+def kernels() -> Kernels:
+    """Which kernels run here, and why the others don't.
+
+    The environment variable ``BATCHNORM_KERNELS`` forces ``reference`` or ``native``.
+
+    Raises
+    ------
+    KernelError
+        When the kernels that ``BATCHNORM_KERNELS`` names can't be had, or are unknown.
+
+    Examples
+    --------
+    >>> import batchnorm as bn
+    >>> bn.kernels().cuda
+    Kernel(name='reference', instructions=None, reason='this version has no GPU kernels')
+    """
+    forced = os.environ.get(VARIABLE, "")
+    if forced == "triton":
+        raise KernelError(f"{VARIABLE}=triton can't be had: {NO_GPU_KERNELS}")
+    if forced and forced not in KNOWN:
+        raise KernelError(f"{VARIABLE} must be {', '.join(KNOWN[:-1])} or {KNOWN[-1]}; got {forced!r}")
+    if forced == "reference":
+        asked = Kernel("reference", reason=f"{VARIABLE}=reference")
+        return Kernels(asked, asked)
+    reason = reason_without_native()
+    if reason is None:
+        return Kernels(Kernel("native", instructions()), Kernel("reference", reason=NO_GPU_KERNELS))
+    if forced == "native":
+        raise KernelError(f"{VARIABLE}=native can't be had: {reason}")
+    return Kernels(Kernel("reference", reason=reason), Kernel("reference", reason=NO_GPU_KERNELS))
+
+
+@functools.cache
+def cpu_kernel() -> Literal["native", "reference"]:
+    """The kernel of CPU tensors; warns, once, where it is the reference although nobody asked for that."""
+    chosen = kernels().cpu
+    if chosen.name == "reference" and not os.environ.get(VARIABLE):
+        warnings.warn(f"batchnorm runs on its slow reference kernels: {chosen.reason}. {REMEDY}", RuntimeWarning, 2)
+    return chosen.name

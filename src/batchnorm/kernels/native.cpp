@@ -1,0 +1,622 @@
+// Batch normalization on CPU behind a plain C interface: pointers and sizes in, a status out. It knows neither Python
+// nor torch, and borrows its threads from whoever calls bn_use_threads. The formulas are those of reference.py.
+//
+// Statistics are double: mean, biased variance. Values are centred before they are squared: on a shift taken from the
+// batch in the first pass, and where that turns out far from the mean, in a second one on the mean. Float loops subtract
+// the mean rounded to float; what the rounding left goes into the numbers of the channel, as in reference.py. A channel
+// whose sums, variance or factors do not fit a float (values near 1e30, subnormal ones) is computed again, carefully:
+// in double, value by value.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if !defined(__GNUC__)
+#error "batchnorm's native kernels need GCC or Clang"
+#endif
+#define INLINE inline __attribute__((always_inline))
+#define API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+enum Activation : int { NONE, RELU, LEAKY_RELU, SAID_BY_JOB };
+enum Phase : int { START = 1, SUM = 2, PUT = 4 };
+constexpr double LEAKY_SLOPE = 0.01;
+constexpr int64_t CHANNELS_AT_ONCE = 16;
+constexpr int64_t AHEAD = 2048;     // bytes between a read and its prefetch
+constexpr int64_t ROWS_HELD = 128;  // positions summed in float before the sums go on in double
+
+// One call, as native.py packs it. x, other, dy, out and dresidual share dtype and layout: samples x channels x length,
+// or, where rows is 1, samples rows of channels (length 1). mask has a byte for each position. Null stands for absent.
+struct Call {
+    int64_t dtype, rows, samples, channels, length;
+    const void *x, *other;  // other: the residual, in backward y where there was one
+    const uint8_t *mask;
+    const void *dy;
+    void *out, *dresidual;
+    const void *weight, *bias;
+    void *dweight, *dbias;
+    int64_t weight_dtype, bias_dtype;
+    double *mean, *var;
+    int64_t *count;
+    void *running_mean, *running_var;
+    int64_t running_dtype;
+    int64_t *batches;
+    int64_t batch_statistics, activation;
+    double momentum, eps;
+};
+
+template <class To, class From> INLINE To cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "a change of type, not of value");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// The two halves, converted in integers so that every processor can: Words are vectors of uint32, Floats of float.
+template <class Words> INLINE Words pick(Words where, Words yes, Words no) { return (yes & where) | (no & ~where); }
+struct BFloat16 {
+    uint16_t bits;
+    template <class Words, class Floats> static INLINE Words to_float_bits(Words half) { return half << 16; }
+    template <class Words, class Floats> static INLINE Words from_float_bits(Words w) {
+        // To nearest, ties to even. A NaN would be lost if its low bits were all set; those met here come from 16 bits
+        // or from a table, where `plain_nan` leaves none.
+        return (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
+    }
+};
+struct Half {
+    uint16_t bits;
+    template <class Words, class Floats> static INLINE Words to_float_bits(Words half) {
+        const Words shifted = (half & 0x7fffu) << 13;
+        const Words finite = cast<Words>(cast<Floats>(shifted) * 0x1p112f);
+        const Words special = (Words)((half & 0x7c00u) == 0x7c00u);
+        return pick<Words>(special, shifted | 0x7f800000u, finite) | ((half & 0x8000u) << 16);
+    }
+    template <class Words, class Floats> static INLINE Words from_float_bits(Words w) {
+        const Words sign = w & 0x80000000u, size = w ^ sign;
+        const Words normal = (size + 0xc8000fffu + ((size >> 13) & 1u)) >> 13;
+        const Words subnormal = cast<Words>(cast<Floats>(size) + 0.5f) - 0x3f000000u;
+        const Words special = pick<Words>((Words)(size > 0x7f800000u), Words{} + 0x7e00u, Words{} + 0x7c00u);
+        Words result = pick<Words>((Words)(size < 0x38800000u), subnormal, normal);
+        result = pick<Words>((Words)(size >= 0x47800000u), special, result);
+        return result | (sign >> 16);
+    }
+};
+typedef uint32_t Word __attribute__((vector_size(4)));
+typedef float Single __attribute__((vector_size(4)));
+
+INLINE double number(float value) { return value; }
+INLINE double number(double value) { return value; }
+template <class H> INLINE double number(H half) {
+    return cast<Single>(H::template to_float_bits<Word, Single>(Word{half.bits}))[0];
+}
+INLINE void assign(float &to, double value) { to = (float)value; }
+INLINE void assign(double &to, double value) { to = value; }
+template <class H> INLINE void assign(H &to, double value) {
+    to.bits = (uint16_t)H::template from_float_bits<Word, Single>(cast<Word>(Single{(float)value}))[0];
+}
+
+template <class T> struct ArithmeticOf { using type = float; };
+template <> struct ArithmeticOf<double> { using type = double; };
+template <class T> struct Common { static constexpr bool value = false; };
+template <> struct Common<float> { static constexpr bool value = true; };
+template <> struct Common<BFloat16> { static constexpr bool value = true; };
+template <class T> using Arithmetic = typename ArithmeticOf<T>::type;
+
+// Numbers of a channel, in the type of the arithmetic, as the loops read them. mean is the shift while sums are taken
+// forward. dx = dz * gain - d * slope - level.
+template <class A> struct Tables {
+    A *mean, *gain, *shift, *slope, *level;
+};
+struct Job;
+struct Unit {
+    int64_t c0, c1, p0, p1, rest, split, part;
+};
+struct Loops {
+    void (*sum)(const Job &, const Unit &);
+    void (*put)(const Job &, const Unit &);
+};
+typedef void (*Work)(int64_t begin, int64_t end, void *job);
+
+struct Job {
+    const Call *call;
+    Loops loops;
+    void (*start)(const Job &, int64_t c0, int64_t c1);
+    bool (*finish)(const Job &, int64_t c0, int64_t c1);
+    int phase;
+    int64_t count, places;         // values that a channel has; those and what the mask leaves out
+    int64_t channels_at_once;      // in a unit of work
+    int64_t splits, parts, units;  // parts of the positions; threads; units of work
+    int64_t positions, width, widest, repeats;  // of rows: how many, how wide, channels in a unit, positions in a row
+    double *first, *second;        // sums: splits x width
+    void *tables, *scratch;
+    uint8_t *again, *careful;      // of a channel: whether a better shift is in place; whether floats can't hold it
+};
+template <class A> INLINE Tables<A> tables(const Job &job) {
+    A *at = (A *)job.tables;
+    const int64_t n = job.width;
+    return {at, at + n, at + 2 * n, at + 3 * n, at + 4 * n};
+}
+INLINE Unit unit(const Job &job, int64_t index, int64_t part) {
+    const int64_t split = index % job.splits, block = index / job.splits, c0 = block * job.channels_at_once;
+    const int64_t end = c0 + job.channels_at_once < job.width ? c0 + job.channels_at_once : job.width;
+    const int64_t p0 = split * job.positions / job.splits, p1 = (split + 1) * job.positions / job.splits;
+    const bool last = job.call->rows && split + 1 == job.splits;
+    const int64_t rest = last ? (job.call->samples - job.positions * job.repeats) * job.call->channels : 0;
+    return {c0, end, p0, p1, rest, split, part};
+}
+
+// Once for each instruction set: the compiler may use it there and nowhere else.
+#if defined(__x86_64__)
+namespace sse2 {
+constexpr int W = 16;
+#include "native_loops.h"
+}  // namespace sse2
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+constexpr int W = 32;
+#define WIDEN(halves) _mm256_cvtepu16_epi32((__m128i)(halves))
+#include "native_loops.h"
+#undef WIDEN
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+#endif
+namespace avx512 {
+constexpr int W = 64;
+#define WIDEN(halves) _mm512_cvtepu16_epi32((__m256i)(halves))
+#include "native_loops.h"
+#undef WIDEN
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#else
+namespace vectors {
+constexpr int W = 16;
+#include "native_loops.h"
+}  // namespace vectors
+#endif
+
+struct Set {
+    const char *name;
+    Loops (*find)(const Call &, bool gradients, bool stream);
+};
+Set best_set() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return {"AVX-512", avx512::find};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"AVX2", avx2::find};
+    return {"SSE2", sse2::find};
+#elif defined(__aarch64__)
+    return {"NEON", vectors::find};
+#else
+    return {"generic vectors", vectors::find};
+#endif
+}
+const Set &set() {
+    static const Set chosen = best_set();
+    return chosen;
+}
+
+// Threads, lent by the caller: torch_parallel_for and torch_get_num_threads of torch's stable C interface.
+typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Work work, void *argument);
+typedef int32_t (*CountThreads)(uint32_t *threads);
+ParallelFor parallel_for = nullptr;
+CountThreads count_threads = nullptr;
+
+int64_t threads() {
+    uint32_t n = 1;
+    return parallel_for && count_threads && count_threads(&n) == 0 && n > 0 ? n : 1;
+}
+// What a thread is called with.
+void work(int64_t begin, int64_t end, void *argument) {
+    const Job &job = *(const Job *)argument;
+    for (int64_t part = begin; part < end; ++part) {
+        for (int64_t i = part * job.units / job.parts; i < (part + 1) * job.units / job.parts; ++i) {
+            const Unit u = unit(job, i, part);
+            const bool whole = job.phase & START;  // a unit with all positions of its channels ends what it begins
+            if (whole) job.start(job, u.c0, u.c1);
+            if (job.phase & SUM)
+                do job.loops.sum(job, u);
+                while (whole && job.finish(job, u.c0, u.c1));
+            if (job.phase & PUT) job.loops.put(job, u);
+        }
+    }
+}
+void run(Job &job, int phase) {
+    job.phase = phase;
+    // Where the threads fail the work is done here: every unit gives the same when it is done twice.
+    if (job.parts < 2 || parallel_for(0, job.parts, 1, work, &job) != 0) work(0, job.parts, &job);
+}
+
+double parameter(const void *from, int64_t dtype, int64_t i, double otherwise) {
+    if (!from) return otherwise;
+    switch (dtype) {
+    case FLOAT64: return ((const double *)from)[i];
+    case BFLOAT16: return number(((const BFloat16 *)from)[i]);
+    case FLOAT16: return number(((const Half *)from)[i]);
+    default: return ((const float *)from)[i];
+    }
+}
+void set_parameter(void *to, int64_t dtype, int64_t i, double value) {
+    if (!to) return;
+    switch (dtype) {
+    case FLOAT64: return assign(((double *)to)[i], value);
+    case BFLOAT16: return assign(((BFloat16 *)to)[i], value);
+    case FLOAT16: return assign(((Half *)to)[i], value);
+    default: return assign(((float *)to)[i], value);
+    }
+}
+
+// Value by value, in double.
+template <class T> struct Slow {
+    const Call &call;
+    int64_t place(int64_t position, int64_t c) const {
+        if (call.rows) return position * call.channels + c;
+        return (position / call.length * call.channels + c) * call.length + position % call.length;
+    }
+    int64_t positions() const { return call.samples * call.length; }
+    bool counts(int64_t position) const { return !call.mask || call.mask[position]; }
+    double at(const void *from, int64_t position, int64_t c) const { return number(((const T *)from)[place(position, c)]); }
+
+    void moments(int64_t c, double count, double &mean, double &var) const {
+        double sum = 0, squares = 0, rest = 0;
+        for (int64_t p = 0; p < positions(); ++p)
+            if (counts(p)) sum += at(call.x, p, c);
+        mean = sum / count;
+        for (int64_t p = 0; p < positions(); ++p) {
+            if (!counts(p)) continue;
+            const double d = at(call.x, p, c) - mean;
+            rest += d;
+            squares += d * d;
+        }
+        var = squares / count - (rest / count) * (rest / count);
+        if (isfinite(rest)) mean += rest / count;
+    }
+    double argument(int64_t p, int64_t c, double mean, double gain, double shift) const {
+        return (at(call.x, p, c) - mean) * gain + shift;
+    }
+    void forward(int64_t c, double mean, double gain, double shift) const {
+        for (int64_t p = 0; p < positions(); ++p) {
+            double z = argument(p, c, mean, gain, shift);
+            if (call.other) z += at(call.other, p, c);
+            if (call.activation != NONE && z < 0) z = call.activation == RELU ? 0 : z * LEAKY_SLOPE;
+            assign(((T *)call.out)[place(p, c)], counts(p) ? z : 0);
+        }
+    }
+    double gradient(int64_t p, int64_t c, double mean, double gain, double shift) const {
+        const double dy = at(call.dy, p, c);
+        if (call.activation == NONE) return dy;
+        const double z = call.other ? at(call.other, p, c) : argument(p, c, mean, gain, shift);
+        return z > 0 ? dy : call.activation == RELU ? 0 : dy * LEAKY_SLOPE;
+    }
+    void sums(int64_t c, double mean, double gain, double shift, double &dbias, double &products) const {
+        dbias = products = 0;
+        for (int64_t p = 0; p < positions(); ++p) {
+            if (!counts(p)) continue;
+            const double dz = gradient(p, c, mean, gain, shift);
+            dbias += dz;
+            products += dz * (at(call.x, p, c) - mean);
+        }
+    }
+    void backward(int64_t c, double mean, double gain, double shift, double slope, double level) const {
+        for (int64_t p = 0; p < positions(); ++p) {
+            const double dz = counts(p) ? gradient(p, c, mean, gain, shift) : 0;
+            double dx = dz * gain;
+            if (call.batch_statistics) dx -= (at(call.x, p, c) - mean) * slope + level;
+            if (call.out) assign(((T *)call.out)[place(p, c)], counts(p) ? dx : 0);
+            if (call.dresidual) assign(((T *)call.dresidual)[place(p, c)], dz);
+        }
+    }
+};
+
+struct Channel {
+    double mean, inverse, gain, shift;  // inverse: 1 / sqrt(var + eps); shift is for x - mean
+};
+Channel channel(const Call &call, int64_t c) {
+    const double inverse = 1 / sqrt(call.var[c] + call.eps);
+    return {call.mean[c], inverse, inverse * parameter(call.weight, call.weight_dtype, c, 1),
+            parameter(call.bias, call.bias_dtype, c, 0)};
+}
+bool fits(double factor) { return factor == 0 || (fabs(factor) < 1e37 && fabs(factor) > 1e-37); }
+bool finite(const Channel &ch) { return isfinite(ch.mean) && isfinite(ch.inverse); }
+
+template <class A> INLINE A plain_nan(A value) { return value == value ? value : (A)NAN; }
+// The tables of a channel; the mean is split in two there. Rows hold a channel as often as they hold positions.
+template <class A> void fill(const Job &job, int64_t c, double mean, double gain, double shift, double slope, double level) {
+    const Tables<A> t = tables<A>(job);
+    const A rounded = plain_nan((A)mean);
+    const double rest = mean - (double)rounded;
+    for (int64_t i = c; i < job.width; i += job.call->channels) {
+        t.mean[i] = rounded;
+        t.gain[i] = plain_nan((A)gain);
+        t.shift[i] = plain_nan((A)(shift - gain * rest));
+        t.slope[i] = plain_nan((A)slope);
+        t.level[i] = plain_nan((A)(level - slope * rest));
+    }
+}
+void sums_of(const Job &job, int64_t c, double &first, double &second) {
+    first = second = 0;
+    for (int64_t split = 0; split < job.splits; ++split)
+        for (int64_t i = split * job.width + c; i < (split + 1) * job.width; i += job.call->channels) {
+            first += job.first[i];
+            second += job.second[i];
+        }
+}
+
+template <class T> void with_moments(const Job &job, int64_t c0, int64_t c1) {
+    using A = Arithmetic<T>;
+    for (int64_t c = c0; c < c1 && c < job.call->channels; ++c) {
+        const Channel ch = channel(*job.call, c);
+        const bool small = sizeof(A) == sizeof(float);
+        job.careful[c] = small && finite(ch) && !(fits(ch.gain) && fabs(ch.mean) < 1e37);
+        fill<A>(job, c, ch.mean, ch.gain, ch.shift, 0, 0);
+    }
+}
+// The shift that forward sums are taken about: a value of the batch plus how far 8 are from it in the mean. Of a
+// constant it is that constant.
+template <class T> void with_shifts(const Job &job, int64_t c0, int64_t c1) {
+    using A = Arithmetic<T>;
+    constexpr int64_t looks = 8;
+    const Call &call = *job.call;
+    const Slow<T> slow{call};
+    int64_t at[looks], found = 0, first = 0;
+    while (first < job.places && !slow.counts(first)) ++first;
+    for (int64_t i = 0; i < looks; ++i) {
+        const int64_t sample = i * call.samples / looks, place = i * call.length / looks;
+        const int64_t position = i ? sample * call.length + place : first;
+        if (position < job.places && slow.counts(position)) at[found++] = slow.place(position, 0);
+    }
+    const T *x = (const T *)call.x;
+    A *means = tables<A>(job).mean;
+    for (int64_t c = c0; c < c1 && c < call.channels; ++c) {
+        const int64_t offset = call.rows ? c : c * call.length;
+        const double base = found ? number(x[at[0] + offset]) : 0;
+        double sum = 0;
+        for (int64_t i = 1; i < found; ++i) sum += number(x[at[i] + offset]) - base;
+        const A shift = (A)(base + sum / looks);
+        for (int64_t i = c; i < job.width; i += call.channels) means[i] = shift;
+        job.again[c] = 0;
+    }
+}
+template <class T> bool finish_forward(const Job &job, int64_t c0, int64_t c1) {
+    using A = Arithmetic<T>;
+    const Call &call = *job.call;
+    const double m = (double)(job.count > 0 ? job.count : 1), share = 1 / m;
+    bool any = false;
+    for (int64_t c = c0; c < c1 && c < call.channels; ++c) {
+        const Tables<A> t = tables<A>(job);
+        double first, second;
+        sums_of(job, c, first, second);
+        const double away = first * share, var = second * share - away * away;
+        const bool tiny = sizeof(A) == sizeof(float) && second < m * 1e-30 && call.eps < 1e-20;
+        if (!isfinite(first) || !isfinite(second) || tiny) {
+            Slow<T>{call}.moments(c, m, call.mean[c], call.var[c]);
+            continue;
+        }
+        if (!job.again[c] && away * away > 8 * var) {
+            job.again[c] = 1;
+            any = true;
+        }
+        call.mean[c] = (double)t.mean[c] + away;
+        call.var[c] = var > 0 ? var : var == var ? 0 : var;
+    }
+    if (any) {
+        for (int64_t c = c0; c < c1 && c < call.channels; ++c)
+            if (isfinite(call.mean[c]))
+                for (int64_t i = c; i < job.width; i += call.channels) tables<A>(job).mean[i] = (A)call.mean[c];
+        return true;
+    }
+    with_moments<T>(job, c0, c1);
+    return false;
+}
+template <class T> bool finish_backward(const Job &job, int64_t c0, int64_t c1) {
+    using A = Arithmetic<T>;
+    const Call &call = *job.call;
+    const double m = (double)(job.count > 0 ? job.count : 1);
+    for (int64_t c = c0; c < c1 && c < call.channels; ++c) {
+        const Channel ch = channel(call, c);
+        double dbias, products;
+        sums_of(job, c, dbias, products);
+        products -= (ch.mean - (double)(A)ch.mean) * dbias;  // they were taken with the rounded mean
+        if (sizeof(A) == sizeof(float) && finite(ch) && (job.careful[c] || !isfinite(dbias) || !isfinite(products))) {
+            job.careful[c] = 1;
+            Slow<T>{call}.sums(c, ch.mean, ch.gain, ch.shift, dbias, products);
+        }
+        const double dweight = ch.inverse * products;
+        const double slope = ch.gain * ch.inverse * dweight / m, level = ch.gain * dbias / m;
+        // A tiny factor matters only to values that are as large.
+        const bool matters = fabs(slope) > 1e37 || ch.inverse < 1e-12;
+        if (sizeof(A) == sizeof(float) && finite(ch) && matters && !fits(slope)) job.careful[c] = 1;
+        fill<A>(job, c, ch.mean, ch.gain, ch.shift, call.batch_statistics ? slope : 0, call.batch_statistics ? level : 0);
+        set_parameter(call.dweight, call.weight_dtype, c, dweight);
+        set_parameter(call.dbias, call.bias_dtype, c, dbias);
+    }
+    return false;
+}
+
+// How the work is divided. A channel is best summed and then written by one thread, while it is in that thread's cache;
+// where channels are too few, or what they hold too much, positions are divided, and sums merged.
+constexpr int64_t VALUES_PER_THREAD = 96 << 10;    // below, waking a thread costs more than it brings
+constexpr int64_t RUN_BYTES = 2048;                // memory read in one go
+constexpr int64_t CACHE_BYTES = 512 << 10;         // of a core
+constexpr int64_t STREAM_BYTES = 8 << 20;          // outputs that would drive everything else out of the cache
+
+int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+void divide(Job &job, int64_t size, int64_t tensors_read) {
+    const Call &call = *job.call;
+    const int64_t positions = call.samples * call.length, channels = call.channels;
+    const int64_t workers = at_least(1, at_most(threads(), positions * channels / VALUES_PER_THREAD));
+    job.positions = positions;
+    job.width = channels;
+    job.repeats = 1;
+    job.splits = 1;
+    if (!call.rows) {
+        const int64_t fill_run = at_least(1, RUN_BYTES / (call.length * size));
+        const int64_t share = at_least(1, channels / (4 * workers));
+        job.channels_at_once = at_most(at_most(fill_run, share), CHANNELS_AT_ONCE);
+        if (channels < 4 * workers && channels % workers) job.splits = workers;
+    } else {
+        const int64_t columns = CACHE_BYTES / (positions * size * tensors_read) / 64 * 64;
+        const bool fits_whole = positions * channels * size * tensors_read <= CACHE_BYTES && workers == 1;
+        if (columns >= 64 && !fits_whole && channels >= 64 * workers) {
+            job.channels_at_once = at_most(columns, (channels / workers + 63) / 64 * 64);
+        } else {
+            if (channels < 128 && !call.mask) {
+                const int64_t repeats = 128 / channels;
+                job.repeats = channels % 16 ? (repeats + 15) / 16 * 16 : repeats;
+                if (job.repeats * 8 * workers > positions) job.repeats = 1;
+            }
+            job.positions = positions / job.repeats;
+            job.channels_at_once = job.width = channels * job.repeats;
+            job.splits = workers;
+        }
+    }
+    job.widest = at_most(job.channels_at_once, job.width);
+    job.units = (job.width + job.channels_at_once - 1) / job.channels_at_once * job.splits;
+    job.parts = at_most(workers, job.units);
+}
+bool aligned(const void *pointer, int64_t to) { return (intptr_t)pointer % to == 0; }
+bool streams(const Job &job, int64_t size) {
+    const Call &call = *job.call;
+    if (!call.out || call.samples * call.channels * call.length * size < STREAM_BYTES) return false;
+    if (call.dresidual && !aligned((const char *)call.dresidual - (intptr_t)call.out, 64)) return false;
+    if (!call.rows) return call.length * size >= RUN_BYTES;
+    return aligned(call.out, 64) && job.width * size % 64 == 0 && job.channels_at_once * size % 64 == 0;
+}
+
+template <class T> int32_t compute(const Call &call, bool gradients) {
+    using A = Arithmetic<T>;
+    const int64_t size = sizeof(T), channels = call.channels, positions = call.samples * call.length;
+    Job job = {};
+    job.call = &call;
+    job.count = job.places = positions;
+    if (call.mask) {
+        job.count = 0;
+        for (int64_t p = 0; p < positions; ++p) job.count += call.mask[p] != 0;
+    }
+    if (call.count) *call.count = job.count;
+    if (channels == 0) return 0;
+    if (!gradients && !call.batch_statistics)
+        for (int64_t c = 0; c < channels; ++c) {
+            call.mean[c] = parameter(call.running_mean, call.running_dtype, c, 0);
+            call.var[c] = parameter(call.running_var, call.running_dtype, c, 1);
+        }
+    if (positions == 0) {
+        for (int64_t c = 0; c < channels; ++c) {
+            if (!gradients && call.batch_statistics) call.mean[c] = call.var[c] = 0;
+            set_parameter(call.dweight, call.weight_dtype, c, 0);
+            set_parameter(call.dbias, call.bias_dtype, c, 0);
+        }
+        return 0;
+    }
+    divide(job, size, gradients ? 2 : 1);
+
+    const int64_t numbers = job.splits * job.width * 2 * sizeof(double), tables = 5 * job.width * sizeof(A);
+    const int64_t scratch = job.parts * 2 * job.widest * sizeof(A);
+    char *memory = (char *)malloc(numbers + tables + scratch + 2 * channels);
+    if (!memory) return 1;
+    job.first = (double *)memory;
+    job.second = job.first + job.splits * job.width;
+    job.tables = memory + numbers;
+    job.scratch = memory + numbers + tables;
+    job.again = (uint8_t *)memory + numbers + tables + scratch;
+    job.careful = job.again + channels;
+
+    const bool stream = streams(job, size);
+    const bool sums = gradients ? call.batch_statistics || call.dweight || call.dbias : call.batch_statistics;
+    const int put = call.out || call.dresidual ? PUT : 0;
+    job.loops = set().find(call, gradients, stream);
+    job.start = sums && !gradients ? with_shifts<T> : with_moments<T>;
+    job.finish = gradients ? finish_backward<T> : finish_forward<T>;
+    if (job.splits == 1 && put) {
+        run(job, START | (sums ? SUM : 0) | put);
+    } else {
+        job.start(job, 0, channels);
+        if (sums)
+            do run(job, SUM);
+            while (job.finish(job, 0, channels));
+        if (put) run(job, put);
+    }
+
+    for (int64_t c = 0; c < channels; ++c) {
+        if (!job.careful[c] || !put) continue;
+        const Slow<T> slow{call};
+        const Channel ch = channel(call, c);
+        if (!gradients) {
+            slow.forward(c, ch.mean, ch.gain, ch.shift);
+        } else {
+            double dbias = 0, products = 0;
+            if (call.batch_statistics) slow.sums(c, ch.mean, ch.gain, ch.shift, dbias, products);
+            const double m = (double)at_least(job.count, 1);
+            slow.backward(c, ch.mean, ch.gain, ch.shift, ch.gain * ch.inverse * ch.inverse * products / m,
+                          ch.gain * dbias / m);
+        }
+    }
+    free(memory);
+    return 0;
+}
+
+// Running statistics take a part of the batch's: momentum of it, or where that is below 0 one over the batches so far.
+// A batch of one value has no unbiased variance, and one of none no mean: neither moves anything.
+void update(const Call &call, int64_t count) {
+    if (call.batches) ++*call.batches;
+    if (count < 2) return;
+    const double weight = call.momentum < 0 ? 1.0 / (double)at_least(call.batches ? *call.batches : 1, 1) : call.momentum;
+    const double unbiased = (double)count / (double)(count - 1);
+    for (int64_t c = 0; c < call.channels; ++c) {
+        const double mean = parameter(call.running_mean, call.running_dtype, c, 0);
+        const double var = parameter(call.running_var, call.running_dtype, c, 0);
+        set_parameter(call.running_mean, call.running_dtype, c, mean + weight * (call.mean[c] - mean));
+        set_parameter(call.running_var, call.running_dtype, c, var + weight * (call.var[c] * unbiased - var));
+    }
+}
+
+int32_t compute(const Call &call, bool gradients) {
+    switch (call.dtype) {
+    case FLOAT64: return compute<double>(call, gradients);
+    case BFLOAT16: return compute<BFloat16>(call, gradients);
+    case FLOAT16: return compute<Half>(call, gradients);
+    default: return compute<float>(call, gradients);
+    }
+}
+
+}  // namespace
+
+// Changes whenever Call does: native.py refuses a library of another number.
+API int32_t bn_abi() { return 1; }
+API const char *bn_instructions() { return set().name; }
+API void bn_use_threads(ParallelFor run_parallel, CountThreads count) {
+    parallel_for = run_parallel;
+    count_threads = count;
+}
+// y, and in training the moments and the running statistics. 0, or 1 where memory for a few numbers a channel is lacking.
+API int32_t bn_forward(const Call *call) {
+    const int32_t status = compute(*call, false);
+    if (status == 0 && call->batch_statistics) update(*call, *call->count);
+    return status;
+}
+// dx, dweight, dbias and dresidual.
+API int32_t bn_backward(const Call *call) { return compute(*call, true); }

@@ -1,0 +1,273 @@
+"""The CPU kernels of native.cpp: loads the library, lends it torch's threads, says why when it can't.
+
+A tensor is handed over as a pointer and one of two layouts, (N, C, L) contiguous or rows of channels (channels last,
+and (N, C)). `ready` brings a tensor into one of them. The library is called with one packed record, since a
+conversion for each of its 28 fields would take as long as a small batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import InputError
+
+__all__ = ["FUSED", "backward", "forward", "instructions", "ready", "reason", "supports"]
+
+ABI = 1
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+FUSED: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2}
+HERE = Path(__file__).parent
+_PACK = struct.Struct("=26q2d").pack
+
+
+@dataclass(frozen=True)
+class _Library:
+    """The loaded library, or the reason why there is none."""
+
+    handle: ctypes.CDLL | None
+    reason: str | None
+
+
+@functools.cache
+def _library() -> _Library:
+    path = Path(os.environ.get("BATCHNORM_NATIVE_LIBRARY") or HERE / "_native.so")
+    if not path.is_file():
+        note = HERE / "_native.txt"
+        return _Library(None, note.read_text().strip() if note.is_file() else f"{path.name} is not there")
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        return _Library(None, f"{path.name} can't be loaded: {error}")
+    if handle.bn_abi() != ABI:
+        return _Library(None, f"{path.name} was built from other sources: version {handle.bn_abi()}, not {ABI}")
+    handle.bn_instructions.restype = ctypes.c_char_p
+    for function in (handle.bn_forward, handle.bn_backward):
+        function.argtypes = [ctypes.c_char_p]
+    threads = _torch_threads()
+    if threads is None:
+        return _Library(None, f"torch {torch.__version__} lends no threads (torch_parallel_for needs torch 2.10)")
+    handle.bn_use_threads(*threads)
+    return _Library(handle, None)
+
+
+def _torch_threads() -> tuple[ctypes.c_void_p, ctypes.c_void_p] | None:
+    """Where torch's parallel_for and count of threads are: its stable C interface, torch/csrc/stable/c/shim.h."""
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / name
+        if path.is_file():
+            library = ctypes.CDLL(str(path))
+            try:
+                found = library.torch_parallel_for, library.torch_get_num_threads
+            except AttributeError:
+                return None
+            return ctypes.cast(found[0], ctypes.c_void_p), ctypes.cast(found[1], ctypes.c_void_p)
+    return None
+
+
+def reason() -> str | None:
+    """Why the native kernels can't be used; None where they can."""
+    return _library().reason
+
+
+def instructions() -> str:
+    """The instruction set that the kernels use on this processor, as AVX2."""
+    handle = _library().handle
+    return "" if handle is None else handle.bn_instructions().decode()
+
+
+def supports(x: Tensor) -> bool:
+    """Whether the kernels take tensors of this device, dtype and kind."""
+    return x.is_cpu and x.dtype in DTYPES and x.layout is torch.strided and not x.is_neg()
+
+
+def ready(x: Tensor) -> Tensor:
+    """The tensor itself where the kernels can read it, else a dense copy."""
+    if x.is_contiguous() or (
+        x.dim() > 3 and x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    ):
+        return x
+    return x.contiguous()
+
+
+class Running(NamedTuple):
+    """What a training batch moves: running mean and variance (C,), the count of batches, the weight of the new.
+
+    A momentum of None stands for the cumulative mean: one over the number of batches, this one included.
+    """
+
+    mean: Tensor | None
+    var: Tensor | None
+    batches: Tensor | None
+    momentum: float | None
+
+
+def _format(x: Tensor) -> tuple[torch.memory_format, int, int, int]:
+    """The memory format of a tensor that is `ready`, whether a position's channels are a row, samples, length."""
+    if x.dim() == 2:
+        return torch.contiguous_format, 1, x.shape[0], 1
+    samples, length = x.shape[0], x.shape[2:].numel()
+    if length == 1 or not x.is_contiguous():
+        last = x.dim() > 3 and not x.is_contiguous()
+        kind = (torch.channels_last if x.dim() == 4 else torch.channels_last_3d) if last else torch.contiguous_format
+        return kind, 1, samples * length, 1
+    return torch.contiguous_format, 0, samples, length
+
+
+def _as(x: Tensor, kind: torch.memory_format, values: Tensor) -> Tensor:
+    """The values in the dtype and layout of x."""
+    if values.stride() == x.stride() and values.dtype == x.dtype and not values.is_neg():
+        return values
+    return values.to(x.dtype).contiguous(memory_format=kind)
+
+
+def _pointer(values: Tensor | None) -> int:
+    if values is None:
+        return 0
+    if not values.is_cpu:
+        raise InputError(f"all tensors must be on the input's device, cpu; got one on {values.device}")
+    return values.data_ptr()
+
+
+def _parameter(values: Tensor | None) -> Tensor | None:
+    return values if values is None or (values.is_contiguous() and values.dtype in DTYPES) else values.contiguous()
+
+
+def _mask_bytes(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.expand(x.shape[0], *x.shape[2:]).contiguous()
+
+
+def _call(function: Any, record: bytes) -> None:
+    if function(record):
+        raise MemoryError("the native kernels found no memory for the sums of the channels")
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running: Running,
+    eps: float,
+    activation: str | None,
+    training: bool,
+) -> tuple[Tensor, Tensor, int]:
+    """Normalise x (N, C, *), which is `ready`; returns y, the mean and biased variance used (2, C), and the count.
+
+    When training these are the batch's own, and the running statistics move; else the running statistics are used.
+    """
+    kind, rows, samples, length = _format(x)
+    channels = x.shape[1]
+    y = torch.empty_like(x)
+    moments = torch.empty((2, channels), dtype=torch.float64)
+    residual = None if residual is None else _as(x, kind, residual)
+    mask = _mask_bytes(x, mask)
+    weight, bias = _parameter(weight), _parameter(bias)
+    count = ctypes.c_int64()
+    at = moments.data_ptr()
+    record = _PACK(
+        DTYPES[x.dtype],
+        rows,
+        samples,
+        channels,
+        length,
+        x.data_ptr(),
+        _pointer(residual),
+        _pointer(mask),
+        0,
+        y.data_ptr(),
+        0,
+        _pointer(weight),
+        _pointer(bias),
+        0,
+        0,
+        0 if weight is None else DTYPES[weight.dtype],
+        0 if bias is None else DTYPES[bias.dtype],
+        at,
+        at + 8 * channels,
+        ctypes.addressof(count),
+        _pointer(running.mean),
+        _pointer(running.var),
+        0 if running.mean is None else DTYPES[running.mean.dtype],
+        _pointer(running.batches),
+        training,
+        FUSED[activation],
+        -1.0 if running.momentum is None else running.momentum,
+        eps,
+    )
+    handle = _library().handle
+    assert handle is not None
+    _call(handle.bn_forward, record)
+    return y, moments, count.value
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str | None,
+    training: bool,
+    *,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients (dx, dweight, dbias, dresidual) of `forward`, those that are wanted; y is given with a residual."""
+    kind, rows, samples, length = _format(x)
+    channels = x.shape[1]
+    dy = _as(x, kind, dy)
+    y = None if y is None else _as(x, kind, y)
+    mask = _mask_bytes(x, mask)
+    weight, bias = _parameter(weight), _parameter(bias)
+    dx = torch.empty_like(x) if wanted[0] else None
+    dweight = torch.empty_like(weight) if wanted[1] and weight is not None else None
+    dbias = torch.empty_like(bias) if wanted[2] and bias is not None else None
+    dresidual = torch.empty_like(x) if wanted[3] else None
+    at = moments.data_ptr()
+    record = _PACK(
+        DTYPES[x.dtype],
+        rows,
+        samples,
+        channels,
+        length,
+        x.data_ptr(),
+        _pointer(y),
+        _pointer(mask),
+        dy.data_ptr(),
+        _pointer(dx),
+        _pointer(dresidual),
+        _pointer(weight),
+        _pointer(bias),
+        _pointer(dweight),
+        _pointer(dbias),
+        0 if weight is None else DTYPES[weight.dtype],
+        0 if bias is None else DTYPES[bias.dtype],
+        at,
+        at + 8 * channels,
+        0,
+        0,
+        0,
+        0,
+        0,
+        training,
+        FUSED[activation],
+        0.0,
+        eps,
+    )
+    handle = _library().handle
+    assert handle is not None
+    _call(handle.bn_backward, record)
+    return dx, dweight, dbias, dresidual

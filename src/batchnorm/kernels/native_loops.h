@@ -1,0 +1,545 @@
+// The loops over values. native.cpp includes this once for each instruction set, in a namespace of its own where W is
+// the width of a vector in bytes. No function here may be called before the processor is known to have that set.
+//
+// A kernel K is Forward or Backward of one dtype. K::terms gives the two numbers a value adds to its channel's sums,
+// K::put writes what comes out. Two ways of walking lead over the values: planes, where a channel of a sample is one run
+// of memory (contiguous tensors), and rows, where a position's channels are (channels last, and (N, C)).
+
+template <class A> struct Of;
+template <> struct Of<float> {
+    typedef float vector __attribute__((vector_size(W)));
+    typedef int32_t bits __attribute__((vector_size(W)));
+    typedef uint8_t bytes __attribute__((vector_size(W / 4)));
+};
+template <> struct Of<double> {
+    typedef double vector __attribute__((vector_size(W)));
+    typedef int64_t bits __attribute__((vector_size(W)));
+    typedef uint8_t bytes __attribute__((vector_size(W / 8)));
+};
+template <class A> using Vector = typename Of<A>::vector;
+template <class A> using Bits = typename Of<A>::bits;
+template <class A> using Integer = decltype(Bits<A>{}[0] + 0);
+template <class A> constexpr int64_t lanes = W / sizeof(A);
+
+template <class A> INLINE Vector<A> splat(A value) { return Vector<A>{} + value; }
+template <class A> INLINE Vector<A> keep(Vector<A> values, Bits<A> where) {
+    return cast<Vector<A>>(cast<Bits<A>>(values) & where);
+}
+template <class A> INLINE Vector<A> choose(Bits<A> where, Vector<A> yes, Vector<A> no) {
+    return cast<Vector<A>>((cast<Bits<A>>(yes) & where) | (cast<Bits<A>>(no) & ~where));
+}
+template <class A> INLINE Vector<A> table_at(const A *table) {
+    Vector<A> values;
+    memcpy(&values, table, W);
+    return values;
+}
+INLINE Vector<float> numbers(const float *from) { return table_at(from); }
+INLINE Vector<double> numbers(const double *from) { return table_at(from); }
+
+// Half precision: 16 bits in memory, 32 in the arithmetic. The conversions are those of native.cpp, lane by lane.
+typedef uint32_t Words __attribute__((vector_size(W)));
+typedef uint16_t Halves __attribute__((vector_size(W / 2)));
+template <class H> INLINE Vector<float> widen(const H *from) {
+    Halves halves;
+    memcpy(&halves, from, sizeof halves);
+#if defined(WIDEN)
+    const Words words = cast<Words>(WIDEN(halves));  // one instruction, where GCC makes four of the conversion
+#else
+    const Words words = __builtin_convertvector(halves, Words);
+#endif
+    return cast<Vector<float>>(H::template to_float_bits<Words, Vector<float>>(words));
+}
+INLINE Vector<float> numbers(const BFloat16 *from) { return widen(from); }
+INLINE Vector<float> numbers(const Half *from) { return widen(from); }
+
+// Stream tells the processor not to keep the line in its cache: right where the whole output would not fit anyway.
+template <bool Stream, class Stored> INLINE void write(void *to, Stored values) {
+#if defined(__SSE2__)
+    if constexpr (Stream && sizeof(Stored) % 16 == 0) {
+        __m128i parts[sizeof(Stored) / 16];
+        memcpy(parts, &values, sizeof values);
+        for (size_t i = 0; i < sizeof(Stored) / 16; ++i) _mm_stream_si128((__m128i *)to + i, parts[i]);
+        return;
+    }
+#endif
+    memcpy(to, &values, sizeof values);
+}
+template <bool Stream> INLINE void store(float *to, Vector<float> values) { write<Stream>(to, values); }
+template <bool Stream> INLINE void store(double *to, Vector<double> values) { write<Stream>(to, values); }
+template <bool Stream, class H> INLINE void store(H *to, Vector<float> values) {
+    Words words = H::template from_float_bits<Words, Vector<float>>(cast<Words>(values));
+    write<Stream>(to, __builtin_convertvector(words, Halves));
+}
+
+// Fewer values than a vector holds; the other lanes read as 0.
+template <bool Part, class T> INLINE auto load(const T *from, int64_t n) {
+    if constexpr (!Part) {
+        return numbers(from);
+    } else {
+        T whole[lanes<Arithmetic<T>>] = {};
+        for (int64_t i = 0; i < n; ++i) whole[i] = from[i];
+        return numbers(whole);
+    }
+}
+template <bool Part, bool Stream, class T> INLINE void save(T *to, Vector<Arithmetic<T>> values, int64_t n) {
+    if constexpr (!Part) {
+        store<Stream>(to, values);
+    } else {
+        T whole[lanes<Arithmetic<T>>];
+        store<false>(whole, values);
+        for (int64_t i = 0; i < n; ++i) to[i] = whole[i];
+    }
+}
+template <class A> INLINE Bits<A> lanes_from(int64_t first, int64_t end) {
+    Bits<A> lane;
+    for (int64_t i = 0; i < lanes<A>; ++i) lane[i] = i;
+    const Bits<A> from = Bits<A>{} + (Integer<A>)first, to = Bits<A>{} + (Integer<A>)end;
+    return (lane >= from) & (lane < to);
+}
+template <bool Part, class A> INLINE Bits<A> counted(const uint8_t *mask, int64_t n) {
+    typename Of<A>::bytes bytes = {};
+    if (Part)
+        for (int64_t i = 0; i < n; ++i) bytes[i] = mask[i];
+    else
+        memcpy(&bytes, mask, sizeof bytes);
+    return __builtin_convertvector(bytes, Bits<A>) != Bits<A>{};
+}
+
+template <class A> struct Parameters {
+    Vector<A> mean, gain, shift, slope, level;
+};
+template <class A> INLINE Parameters<A> of_channel(const Tables<A> &t, int64_t c) {
+    return {splat(t.mean[c]), splat(t.gain[c]), splat(t.shift[c]), splat(t.slope[c]), splat(t.level[c])};
+}
+template <bool Part, class A> INLINE Parameters<A> of_channels(const Tables<A> &t, int64_t c, int64_t n) {
+    return {load<Part>(t.mean + c, n), load<Part>(t.gain + c, n), load<Part>(t.shift + c, n),
+            load<Part>(t.slope + c, n), load<Part>(t.level + c, n)};
+}
+
+// A kernel holds its pointers by value: the compiler then knows that no store changes them.
+// Residual: 0 none, 1 there, 2 said by the job. Act: an Activation, or SAID_BY_JOB.
+template <class T, int Residual, int Act> struct Kernel {
+    static constexpr bool common = Act != SAID_BY_JOB;
+    using Value = T;
+    using A = Arithmetic<T>;
+    using V = Vector<A>;
+    const T *x, *other, *dy;
+    T *out, *dresidual;
+    int64_t activation, width;
+    bool batch_statistics;
+
+    INLINE void read(const Job &job) {
+        const Call &call = *job.call;
+        x = (const T *)call.x;
+        other = (const T *)call.other;
+        dy = (const T *)call.dy;
+        out = (T *)call.out;
+        dresidual = (T *)call.dresidual;
+        activation = call.activation;
+        width = job.width;
+        batch_statistics = call.batch_statistics != 0;
+    }
+    INLINE void ahead(int64_t at) const {
+        __builtin_prefetch((const char *)(x + at) + AHEAD);
+        if (dy) __builtin_prefetch((const char *)(dy + at) + AHEAD);
+        if (Residual != 0) __builtin_prefetch((const char *)(other + at) + AHEAD);
+    }
+    INLINE bool is(int64_t which) const { return Act == SAID_BY_JOB ? activation == which : Act == which; }
+    INLINE bool has_other() const {
+        if constexpr (Residual == 2)
+            return other != nullptr;
+        else
+            return Residual == 1;
+    }
+};
+
+template <class T, int Residual, int Act> struct Forward : Kernel<T, Residual, Act> {
+    using Base = Kernel<T, Residual, Act>;
+    using typename Base::A;
+    using typename Base::V;
+
+    template <bool Part> INLINE void terms(const Parameters<A> &p, int64_t at, int64_t n, V &a, V &b) const {
+        a = load<Part>(this->x + at, n) - p.mean;
+        b = a * a;
+    }
+    template <bool Part, bool Stream, bool Mask>
+    INLINE void put(const Parameters<A> &p, int64_t at, int64_t n, Bits<A> where) const {
+        if (Stream) this->ahead(at);
+        V z = (load<Part>(this->x + at, n) - p.mean) * p.gain + p.shift;
+        if (this->has_other()) z += load<Part>(this->other + at, n);
+        // NaN is not below 0, and so stays.
+        if (this->is(RELU)) z = keep<A>(z, ~(z < V{}));
+        if (this->is(LEAKY_RELU)) z = choose<A>(z < V{}, z * (A)LEAKY_SLOPE, z);
+        if (Mask) z = keep<A>(z, where);
+        save<Part, Stream>(this->out + at, z, n);
+    }
+};
+
+template <class T, int Residual, int Act> struct Backward : Kernel<T, Residual, Act> {
+    using Base = Kernel<T, Residual, Act>;
+    using typename Base::A;
+    using typename Base::V;
+
+    // The gradient of the activation's argument, and x - mean.
+    template <bool Part> INLINE V argument(const Parameters<A> &p, int64_t at, int64_t n, V &d) const {
+        const V dy = load<Part>(this->dy + at, n);
+        d = load<Part>(this->x + at, n) - p.mean;
+        if (this->is(NONE)) return dy;
+        const V z = this->has_other() ? load<Part>(this->other + at, n) : d * p.gain + p.shift;
+        return this->is(RELU) ? keep<A>(dy, z > V{}) : choose<A>(z > V{}, dy, dy * (A)LEAKY_SLOPE);
+    }
+    template <bool Part> INLINE void terms(const Parameters<A> &p, int64_t at, int64_t n, V &a, V &b) const {
+        V d;
+        a = argument<Part>(p, at, n, d);
+        b = a * d;
+    }
+    template <bool Part, bool Stream, bool Mask>
+    INLINE void put(const Parameters<A> &p, int64_t at, int64_t n, Bits<A> where) const {
+        if (Stream) this->ahead(at);
+        V d;
+        const V dz = argument<Part>(p, at, n, d);
+        V dx = dz * p.gain;
+        if (this->batch_statistics) dx = dx - d * p.slope - p.level;
+        if (this->out) save<Part, Stream>(this->out + at, Mask ? keep<A>(dx, where) : dx, n);
+        if (Residual != 0 && this->dresidual) save<Part, Stream>(this->dresidual + at, Mask ? keep<A>(dz, where) : dz, n);
+    }
+};
+
+// Sums of a channel. Float lanes are emptied into doubles before they have taken many values, so that the error does
+// not grow with the batch.
+template <class A> struct Sums {
+    Vector<A> a, b;
+    double first, second;
+    int64_t held;
+};
+constexpr int64_t HELD = 4096;
+template <class A> INLINE void empty(Sums<A> &sums) {
+    for (int64_t i = 0; i < lanes<A>; ++i) {
+        sums.first += (double)sums.a[i];
+        sums.second += (double)sums.b[i];
+    }
+    sums.a = sums.b = Vector<A>{};
+    sums.held = 0;
+}
+
+template <class K, bool Mask, bool Part>
+INLINE void sum_step(const K &k, const Parameters<typename K::A> &p, int64_t at, const uint8_t *mask, int64_t n,
+                     bool all, Bits<typename K::A> which, Vector<typename K::A> &a, Vector<typename K::A> &b) {
+    using A = typename K::A;
+    Vector<A> first, second;
+    k.template terms<Part>(p, at, n, first, second);
+    if (Mask) which = all ? counted<Part, A>(mask, n) : which & counted<Part, A>(mask, n);
+    if (Mask || !all) {
+        first = keep<A>(first, which);
+        second = keep<A>(second, which);
+    }
+    a += first;
+    b += second;
+}
+// Runs shorter than a vector: rare, and so not inlined everywhere.
+template <class K, bool Mask>
+__attribute__((noinline)) void sum_short(const K k, const Parameters<typename K::A> &p, int64_t at,
+                                         const uint8_t *mask, int64_t n, Sums<typename K::A> &sums) {
+    using A = typename K::A;
+    sum_step<K, Mask, true>(k, p, at, mask, n, false, lanes_from<A>(0, n), sums.a, sums.b);
+}
+template <class K, bool Mask>
+__attribute__((noinline)) void put_short(const K k, const Parameters<typename K::A> &p, int64_t at,
+                                         const uint8_t *mask, int64_t n) {
+    using A = typename K::A;
+    k.template put<true, false, Mask>(p, at, n, Mask ? counted<true, A>(mask, n) : Bits<A>{});
+}
+template <class K, bool Mask>
+INLINE void sum_run(const K &k, const Parameters<typename K::A> &p, int64_t at, const uint8_t *mask, int64_t n,
+                    Sums<typename K::A> &sums) {
+    using A = typename K::A;
+    constexpr int64_t step = lanes<A>;
+    const Bits<A> any = {};
+    int64_t i = 0;
+    if (n < step) {
+        sum_short<K, Mask>(k, p, at, mask, n, sums);
+    } else {
+        Vector<A> a1{}, b1{}, a2{}, b2{}, a3{}, b3{};
+        for (; K::common && i + 4 * step <= n; i += 4 * step) {
+            sum_step<K, Mask, false>(k, p, at + i, mask + i, step, true, any, sums.a, sums.b);
+            sum_step<K, Mask, false>(k, p, at + i + step, mask + i + step, step, true, any, a1, b1);
+            sum_step<K, Mask, false>(k, p, at + i + 2 * step, mask + i + 2 * step, step, true, any, a2, b2);
+            sum_step<K, Mask, false>(k, p, at + i + 3 * step, mask + i + 3 * step, step, true, any, a3, b3);
+        }
+        for (; i + step <= n; i += step)
+            sum_step<K, Mask, false>(k, p, at + i, mask + i, step, true, any, a1, b1);
+        if (i < n)  // the last whole vector again, of which only the lanes not yet taken count
+            sum_step<K, Mask, false>(k, p, at + n - step, mask + n - step, step, false,
+                                     lanes_from<A>(step - (n - i), step), a2, b2);
+        sums.a += (a1 + a2) + a3;
+        sums.b += (b1 + b2) + b3;
+    }
+    sums.held += n;
+    if (sums.held >= HELD) empty(sums);
+}
+template <class K, bool Stream, bool Mask>
+INLINE void put_run(const K &k, const Parameters<typename K::A> &p, int64_t at, const uint8_t *mask, int64_t n) {
+    using A = typename K::A;
+    using T = typename K::Value;
+    constexpr int64_t step = lanes<A>;
+    const Bits<A> any = {};
+    if (n < step) return put_short<K, Mask>(k, p, at, mask, n);
+    int64_t i = 0;
+    if (Stream) {  // whole cache lines, which begin at multiples of 64 bytes
+        const int64_t head = (-(intptr_t)(k.out + at) & 63) / (int64_t)sizeof(T);
+        for (; i < head && i < n; i += step)
+            put_short<K, Mask>(k, p, at + i, mask, (head < n ? head : n) - i < step ? (head < n ? head : n) - i : step);
+        if (head < i) i = head;
+    }
+    for (; i + step <= n; i += step)
+        k.template put<false, Stream, Mask>(p, at + i, step, Mask ? counted<false, A>(mask + i, step) : any);
+    if (i < n)
+        k.template put<false, false, Mask>(p, at + n - step, step,
+                                            Mask ? counted<false, A>(mask + n - step, step) : any);
+}
+
+// Planes: channels [c0, c1) at positions [p0, p1), a position being sample * length + place.
+template <class K, bool Mask>
+INLINE void sum_planes(const Job &job, const Unit &u) {
+    K k;
+    k.read(job);
+    using A = typename K::A;
+    const Tables<A> &t = tables<A>(job);
+    const int64_t length = job.call->length, channels = job.call->channels;
+    Sums<A> sums[CHANNELS_AT_ONCE] = {};
+    for (int64_t n = u.p0 / length; n * length < u.p1; ++n) {
+        const int64_t from = u.p0 > n * length ? u.p0 - n * length : 0;
+        const int64_t to = u.p1 < (n + 1) * length ? u.p1 - n * length : length;
+        for (int64_t c = u.c0; c < u.c1; ++c)
+            for (int64_t i = from; i < to; i += HELD)
+                sum_run<K, Mask>(k, of_channel(t, c), (n * channels + c) * length + i,
+                                 Mask ? job.call->mask + n * length + i : nullptr, to - i < HELD ? to - i : HELD,
+                                 sums[c - u.c0]);
+    }
+    for (int64_t c = u.c0; c < u.c1; ++c) {
+        empty(sums[c - u.c0]);
+        job.first[u.split * job.width + c] = sums[c - u.c0].first;
+        job.second[u.split * job.width + c] = sums[c - u.c0].second;
+    }
+}
+template <class K, bool Stream, bool Mask>
+INLINE void put_planes(const Job &job, const Unit &u) {
+    K k;
+    k.read(job);
+    using A = typename K::A;
+    const Tables<A> &t = tables<A>(job);
+    const int64_t length = job.call->length, channels = job.call->channels;
+    for (int64_t n = u.p0 / length; n * length < u.p1; ++n) {
+        const int64_t from = u.p0 > n * length ? u.p0 - n * length : 0;
+        const int64_t to = u.p1 < (n + 1) * length ? u.p1 - n * length : length;
+        for (int64_t c = u.c0; c < u.c1; ++c)
+            put_run<K, Stream, Mask>(k, of_channel(t, c), (n * channels + c) * length + from,
+                                     Mask ? job.call->mask + n * length + from : nullptr, to - from);
+    }
+}
+
+// Rows: columns [c0, c1) of rows [p0, p1), each job.width values wide. Where channels are few, several positions make
+// one row, and the tables hold their channels as many times.
+template <class K, int Rows, bool Stream, bool Part>
+INLINE void sum_step_rows(const K &k, const Tables<typename K::A> &t, int64_t at, int64_t c, int64_t n, bool all,
+                          typename K::A *a, typename K::A *b) {
+    using A = typename K::A;
+    const Parameters<A> p = of_channels<Part>(t, c, n);
+    Vector<A> first{}, second{}, one, other;
+    for (int row = 0; row < Rows; ++row) {
+        if (Stream) k.ahead(at + row * k.width + c);
+        k.template terms<Part>(p, at + row * k.width + c, n, one, other);
+        first += one;
+        second += other;
+    }
+    if (Part || !all) {
+        const Bits<A> which = Part ? lanes_from<A>(0, n) : lanes_from<A>(lanes<A> - n, lanes<A>);
+        first = keep<A>(first, which);
+        second = keep<A>(second, which);
+    }
+    if (Part) {
+        save<true, false>(a, load<true>(a, n) + first, n);
+        save<true, false>(b, load<true>(b, n) + second, n);
+    } else {
+        store<false>(a, table_at(a) + first);
+        store<false>(b, table_at(b) + second);
+    }
+}
+template <class K, int Rows, bool Stream>
+INLINE void sum_some_rows(const K &k, const Tables<typename K::A> &t, int64_t at, int64_t c0, int64_t c1,
+                          typename K::A *a, typename K::A *b) {
+    constexpr int64_t step = lanes<typename K::A>;
+    if (c1 - c0 < step) return sum_step_rows<K, Rows, Stream, true>(k, t, at, c0, c1 - c0, false, a, b);
+    int64_t c = c0;
+    for (; c + step <= c1; c += step) sum_step_rows<K, Rows, Stream, false>(k, t, at, c, step, true, a + c - c0, b + c - c0);
+    if (c < c1)
+        sum_step_rows<K, Rows, Stream, false>(k, t, at, c1 - step, c1 - c, false, a + c1 - step - c0, b + c1 - step - c0);
+}
+template <class K>
+__attribute__((noinline)) void sum_row(const K k, const Tables<typename K::A> &t, int64_t at, int64_t c0, int64_t c1,
+                                       typename K::A *a, typename K::A *b) {
+    sum_some_rows<K, 1, false>(k, t, at, c0, c1, a, b);
+}
+template <class K, bool Stream>
+INLINE void sum_rows(const Job &job, const Unit &u) {
+    K k;
+    k.read(job);
+    using A = typename K::A;
+    const Tables<A> &t = tables<A>(job);
+    const int64_t columns = u.c1 - u.c0, width = k.width;
+    double *first = job.first + u.split * width + u.c0, *second = job.second + u.split * width + u.c0;
+    A *a = (A *)job.scratch + u.part * 2 * job.widest, *b = a + job.widest;
+    for (int64_t c = 0; c < columns; ++c) first[c] = second[c] = 0;
+    for (int64_t begin = u.p0; begin < u.p1; begin += ROWS_HELD) {
+        const int64_t end = u.p1 - begin < ROWS_HELD ? u.p1 : begin + ROWS_HELD;
+        memset(a, 0, columns * sizeof(A));
+        memset(b, 0, columns * sizeof(A));
+        int64_t row = begin;
+        if (job.call->mask) {
+            for (; row < end; ++row)
+                if (job.call->mask[row]) sum_row<K>(k, t, row * width, u.c0, u.c1, a, b);
+        } else if (Stream) {  // memory gives most when it is read in its order
+            for (; row < end; ++row) sum_some_rows<K, 1, true>(k, t, row * width, u.c0, u.c1, a, b);
+        } else {
+            for (; K::common && row + 4 <= end; row += 4)
+                sum_some_rows<K, 4, false>(k, t, row * width, u.c0, u.c1, a, b);
+            for (; row < end; ++row) sum_row<K>(k, t, row * width, u.c0, u.c1, a, b);
+        }
+        for (int64_t c = 0; c < columns; ++c) {
+            first[c] += (double)a[c];
+            second[c] += (double)b[c];
+        }
+    }
+    if (u.rest) {  // the positions that make no whole row
+        memset(a, 0, u.rest * sizeof(A));
+        memset(b, 0, u.rest * sizeof(A));
+        sum_row<K>(k, t, u.p1 * width, 0, u.rest, a, b);
+        for (int64_t c = 0; c < u.rest; ++c) {
+            first[c] += (double)a[c];
+            second[c] += (double)b[c];
+        }
+    }
+}
+template <class K, int Rows, bool Stream>
+INLINE void put_some_rows(const K &k, const Tables<typename K::A> &t, int64_t at, int64_t c0, int64_t c1) {
+    using A = typename K::A;
+    constexpr int64_t step = lanes<A>;
+    const Bits<A> any = {};
+    if (c1 - c0 < step) {
+        const Parameters<A> p = of_channels<true>(t, c0, c1 - c0);
+        for (int row = 0; row < Rows; ++row)
+            k.template put<true, false, false>(p, at + row * k.width + c0, c1 - c0, any);
+        return;
+    }
+    int64_t c = c0;
+    for (; c + step <= c1; c += step) {
+        const Parameters<A> p = of_channels<false>(t, c, step);
+        for (int row = 0; row < Rows; ++row)
+            k.template put<false, Stream, false>(p, at + row * k.width + c, step, any);
+    }
+    if (c < c1) {
+        const Parameters<A> p = of_channels<false>(t, c1 - step, step);
+        for (int row = 0; row < Rows; ++row)
+            k.template put<false, false, false>(p, at + row * k.width + c1 - step, step, any);
+    }
+}
+template <class K>
+__attribute__((noinline)) void put_row(const K k, const Tables<typename K::A> &t, int64_t at, int64_t c0, int64_t c1) {
+    put_some_rows<K, 1, false>(k, t, at, c0, c1);
+}
+template <class K, bool Stream>
+INLINE void put_rows(const Job &job, const Unit &u) {
+    K k;
+    k.read(job);
+    using T = typename K::Value;
+    const Tables<typename K::A> &t = tables<typename K::A>(job);
+    const int64_t width = job.width;
+    int64_t row = u.p0;
+    if (job.call->mask) {
+        for (; row < u.p1; ++row) {
+            if (job.call->mask[row]) {
+                put_row<K>(k, t, row * width, u.c0, u.c1);
+                continue;
+            }
+            if (job.call->out) memset((T *)job.call->out + row * width + u.c0, 0, (u.c1 - u.c0) * sizeof(T));
+            if (job.call->dresidual) memset((T *)job.call->dresidual + row * width + u.c0, 0, (u.c1 - u.c0) * sizeof(T));
+        }
+        return;
+    }
+    // From the end: what the sums read last is still in the cache.
+    for (int64_t end = u.p1; end > u.p0;) {
+        const int64_t begin = end - u.p0 < ROWS_HELD ? u.p0 : end - ROWS_HELD;
+        row = begin;
+        if (Stream) {  // row by row, so that each line is written whole
+            for (; row < end; ++row) put_some_rows<K, 1, true>(k, t, row * width, u.c0, u.c1);
+        } else {
+            for (; K::common && row + 4 <= end; row += 4) put_some_rows<K, 4, false>(k, t, row * width, u.c0, u.c1);
+            for (; row < end; ++row) put_row<K>(k, t, row * width, u.c0, u.c1);
+        }
+        end = begin;
+    }
+    if (u.rest) put_row<K>(k, t, u.p1 * width, 0, u.rest);
+}
+
+template <class K, bool Planes, bool Stream, bool Mask> void sum(const Job &job, const Unit &u) {
+    if constexpr (Planes)
+        sum_planes<K, Mask>(job, u);
+    else
+        sum_rows<K, Stream>(job, u);
+}
+template <class K, bool Planes, bool Stream, bool Mask> void put(const Job &job, const Unit &u) {
+    if constexpr (Planes)
+        put_planes<K, Stream, Mask>(job, u);
+    else
+        put_rows<K, Stream>(job, u);
+#if defined(__SSE2__)
+    if (Stream) _mm_sfence();
+#endif
+}
+
+// The common cases get loops of their own; in all others (with a mask, in the dtypes that are rarely trained in) the
+// loops look at the job again and again.
+template <class Summed, class K, bool Planes> Loops loops(bool stream) {
+    if (stream) return {sum<Summed, Planes, !Planes, false>, put<K, Planes, true, false>};
+    return {sum<Summed, Planes, false, false>, put<K, Planes, false, false>};
+}
+template <template <class, int, int> class Of, class T, bool Planes> Loops general(bool mask) {
+    using K = Of<T, 2, SAID_BY_JOB>;
+    if (mask) return {sum<K, Planes, false, Planes>, put<K, Planes, false, Planes>};
+    return {sum<K, Planes, false, false>, put<K, Planes, false, false>};
+}
+template <class T, bool Planes> Loops forward_of(const Call &call, bool stream) {
+    if constexpr (Common<T>::value) {
+        using Plain = Forward<T, 0, NONE>;  // sums know neither residual nor activation
+        const bool residual = call.other != nullptr;
+        if (!call.mask && call.activation == NONE)
+            return residual ? loops<Plain, Forward<T, 1, NONE>, Planes>(stream) : loops<Plain, Plain, Planes>(stream);
+        if (!call.mask && call.activation == RELU)
+            return residual ? loops<Plain, Forward<T, 1, RELU>, Planes>(stream)
+                            : loops<Plain, Forward<T, 0, RELU>, Planes>(stream);
+    }
+    return general<Forward, T, Planes>(call.mask != nullptr);
+}
+template <class T, bool Planes> Loops backward_of(const Call &call, bool stream) {
+    if constexpr (Common<T>::value) {
+        using Plain = Backward<T, 0, NONE>;
+        using Relu = Backward<T, 0, RELU>;
+        using Added = Backward<T, 1, RELU>;
+        if (!call.mask && call.activation == NONE && !call.dresidual) return loops<Plain, Plain, Planes>(stream);
+        if (!call.mask && call.activation == RELU)
+            return call.other ? loops<Added, Added, Planes>(stream) : loops<Relu, Relu, Planes>(stream);
+    }
+    return general<Backward, T, Planes>(call.mask != nullptr);
+}
+template <class T> Loops of_dtype(const Call &call, bool gradients, bool stream) {
+    if (gradients) return call.rows ? backward_of<T, false>(call, stream) : backward_of<T, true>(call, stream);
+    return call.rows ? forward_of<T, false>(call, stream) : forward_of<T, true>(call, stream);
+}
+Loops find(const Call &call, bool gradients, bool stream) {
+    switch (call.dtype) {
+    case FLOAT64: return of_dtype<double>(call, gradients, stream);
+    case BFLOAT16: return of_dtype<BFloat16>(call, gradients, stream);
+    case FLOAT16: return of_dtype<Half>(call, gradients, stream);
+    default: return of_dtype<float>(call, gradients, stream);
+    }
+}

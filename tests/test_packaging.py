@@ -1,0 +1,195 @@
+"""What is built and installed: source distribution, wheel, library; and what is left where it can't be built."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from batchnorm.kernels import native
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "src/batchnorm/kernels"
+WARNINGS = "-Wall -Wextra -Werror"
+CROSS = "aarch64-linux-gnu-g++"
+USED = """
+import sys, warnings, torch
+import batchnorm as bn
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        y = bn.BatchNorm1d(3)(torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]))
+print(bn.__file__)
+print(*[warning.message for warning in said], sep="\\n")
+print(y.detach().round().tolist())
+from batchnorm.cli import main
+sys.argv = ["batchnorm", "doctor"]
+main()
+"""
+LOADED = """
+import re, torch
+from pathlib import Path
+def libraries():
+    return set(re.findall(r"/\\S+\\.so\\S*", Path("/proc/self/maps").read_text()))
+def halved():
+    tiny = torch.full((300_000,), 1e-40)
+    return (tiny / 2).min().item() > 0 and 1e-310 / 2 > 0
+torch.set_num_threads(2)
+torch.ones(300_000).sum()
+before = libraries()
+import batchnorm as bn
+from batchnorm.kernels import native
+assert native.reason() is None
+x = torch.randn(64, 32, 400, requires_grad=True)
+bn.BatchNorm1d(32)(x).sum().backward()
+new = {Path(path).name for path in libraries() - before}
+print(sorted(new), halved())
+"""
+
+
+def missing(sentence):
+    """Skip the test with a word; in CI fail it."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(sentence)
+
+
+def run(*command, cwd=ROOT, **environment):
+    """Run a command that must succeed; a name given as None is unset."""
+    names = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=names, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def pip(*arguments, **environment):
+    """Pip without network: what builds the package is installed here."""
+    offline = ["--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir", "--disable-pip-version-check"]
+    return run(sys.executable, "-m", "pip", arguments[0], *offline, *arguments[1:], **environment)
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})")
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """Built from the source distribution, with every warning an error: then it holds _native.txt and no library."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "-w", folder, sdist, CFLAGS=WARNINGS)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def library(wheel, tmp_path_factory):
+    """The library of the wheel."""
+    if shutil.which("readelf") is None:
+        missing("this test reads a library's ELF: apt-get install binutils")
+    with zipfile.ZipFile(wheel) as opened:
+        return opened.extract("batchnorm/kernels/_native.so", tmp_path_factory.mktemp("library"))
+
+
+def packaged():
+    """Every file of src/batchnorm that users get beside the library."""
+    for path in (ROOT / "src/batchnorm").rglob("*"):
+        if path.is_file() and path.suffix not in (".cpp", ".h", ".pyc") and path.stem != "_native":
+            yield path.relative_to(ROOT / "src").as_posix()
+
+
+def test_the_source_distribution_holds_what_building_and_testing_need(sdist):
+    with tarfile.open(sdist) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))}
+    tests = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")}
+    named = {"setup.py", "conftest.py", "Makefile", "constraints.txt", "CHANGELOG.md", "LICENSE", "docs/compare.md"}
+    assert sources | tests | named <= held
+    assert [name for name in held if "_native." in name or "__pycache__" in name] == []
+
+
+def test_the_wheel_asks_for_a_platform_and_for_no_python(wheel):
+    platform = re.sub(r"[.-]", "_", sysconfig.get_platform())
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        name = next(name for name in opened.namelist() if name.endswith(".dist-info/WHEEL"))
+        said = opened.read(name).decode()
+    assert f"Tag: py3-none-{platform}\n" in said
+    assert "Root-Is-Purelib: false\n" in said
+
+
+def test_the_wheel_holds_the_package_and_the_library_and_no_source_of_it(wheel):
+    with zipfile.ZipFile(wheel) as opened:
+        held = {name for name in opened.namelist() if ".dist-info/" not in name}
+        note = "batchnorm/kernels/_native.txt"
+        assert note not in held, opened.read(note).decode()
+    assert held == {*packaged(), "batchnorm/kernels/_native.so"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF")
+def test_the_library_needs_libc_and_libm_alone(library):
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", run("readelf", "-d", library))
+    assert {name.partition(".")[0] for name in needed} <= {"libc", "libm"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF")
+def test_the_library_shows_its_own_functions_and_no_more(library):
+    rows = [line.split() for line in run("readelf", "--dyn-syms", "-W", library).splitlines()]
+    shown = {row[7] for row in rows if len(row) == 8 and row[4] in ("GLOBAL", "WEAK") and row[6] != "UND"}
+    assert {"bn_abi", "bn_instructions", "bn_use_threads"} <= shown
+    assert [name for name in shown if not name.startswith("bn_")] == []
+
+
+def test_an_install_without_a_compiler_runs_on_the_reference_and_says_why(sdist, tmp_path):
+    (tmp_path / "empty").mkdir()
+    pip("install", "--target", tmp_path / "there", sdist, PATH=tmp_path / "empty", CC=None, CXX=None)
+    unforced = {"BATCHNORM_KERNELS": None, "BATCHNORM_NATIVE_LIBRARY": None}
+    said = run(sys.executable, "-c", USED, cwd=tmp_path, PYTHONPATH=tmp_path / "there", **unforced)
+    file, warning, y, *doctor = said.splitlines()
+    why = "no C++ compiler was found when batchnorm was installed"
+    assert file == str(tmp_path / "there/batchnorm/__init__.py")
+    assert warning.startswith(f"batchnorm runs on its slow reference kernels: {why}")
+    assert y == "[[-1.0, 0.0, 1.0], [1.0, 0.0, -1.0]]"
+    assert f"CPU kernels reference: {why}" in " ".join(" ".join(doctor).split())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a C++ compiler's options")
+def test_a_build_in_place_leaves_either_the_library_or_the_first_error_of_the_compiler(tmp_path):
+    kernels = tmp_path / "src/batchnorm/kernels"
+    kernels.mkdir(parents=True)
+    shutil.copy(ROOT / "setup.py", tmp_path)
+
+    def left_by(source):
+        (kernels / "native.cpp").write_text(source)
+        run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tmp_path)
+        return sorted(path.name for path in kernels.iterdir())
+
+    for _ in range(2):
+        assert left_by('extern "C" int bn_abi() { return 1; }\n') == ["_native.so", "native.cpp"]
+        assert left_by("int one;\nnonsense;\n") == ["_native.txt", "native.cpp"]
+    (reason,) = (kernels / "_native.txt").read_text().splitlines()
+    assert re.match(r"\S+ failed when batchnorm was installed: src/batchnorm/kernels/native.cpp:2:1: error: ", reason)
+    # What only libstdc++ has must not wait for the day the library is loaded.
+    assert left_by("int *one() { return new int; }\n") == ["_native.txt", "native.cpp"]
+
+
+def test_the_kernels_compile_for_arm64_without_a_warning(tmp_path):
+    if shutil.which(CROSS) is None:
+        missing(f"this test compiles for arm64: apt-get install g++-{CROSS.removesuffix('-g++')}")
+    into = ["--build-lib", tmp_path, "--build-temp", tmp_path]
+    run(sys.executable, "setup.py", "-q", "build_ext", *into, CXX=CROSS, CC=None, CFLAGS=f"{WARNINGS} -O1")
+    compiled = tmp_path / "batchnorm/kernels/_native.so"
+    assert compiled.exists(), compiled.with_suffix(".txt").read_text()
+    assert "AArch64" in run(f"{CROSS.removesuffix('g++')}readelf", "-h", compiled)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps")
+def test_loading_the_library_brings_no_other_and_leaves_the_floating_point_mode():
+    if native.reason() is not None:
+        missing(f"no native kernels: {native.reason()}")
+    assert run(sys.executable, "-c", LOADED, BATCHNORM_KERNELS="native") == "['_native.so'] True\n"
