@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,7 +24,7 @@ from setuptools.errors import CompileError
 SOURCES = Path("src/batchnorm/kernels")
 KERNELS = Extension(
     "batchnorm.kernels._native",
-    ["src/batchnorm/kernels/native.cpp"],
+    [path.as_posix() for path in sorted(SOURCES.glob("native*.cpp"))],  # one an instruction set, and their caller
     depends=[path.as_posix() for path in sorted(SOURCES.glob("*.h"))],  # the sdist needs them
 )
 # Never -ffast-math, which flushes subnormals in the whole process; never -fopenmp, which brings a second runtime; never
@@ -72,7 +73,7 @@ def run(command: list[str]) -> None:
 
 
 class BuildKernels(build_ext):
-    """Compiles and links the one C++ file, or leaves the reason why not beside where the library would be."""
+    """Compiles and links the C++ files, or leaves the reason why not beside where the library would be."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """The same name on every platform, since no Python imports it."""
@@ -100,13 +101,15 @@ class BuildKernels(build_ext):
         cxx, cc = compilers()
         platform = self.target()
         flags = {name: shlex.split(os.environ.get(name, "")) for name in ("CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS")}
-        compiled = Path(self.build_temp, "native.o")
-        compiled.parent.mkdir(parents=True, exist_ok=True)
         ours = [*COMPILE, *platform, *flags["CPPFLAGS"], *flags["CFLAGS"], *flags["CXXFLAGS"]]
-        run([*cxx, *ours, "-c", KERNELS.sources[0], "-o", str(compiled)])
+        into = Path(self.build_temp)
+        into.mkdir(parents=True, exist_ok=True)
+        objects = {source: str(into / f"{Path(source).stem}.o") for source in KERNELS.sources}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each file takes a compiler many seconds
+            list(pool.map(lambda source: run([*cxx, *ours, "-c", source, "-o", objects[source]]), objects))
         # What libstdc++ would have to supply must fail here, not where the library is loaded.
         whole = [] if sys.platform == "darwin" else ["-Wl,-z,defs"]
-        run([*cc, "-shared", *platform, *whole, *flags["LDFLAGS"], str(compiled), "-lm", "-o", str(library)])
+        run([*cc, "-shared", *platform, *whole, *flags["LDFLAGS"], *objects.values(), "-lm", "-o", str(library)])
 
     def target(self) -> list[str]:
         """What macOS's compiler must be told, so that the library fits the tag of the wheel."""

@@ -4,6 +4,7 @@ import doctest
 import io
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,23 @@ def test_a_study_and_a_comparison_of_the_same_data_agree():
     assert result("digits-study")["verdict"] == result("digits")["verdict"]
     for arm, values in result("digits")["arms"].items():
         assert values["steps"] == result("digits-study")["arms"][arm]["steps"]
+
+
+def measured(name):
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+def test_the_speeds_of_readme_are_those_of_the_committed_benchmarks():
+    text = " ".join(README.split())
+    kernels = measured("kernels")
+    assert kernels["complete"]
+    assert f"all {len(kernels['results'])} cases" in text
+    large = [r for r in kernels["results"] if r["bytes"] >= 25e6 and r["dtype"] == "float32" and r["mode"] == "train"]
+    for layout, sentence in (("contiguous", "{:.1f} times as fast as torch's"), ("channels_last", "{:.1f} channels-last")):
+        ratios = [r["times_faster"]["median"] for r in large if r["layout"] == layout and r["operation"] == "bn+relu"]
+        assert len(ratios) == 3
+        assert sentence.format(statistics.geometric_mean(ratios)) in text
+    allocators = [r["times_faster_than_untuned"]["median"] for r in measured("allocators")["results"]]
+    assert f"{min(allocators):.1f} times" in text
+    for model in measured("models")["results"]:
+        assert f"{model['times_faster']['median']:.2f} and {model['times_faster_than_untuned']['median']:.2f}" in text

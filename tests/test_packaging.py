@@ -1,6 +1,7 @@
 """What is built and installed: source distribution, wheel, library; and what is left where it can't be built."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -107,19 +108,19 @@ def test_the_source_distribution_holds_what_building_and_testing_need(sdist):
     with tarfile.open(sdist) as opened:
         held = {name.partition("/")[2] for name in opened.getnames()}
     sources = {path.relative_to(ROOT).as_posix() for path in (*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))}
-    tests = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")}
+    tests = {path.relative_to(ROOT).as_posix() for kind in ("*.py", "*.cpp") for path in (ROOT / "tests").rglob(kind)}
     named = {"setup.py", "conftest.py", "Makefile", "constraints.txt", "CHANGELOG.md", "LICENSE", "docs/compare.md"}
     assert sources | tests | named <= held
-    assert [name for name in held if "_native." in name or "__pycache__" in name] == []
+    assert [name for name in held if "/_native." in name or "__pycache__" in name] == []
 
 
 def test_the_wheel_asks_for_a_platform_and_for_no_python(wheel):
-    platform = re.sub(r"[.-]", "_", sysconfig.get_platform())
-    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+    tag = re.sub(r"[.-]", "_", sysconfig.get_platform())
+    assert wheel.name.endswith(f"-py3-none-{tag}.whl")
     with zipfile.ZipFile(wheel) as opened:
         name = next(name for name in opened.namelist() if name.endswith(".dist-info/WHEEL"))
         said = opened.read(name).decode()
-    assert f"Tag: py3-none-{platform}\n" in said
+    assert f"Tag: py3-none-{tag}\n" in said
     assert "Root-Is-Purelib: false\n" in said
 
 
@@ -178,14 +179,33 @@ def test_a_build_in_place_leaves_either_the_library_or_the_first_error_of_the_co
     assert left_by("int *one() { return new int; }\n") == ["_native.txt", "native.cpp"]
 
 
-def test_the_kernels_compile_for_arm64_without_a_warning(tmp_path):
+def built(folder, **environment):
+    """The library built with these variables, every warning an error, and a program that holds it to plain loops."""
+    into = ["--build-lib", folder, "--build-temp", folder]
+    run(sys.executable, "setup.py", "-q", "build_ext", *into, CC=None, CFLAGS=f"{WARNINGS} -O1", **environment)
+    library = folder / "batchnorm/kernels/_native.so"
+    assert library.exists(), library.with_suffix(".txt").read_text()
+    driver = [ROOT / "tests/kernels/driver.cpp", "-std=c++17", "-I", SOURCES, *WARNINGS.split(), "-Wno-psabi"]
+    run(environment["CXX"], *driver, library, "-o", folder / "driver")
+    return library, folder / "driver"
+
+
+def test_the_kernels_compile_for_arm64_without_a_warning_and_agree_with_plain_loops(tmp_path):
     if shutil.which(CROSS) is None:
         missing(f"this test compiles for arm64: apt-get install g++-{CROSS.removesuffix('-g++')}")
-    into = ["--build-lib", tmp_path, "--build-temp", tmp_path]
-    run(sys.executable, "setup.py", "-q", "build_ext", *into, CXX=CROSS, CC=None, CFLAGS=f"{WARNINGS} -O1")
-    compiled = tmp_path / "batchnorm/kernels/_native.so"
-    assert compiled.exists(), compiled.with_suffix(".txt").read_text()
-    assert "AArch64" in run(f"{CROSS.removesuffix('g++')}readelf", "-h", compiled)
+    library, driver = built(tmp_path, CXX=CROSS)
+    assert "AArch64" in run(f"{CROSS.removesuffix('g++')}readelf", "-h", library)
+    if shutil.which("qemu-aarch64") is None:
+        missing("compiled, but not run: apt-get install qemu-user")
+    assert run("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", driver) == "NEON: 340 cases, 0 wrong\n"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="x86-64's instruction sets")
+def test_the_kernels_for_a_processor_without_avx2_agree_with_plain_loops(tmp_path):
+    if shutil.which("g++") is None:
+        missing("this test compiles the kernels: apt-get install g++")
+    _, driver = built(tmp_path, CXX="g++", CPPFLAGS="-DBN_ONLY=128")
+    assert run(driver) == "SSE2: 340 cases, 0 wrong\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps")

@@ -57,6 +57,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The operator: with mean and var given they are used, else the batch's own."""
     _check_sizes(x, mean, var, weight, bias)
+    if (mean is None) != (var is None):
+        raise InputError("mean and var must be given both or neither; got one")
     x = native.ready(x)
     if _is_native(x, residual):
         running = Running(mean, var, None, 0.0)
@@ -189,7 +191,11 @@ def _gradients(
     needs = ctx.needs_input_grad
     wanted = [needs[0], needs[1], needs[2], needs[3] and y is not None]
     found: Sequence[Tensor | None]
-    if _transformed() or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+    if not torch.compiler.is_compiling() and (
+        torch.is_grad_enabled()
+        or _transformed()
+        or torch._C._functorch.is_legacy_batchedtensor(dy)  # torch.autograd.grad(..., is_grads_batched=True)
+    ):
         # A second derivative also runs through the moments, so they are taken again where it can see them.
         used = reference.moments(x, mask) if training else _unpacked(moments, x, mask)
         found = reference.backward(
@@ -283,7 +289,7 @@ def batch_norm(
         y = reference.forward(x, used, weight, bias, eps, fused, residual, mask)
         if training:
             _move(running, used)
-    elif _is_plain(x, residual):
+    elif _is_plain(x, residual) and native.can_move(running):
         y = _Plain.apply(x, weight, bias, residual, _Settings(mask, running, eps, fused, training))  # type: ignore[no-untyped-call]
     else:
         given = (None, None) if training else (running.mean, running.var)

@@ -7,7 +7,7 @@ FAULTS = """
 import resource, sys, torch, batchnorm as bn
 if sys.argv[1] == "tuned":
     assert bn.tune_allocator()
-x = torch.zeros(4_000_000)
+x = torch.zeros(12_000_000)
 x.clone()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):

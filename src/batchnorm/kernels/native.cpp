@@ -7,193 +7,12 @@
 // whose sums, variance or factors do not fit a float (values near 1e30, subnormal ones) is computed again, carefully:
 // in double, value by value.
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "native.h"
 
-#if !defined(__GNUC__)
-#error "batchnorm's native kernels need GCC or Clang"
-#endif
-#define INLINE inline __attribute__((always_inline))
 #define API extern "C" __attribute__((visibility("default")))
 
+namespace batchnorm {
 namespace {
-
-enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
-enum Activation : int { NONE, RELU, LEAKY_RELU, SAID_BY_JOB };
-enum Phase : int { START = 1, SUM = 2, PUT = 4 };
-constexpr double LEAKY_SLOPE = 0.01;
-constexpr int64_t CHANNELS_AT_ONCE = 16;
-constexpr int64_t AHEAD = 2048;     // bytes between a read and its prefetch
-constexpr int64_t ROWS_HELD = 128;  // positions summed in float before the sums go on in double
-
-// One call, as native.py packs it. x, other, dy, out and dresidual share dtype and layout: samples x channels x length,
-// or, where rows is 1, samples rows of channels (length 1). mask has a byte for each position. Null stands for absent.
-struct Call {
-    int64_t dtype, rows, samples, channels, length;
-    const void *x, *other;  // other: the residual, in backward y where there was one
-    const uint8_t *mask;
-    const void *dy;
-    void *out, *dresidual;
-    const void *weight, *bias;
-    void *dweight, *dbias;
-    int64_t weight_dtype, bias_dtype;
-    double *mean, *var;
-    int64_t *count;
-    void *running_mean, *running_var;
-    int64_t running_dtype;
-    int64_t *batches;
-    int64_t batch_statistics, activation;
-    double momentum, eps;
-};
-
-template <class To, class From> INLINE To cast(From from) {
-    static_assert(sizeof(To) == sizeof(From), "a change of type, not of value");
-    To to;
-    memcpy(&to, &from, sizeof to);
-    return to;
-}
-
-// The two halves, converted in integers so that every processor can: Words are vectors of uint32, Floats of float.
-template <class Words> INLINE Words pick(Words where, Words yes, Words no) { return (yes & where) | (no & ~where); }
-struct BFloat16 {
-    uint16_t bits;
-    template <class Words, class Floats> static INLINE Words to_float_bits(Words half) { return half << 16; }
-    template <class Words, class Floats> static INLINE Words from_float_bits(Words w) {
-        // To nearest, ties to even. A NaN would be lost if its low bits were all set; those met here come from 16 bits
-        // or from a table, where `plain_nan` leaves none.
-        return (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
-    }
-};
-struct Half {
-    uint16_t bits;
-    template <class Words, class Floats> static INLINE Words to_float_bits(Words half) {
-        const Words shifted = (half & 0x7fffu) << 13;
-        const Words finite = cast<Words>(cast<Floats>(shifted) * 0x1p112f);
-        const Words special = (Words)((half & 0x7c00u) == 0x7c00u);
-        return pick<Words>(special, shifted | 0x7f800000u, finite) | ((half & 0x8000u) << 16);
-    }
-    template <class Words, class Floats> static INLINE Words from_float_bits(Words w) {
-        const Words sign = w & 0x80000000u, size = w ^ sign;
-        const Words normal = (size + 0xc8000fffu + ((size >> 13) & 1u)) >> 13;
-        const Words subnormal = cast<Words>(cast<Floats>(size) + 0.5f) - 0x3f000000u;
-        const Words special = pick<Words>((Words)(size > 0x7f800000u), Words{} + 0x7e00u, Words{} + 0x7c00u);
-        Words result = pick<Words>((Words)(size < 0x38800000u), subnormal, normal);
-        result = pick<Words>((Words)(size >= 0x47800000u), special, result);
-        return result | (sign >> 16);
-    }
-};
-typedef uint32_t Word __attribute__((vector_size(4)));
-typedef float Single __attribute__((vector_size(4)));
-
-INLINE double number(float value) { return value; }
-INLINE double number(double value) { return value; }
-template <class H> INLINE double number(H half) {
-    return cast<Single>(H::template to_float_bits<Word, Single>(Word{half.bits}))[0];
-}
-INLINE void assign(float &to, double value) { to = (float)value; }
-INLINE void assign(double &to, double value) { to = value; }
-template <class H> INLINE void assign(H &to, double value) {
-    to.bits = (uint16_t)H::template from_float_bits<Word, Single>(cast<Word>(Single{(float)value}))[0];
-}
-
-template <class T> struct ArithmeticOf { using type = float; };
-template <> struct ArithmeticOf<double> { using type = double; };
-template <class T> struct Common { static constexpr bool value = false; };
-template <> struct Common<float> { static constexpr bool value = true; };
-template <> struct Common<BFloat16> { static constexpr bool value = true; };
-template <class T> using Arithmetic = typename ArithmeticOf<T>::type;
-
-// Numbers of a channel, in the type of the arithmetic, as the loops read them. mean is the shift while sums are taken
-// forward. dx = dz * gain - d * slope - level.
-template <class A> struct Tables {
-    A *mean, *gain, *shift, *slope, *level;
-};
-struct Job;
-struct Unit {
-    int64_t c0, c1, p0, p1, rest, split, part;
-};
-struct Loops {
-    void (*sum)(const Job &, const Unit &);
-    void (*put)(const Job &, const Unit &);
-};
-typedef void (*Work)(int64_t begin, int64_t end, void *job);
-
-struct Job {
-    const Call *call;
-    Loops loops;
-    void (*start)(const Job &, int64_t c0, int64_t c1);
-    bool (*finish)(const Job &, int64_t c0, int64_t c1);
-    int phase;
-    int64_t count, places;         // values that a channel has; those and what the mask leaves out
-    int64_t channels_at_once;      // in a unit of work
-    int64_t splits, parts, units;  // parts of the positions; threads; units of work
-    int64_t positions, width, widest, repeats;  // of rows: how many, how wide, channels in a unit, positions in a row
-    double *first, *second;        // sums: splits x width
-    void *tables, *scratch;
-    uint8_t *again, *careful;      // of a channel: whether a better shift is in place; whether floats can't hold it
-};
-template <class A> INLINE Tables<A> tables(const Job &job) {
-    A *at = (A *)job.tables;
-    const int64_t n = job.width;
-    return {at, at + n, at + 2 * n, at + 3 * n, at + 4 * n};
-}
-INLINE Unit unit(const Job &job, int64_t index, int64_t part) {
-    const int64_t split = index % job.splits, block = index / job.splits, c0 = block * job.channels_at_once;
-    const int64_t end = c0 + job.channels_at_once < job.width ? c0 + job.channels_at_once : job.width;
-    const int64_t p0 = split * job.positions / job.splits, p1 = (split + 1) * job.positions / job.splits;
-    const bool last = job.call->rows && split + 1 == job.splits;
-    const int64_t rest = last ? (job.call->samples - job.positions * job.repeats) * job.call->channels : 0;
-    return {c0, end, p0, p1, rest, split, part};
-}
-
-// Once for each instruction set: the compiler may use it there and nowhere else.
-#if defined(__x86_64__)
-namespace sse2 {
-constexpr int W = 16;
-#include "native_loops.h"
-}  // namespace sse2
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-constexpr int W = 32;
-#define WIDEN(halves) _mm256_cvtepu16_epi32((__m128i)(halves))
-#include "native_loops.h"
-#undef WIDEN
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
-#endif
-namespace avx512 {
-constexpr int W = 64;
-#define WIDEN(halves) _mm512_cvtepu16_epi32((__m256i)(halves))
-#include "native_loops.h"
-#undef WIDEN
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#else
-namespace vectors {
-constexpr int W = 16;
-#include "native_loops.h"
-}  // namespace vectors
-#endif
 
 struct Set {
     const char *name;
@@ -202,23 +21,29 @@ struct Set {
 Set best_set() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+#if BUILT(512)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-        return {"AVX-512", avx512::find};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"AVX2", avx2::find};
-    return {"SSE2", sse2::find};
+        return {"AVX-512", find_avx512};
+#endif
+#if BUILT(256)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"AVX2", find_avx2};
+#endif
+#endif
+#if !BUILT(128)
+    abort();
+#elif defined(__x86_64__)
+    return {"SSE2", find_baseline};
 #elif defined(__aarch64__)
-    return {"NEON", vectors::find};
+    return {"NEON", find_baseline};
 #else
-    return {"generic vectors", vectors::find};
+    return {"generic vectors", find_baseline};
 #endif
 }
-const Set &set() {
-    static const Set chosen = best_set();
-    return chosen;
-}
+const Set set = best_set();  // when the library is loaded: no two threads meet here
 
 // Threads, lent by the caller: torch_parallel_for and torch_get_num_threads of torch's stable C interface.
+typedef void (*Work)(int64_t begin, int64_t end, void *job);
 typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Work work, void *argument);
 typedef int32_t (*CountThreads)(uint32_t *threads);
 ParallelFor parallel_for = nullptr;
@@ -249,7 +74,7 @@ void run(Job &job, int phase) {
     if (job.parts < 2 || parallel_for(0, job.parts, 1, work, &job) != 0) work(0, job.parts, &job);
 }
 
-double parameter(const void *from, int64_t dtype, int64_t i, double otherwise) {
+INLINE double parameter(const void *from, int64_t dtype, int64_t i, double otherwise) {
     if (!from) return otherwise;
     switch (dtype) {
     case FLOAT64: return ((const double *)from)[i];
@@ -258,7 +83,7 @@ double parameter(const void *from, int64_t dtype, int64_t i, double otherwise) {
     default: return ((const float *)from)[i];
     }
 }
-void set_parameter(void *to, int64_t dtype, int64_t i, double value) {
+INLINE void set_parameter(void *to, int64_t dtype, int64_t i, double value) {
     if (!to) return;
     switch (dtype) {
     case FLOAT64: return assign(((double *)to)[i], value);
@@ -333,7 +158,7 @@ template <class T> struct Slow {
 struct Channel {
     double mean, inverse, gain, shift;  // inverse: 1 / sqrt(var + eps); shift is for x - mean
 };
-Channel channel(const Call &call, int64_t c) {
+INLINE Channel channel(const Call &call, int64_t c) {
     const double inverse = 1 / sqrt(call.var[c] + call.eps);
     return {call.mean[c], inverse, inverse * parameter(call.weight, call.weight_dtype, c, 1),
             parameter(call.bias, call.bias_dtype, c, 0)};
@@ -341,9 +166,8 @@ Channel channel(const Call &call, int64_t c) {
 bool fits(double factor) { return factor == 0 || (fabs(factor) < 1e37 && fabs(factor) > 1e-37); }
 bool finite(const Channel &ch) { return isfinite(ch.mean) && isfinite(ch.inverse); }
 
-template <class A> INLINE A plain_nan(A value) { return value == value ? value : (A)NAN; }
 // The tables of a channel; the mean is split in two there. Rows hold a channel as often as they hold positions.
-template <class A> void fill(const Job &job, int64_t c, double mean, double gain, double shift, double slope, double level) {
+template <class A> INLINE void fill(const Job &job, int64_t c, double mean, double gain, double shift, double slope, double level) {
     const Tables<A> t = tables<A>(job);
     const A rounded = plain_nan((A)mean);
     const double rest = mean - (double)rounded;
@@ -355,7 +179,7 @@ template <class A> void fill(const Job &job, int64_t c, double mean, double gain
         t.level[i] = plain_nan((A)(level - slope * rest));
     }
 }
-void sums_of(const Job &job, int64_t c, double &first, double &second) {
+INLINE void sums_of(const Job &job, int64_t c, double &first, double &second) {
     first = second = 0;
     for (int64_t split = 0; split < job.splits; ++split)
         for (int64_t i = split * job.width + c; i < (split + 1) * job.width; i += job.call->channels) {
@@ -502,7 +326,7 @@ bool aligned(const void *pointer, int64_t to) { return (intptr_t)pointer % to ==
 bool streams(const Job &job, int64_t size) {
     const Call &call = *job.call;
     if (!call.out || call.samples * call.channels * call.length * size < STREAM_BYTES) return false;
-    if (call.dresidual && !aligned((const char *)call.dresidual - (intptr_t)call.out, 64)) return false;
+    if (call.dresidual && ((intptr_t)call.dresidual - (intptr_t)call.out) % 64 != 0) return false;
     if (!call.rows) return call.length * size >= RUN_BYTES;
     return aligned(call.out, 64) && job.width * size % 64 == 0 && job.channels_at_once * size % 64 == 0;
 }
@@ -521,8 +345,8 @@ template <class T> int32_t compute(const Call &call, bool gradients) {
     if (channels == 0) return 0;
     if (!gradients && !call.batch_statistics)
         for (int64_t c = 0; c < channels; ++c) {
-            call.mean[c] = parameter(call.running_mean, call.running_dtype, c, 0);
-            call.var[c] = parameter(call.running_var, call.running_dtype, c, 1);
+            call.mean[c] = parameter(call.running_mean, call.running_mean_dtype, c, 0);
+            call.var[c] = parameter(call.running_var, call.running_var_dtype, c, 1);
         }
     if (positions == 0) {
         for (int64_t c = 0; c < channels; ++c) {
@@ -548,7 +372,7 @@ template <class T> int32_t compute(const Call &call, bool gradients) {
     const bool stream = streams(job, size);
     const bool sums = gradients ? call.batch_statistics || call.dweight || call.dbias : call.batch_statistics;
     const int put = call.out || call.dresidual ? PUT : 0;
-    job.loops = set().find(call, gradients, stream);
+    job.loops = set.find(call, gradients, stream);
     job.start = sums && !gradients ? with_shifts<T> : with_moments<T>;
     job.finish = gradients ? finish_backward<T> : finish_forward<T>;
     if (job.splits == 1 && put) {
@@ -587,10 +411,10 @@ void update(const Call &call, int64_t count) {
     const double weight = call.momentum < 0 ? 1.0 / (double)at_least(call.batches ? *call.batches : 1, 1) : call.momentum;
     const double unbiased = (double)count / (double)(count - 1);
     for (int64_t c = 0; c < call.channels; ++c) {
-        const double mean = parameter(call.running_mean, call.running_dtype, c, 0);
-        const double var = parameter(call.running_var, call.running_dtype, c, 0);
-        set_parameter(call.running_mean, call.running_dtype, c, mean + weight * (call.mean[c] - mean));
-        set_parameter(call.running_var, call.running_dtype, c, var + weight * (call.var[c] * unbiased - var));
+        const double mean = parameter(call.running_mean, call.running_mean_dtype, c, 0);
+        const double var = parameter(call.running_var, call.running_var_dtype, c, 0);
+        set_parameter(call.running_mean, call.running_mean_dtype, c, mean + weight * (call.mean[c] - mean));
+        set_parameter(call.running_var, call.running_var_dtype, c, var + weight * (call.var[c] * unbiased - var));
     }
 }
 
@@ -604,10 +428,13 @@ int32_t compute(const Call &call, bool gradients) {
 }
 
 }  // namespace
+}  // namespace batchnorm
+
+using namespace batchnorm;
 
 // Changes whenever Call does: native.py refuses a library of another number.
 API int32_t bn_abi() { return 1; }
-API const char *bn_instructions() { return set().name; }
+API const char *bn_instructions() { return set.name; }
 API void bn_use_threads(ParallelFor run_parallel, CountThreads count) {
     parallel_for = run_parallel;
     count_threads = count;

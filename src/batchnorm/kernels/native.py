@@ -2,7 +2,7 @@
 
 A tensor is handed over as a pointer and one of two layouts, (N, C, L) contiguous or rows of channels (channels last,
 and (N, C)). `ready` brings a tensor into one of them. The library is called with one packed record, since a
-conversion for each of its 28 fields would take as long as a small batch.
+conversion for each of its 29 fields would take as long as a small batch.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from batchnorm.errors import InputError
 
-__all__ = ["FUSED", "backward", "forward", "instructions", "ready", "reason", "supports"]
+__all__ = ["FUSED", "Running", "backward", "can_move", "forward", "instructions", "ready", "reason", "supports"]
 
 ABI = 1
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FUSED: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2}
 HERE = Path(__file__).parent
-_PACK = struct.Struct("=26q2d").pack
+_PACK = struct.Struct("=27q2d").pack
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,16 @@ class Running(NamedTuple):
     momentum: float | None
 
 
+def can_move(running: Running) -> bool:
+    """Whether the kernels can write the running statistics where they are."""
+    mean, var, batches, _ = running
+    return (
+        (mean is None or (mean.is_contiguous() and mean.dtype in DTYPES))
+        and (var is None or (var.is_contiguous() and var.dtype in DTYPES))
+        and (batches is None or batches.dtype == torch.int64)
+    )
+
+
 def _format(x: Tensor) -> tuple[torch.memory_format, int, int, int]:
     """The memory format of a tensor that is `ready`, whether a position's channels are a row, samples, length."""
     if x.dim() == 2:
@@ -164,7 +174,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, int]:
     """Normalise x (N, C, *), which is `ready`; returns y, the mean and biased variance used (2, C), and the count.
 
-    When training these are the batch's own, and the running statistics move; else the running statistics are used.
+    When training these are the batch's own, and the running statistics, which `can_move`, do; else those are used.
     """
     kind, rows, samples, length = _format(x)
     channels = x.shape[1]
@@ -173,6 +183,7 @@ def forward(
     residual = None if residual is None else _as(x, kind, residual)
     mask = _mask_bytes(x, mask)
     weight, bias = _parameter(weight), _parameter(bias)
+    mean, var = (running.mean, running.var) if training else (_parameter(running.mean), _parameter(running.var))
     count = ctypes.c_int64()
     at = moments.data_ptr()
     record = _PACK(
@@ -196,9 +207,10 @@ def forward(
         at,
         at + 8 * channels,
         ctypes.addressof(count),
-        _pointer(running.mean),
-        _pointer(running.var),
-        0 if running.mean is None else DTYPES[running.mean.dtype],
+        _pointer(mean),
+        _pointer(var),
+        0 if mean is None else DTYPES[mean.dtype],
+        0 if var is None else DTYPES[var.dtype],
         _pointer(running.batches),
         training,
         FUSED[activation],
@@ -257,6 +269,7 @@ def backward(
         0 if bias is None else DTYPES[bias.dtype],
         at,
         at + 8 * channels,
+        0,
         0,
         0,
         0,

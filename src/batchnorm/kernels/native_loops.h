@@ -1,9 +1,14 @@
-// The loops over values. native.cpp includes this once for each instruction set, in a namespace of its own where W is
-// the width of a vector in bytes. No function here may be called before the processor is known to have that set.
+// The loops over values, for the instruction set of the file that includes this: it gives W, the width of a vector in
+// bytes, and FIND, the name under which native.cpp knows them.
 //
 // A kernel K is Forward or Backward of one dtype. K::terms gives the two numbers a value adds to its channel's sums,
 // K::put writes what comes out. Two ways of walking lead over the values: planes, where a channel of a sample is one run
 // of memory (contiguous tensors), and rows, where a position's channels are (channels last, and (N, C)).
+
+#include "native.h"
+
+namespace batchnorm {
+namespace {
 
 template <class A> struct Of;
 template <> struct Of<float> {
@@ -36,7 +41,32 @@ template <class A> INLINE Vector<A> table_at(const A *table) {
 INLINE Vector<float> numbers(const float *from) { return table_at(from); }
 INLINE Vector<double> numbers(const double *from) { return table_at(from); }
 
-// Half precision: 16 bits in memory, 32 in the arithmetic. The conversions are those of native.cpp, lane by lane.
+// Two vectors that are computed with alike. bfloat16 values are taken so where they can be: of each 32 bits the lower half
+// is a value of the first vector, the upper one of the second, and no lane needs to be moved.
+struct Two {
+    Vector<float> a, b;
+};
+struct TwoBits {
+    Bits<float> a, b;
+};
+INLINE Two operator-(Two x, Vector<float> y) { return {x.a - y, x.b - y}; }
+INLINE Two operator+(Two x, Vector<float> y) { return {x.a + y, x.b + y}; }
+INLINE Two operator*(Two x, Vector<float> y) { return {x.a * y, x.b * y}; }
+INLINE Two operator-(Two x, Two y) { return {x.a - y.a, x.b - y.b}; }
+INLINE Two operator+(Two x, Two y) { return {x.a + y.a, x.b + y.b}; }
+INLINE Two operator*(Two x, Two y) { return {x.a * y.a, x.b * y.b}; }
+template <class V> INLINE auto below_zero(V x) { return x < V{}; }
+template <class V> INLINE auto above_zero(V x) { return x > V{}; }
+INLINE TwoBits below_zero(Two x) { return {below_zero(x.a), below_zero(x.b)}; }
+INLINE TwoBits above_zero(Two x) { return {above_zero(x.a), above_zero(x.b)}; }
+template <class A> INLINE Vector<A> drop(Vector<A> values, Bits<A> where) { return keep<A>(values, ~where); }
+template <class A> INLINE Two keep(Two x, TwoBits where) { return {keep<A>(x.a, where.a), keep<A>(x.b, where.b)}; }
+template <class A> INLINE Two drop(Two x, TwoBits where) { return {drop<A>(x.a, where.a), drop<A>(x.b, where.b)}; }
+template <class A> INLINE Two choose(TwoBits where, Two yes, Two no) {
+    return {choose<A>(where.a, yes.a, no.a), choose<A>(where.b, yes.b, no.b)};
+}
+
+// Half precision: 16 bits in memory, 32 in the arithmetic. The conversions are those of native.h, lane by lane.
 typedef uint32_t Words __attribute__((vector_size(W)));
 typedef uint16_t Halves __attribute__((vector_size(W / 2)));
 template <class H> INLINE Vector<float> widen(const H *from) {
@@ -71,9 +101,14 @@ template <bool Stream, class H> INLINE void store(H *to, Vector<float> values) {
     write<Stream>(to, __builtin_convertvector(words, Halves));
 }
 
-// Fewer values than a vector holds; the other lanes read as 0.
-template <bool Part, class T> INLINE auto load(const T *from, int64_t n) {
-    if constexpr (!Part) {
+// How many values: a vector; the first n, where fewer are there, the other lanes reading as 0; or two vectors.
+enum Group : int { ONE, PART, PAIR };
+template <int G, class T> INLINE auto load(const T *from, int64_t n) {
+    if constexpr (G == PAIR) {
+        Words words;
+        memcpy(&words, from, sizeof words);
+        return Two{cast<Vector<float>>(words << 16), cast<Vector<float>>(words & 0xffff0000u)};
+    } else if constexpr (G == ONE) {
         return numbers(from);
     } else {
         T whole[lanes<Arithmetic<T>>] = {};
@@ -81,8 +116,11 @@ template <bool Part, class T> INLINE auto load(const T *from, int64_t n) {
         return numbers(whole);
     }
 }
-template <bool Part, bool Stream, class T> INLINE void save(T *to, Vector<Arithmetic<T>> values, int64_t n) {
-    if constexpr (!Part) {
+template <int G, bool Stream, class T, class V> INLINE void save(T *to, V values, int64_t n) {
+    if constexpr (G == PAIR) {
+        const Words low = BFloat16::rounded<Words>(cast<Words>(values.a)) >> 16;
+        write<Stream>(to, low | (BFloat16::rounded<Words>(cast<Words>(values.b)) & 0xffff0000u));
+    } else if constexpr (G == ONE) {
         store<Stream>(to, values);
     } else {
         T whole[lanes<Arithmetic<T>>];
@@ -105,6 +143,9 @@ template <bool Part, class A> INLINE Bits<A> counted(const uint8_t *mask, int64_
     return __builtin_convertvector(bytes, Bits<A>) != Bits<A>{};
 }
 
+// No step is taken from a mask that isn't there.
+template <bool Mask> INLINE const uint8_t *past(const uint8_t *mask, int64_t n) { return Mask ? mask + n : nullptr; }
+
 template <class A> struct Parameters {
     Vector<A> mean, gain, shift, slope, level;
 };
@@ -118,8 +159,10 @@ template <bool Part, class A> INLINE Parameters<A> of_channels(const Tables<A> &
 
 // A kernel holds its pointers by value: the compiler then knows that no store changes them.
 // Residual: 0 none, 1 there, 2 said by the job. Act: an Activation, or SAID_BY_JOB.
+template <class T> struct Paired { static constexpr bool value = false; };
+template <> struct Paired<BFloat16> { static constexpr bool value = true; };
 template <class T, int Residual, int Act> struct Kernel {
-    static constexpr bool common = Act != SAID_BY_JOB;
+    static constexpr bool common = Act != SAID_BY_JOB, paired = common && Paired<T>::value;
     using Value = T;
     using A = Arithmetic<T>;
     using V = Vector<A>;
@@ -153,55 +196,60 @@ template <class T, int Residual, int Act> struct Kernel {
     }
 };
 
+template <class A, bool Mask, class L> INLINE L counting(L values, Bits<A> where) {
+    if constexpr (Mask)
+        return keep<A>(values, where);
+    else
+        return values;
+}
+
 template <class T, int Residual, int Act> struct Forward : Kernel<T, Residual, Act> {
     using Base = Kernel<T, Residual, Act>;
     using typename Base::A;
-    using typename Base::V;
 
-    template <bool Part> INLINE void terms(const Parameters<A> &p, int64_t at, int64_t n, V &a, V &b) const {
-        a = load<Part>(this->x + at, n) - p.mean;
+    template <int G, class L> INLINE void terms(const Parameters<A> &p, int64_t at, int64_t n, L &a, L &b) const {
+        a = load<G>(this->x + at, n) - p.mean;
         b = a * a;
     }
-    template <bool Part, bool Stream, bool Mask>
+    template <int G, bool Stream, bool Mask>
     INLINE void put(const Parameters<A> &p, int64_t at, int64_t n, Bits<A> where) const {
         if (Stream) this->ahead(at);
-        V z = (load<Part>(this->x + at, n) - p.mean) * p.gain + p.shift;
-        if (this->has_other()) z += load<Part>(this->other + at, n);
+        auto z = (load<G>(this->x + at, n) - p.mean) * p.gain + p.shift;
+        if (this->has_other()) z = z + load<G>(this->other + at, n);
         // NaN is not below 0, and so stays.
-        if (this->is(RELU)) z = keep<A>(z, ~(z < V{}));
-        if (this->is(LEAKY_RELU)) z = choose<A>(z < V{}, z * (A)LEAKY_SLOPE, z);
-        if (Mask) z = keep<A>(z, where);
-        save<Part, Stream>(this->out + at, z, n);
+        if (this->is(RELU)) z = drop<A>(z, below_zero(z));
+        if (this->is(LEAKY_RELU)) z = choose<A>(below_zero(z), z * splat((A)LEAKY_SLOPE), z);
+        save<G, Stream>(this->out + at, counting<A, Mask>(z, where), n);
     }
 };
 
 template <class T, int Residual, int Act> struct Backward : Kernel<T, Residual, Act> {
     using Base = Kernel<T, Residual, Act>;
     using typename Base::A;
-    using typename Base::V;
 
     // The gradient of the activation's argument, and x - mean.
-    template <bool Part> INLINE V argument(const Parameters<A> &p, int64_t at, int64_t n, V &d) const {
-        const V dy = load<Part>(this->dy + at, n);
-        d = load<Part>(this->x + at, n) - p.mean;
+    template <int G, class L> INLINE L argument(const Parameters<A> &p, int64_t at, int64_t n, L &d) const {
+        const L dy = load<G>(this->dy + at, n);
+        d = load<G>(this->x + at, n) - p.mean;
         if (this->is(NONE)) return dy;
-        const V z = this->has_other() ? load<Part>(this->other + at, n) : d * p.gain + p.shift;
-        return this->is(RELU) ? keep<A>(dy, z > V{}) : choose<A>(z > V{}, dy, dy * (A)LEAKY_SLOPE);
+        const L z = this->has_other() ? load<G>(this->other + at, n) : d * p.gain + p.shift;
+        return this->is(RELU) ? keep<A>(dy, above_zero(z))
+                              : choose<A>(above_zero(z), dy, dy * splat((A)LEAKY_SLOPE));
     }
-    template <bool Part> INLINE void terms(const Parameters<A> &p, int64_t at, int64_t n, V &a, V &b) const {
-        V d;
-        a = argument<Part>(p, at, n, d);
+    template <int G, class L> INLINE void terms(const Parameters<A> &p, int64_t at, int64_t n, L &a, L &b) const {
+        L d;
+        a = argument<G>(p, at, n, d);
         b = a * d;
     }
-    template <bool Part, bool Stream, bool Mask>
+    template <int G, bool Stream, bool Mask>
     INLINE void put(const Parameters<A> &p, int64_t at, int64_t n, Bits<A> where) const {
         if (Stream) this->ahead(at);
-        V d;
-        const V dz = argument<Part>(p, at, n, d);
-        V dx = dz * p.gain;
+        decltype(load<G>(this->x, n)) d;
+        const auto dz = argument<G>(p, at, n, d);
+        auto dx = dz * p.gain;
         if (this->batch_statistics) dx = dx - d * p.slope - p.level;
-        if (this->out) save<Part, Stream>(this->out + at, Mask ? keep<A>(dx, where) : dx, n);
-        if (Residual != 0 && this->dresidual) save<Part, Stream>(this->dresidual + at, Mask ? keep<A>(dz, where) : dz, n);
+        if (this->out) save<G, Stream>(this->out + at, counting<A, Mask>(dx, where), n);
+        if (Residual != 0 && this->dresidual) save<G, Stream>(this->dresidual + at, counting<A, Mask>(dz, where), n);
     }
 };
 
@@ -260,16 +308,28 @@ INLINE void sum_run(const K &k, const Parameters<typename K::A> &p, int64_t at, 
         sum_short<K, Mask>(k, p, at, mask, n, sums);
     } else {
         Vector<A> a1{}, b1{}, a2{}, b2{}, a3{}, b3{};
+        if constexpr (K::paired) {
+            Two a{}, b{}, first, second;
+            for (; i + 2 * step <= n; i += 2 * step) {
+                k.template terms<PAIR>(p, at + i, step, first, second);
+                a = a + first;
+                b = b + second;
+            }
+            a1 = a.a;
+            a2 = a.b;
+            b1 = b.a;
+            b2 = b.b;
+        }
         for (; K::common && i + 4 * step <= n; i += 4 * step) {
-            sum_step<K, Mask, false>(k, p, at + i, mask + i, step, true, any, sums.a, sums.b);
-            sum_step<K, Mask, false>(k, p, at + i + step, mask + i + step, step, true, any, a1, b1);
-            sum_step<K, Mask, false>(k, p, at + i + 2 * step, mask + i + 2 * step, step, true, any, a2, b2);
-            sum_step<K, Mask, false>(k, p, at + i + 3 * step, mask + i + 3 * step, step, true, any, a3, b3);
+            sum_step<K, Mask, false>(k, p, at + i, past<Mask>(mask, i), step, true, any, sums.a, sums.b);
+            sum_step<K, Mask, false>(k, p, at + i + step, past<Mask>(mask, i + step), step, true, any, a1, b1);
+            sum_step<K, Mask, false>(k, p, at + i + 2 * step, past<Mask>(mask, i + 2 * step), step, true, any, a2, b2);
+            sum_step<K, Mask, false>(k, p, at + i + 3 * step, past<Mask>(mask, i + 3 * step), step, true, any, a3, b3);
         }
         for (; i + step <= n; i += step)
-            sum_step<K, Mask, false>(k, p, at + i, mask + i, step, true, any, a1, b1);
+            sum_step<K, Mask, false>(k, p, at + i, past<Mask>(mask, i), step, true, any, a1, b1);
         if (i < n)  // the last whole vector again, of which only the lanes not yet taken count
-            sum_step<K, Mask, false>(k, p, at + n - step, mask + n - step, step, false,
+            sum_step<K, Mask, false>(k, p, at + n - step, past<Mask>(mask, n - step), step, false,
                                      lanes_from<A>(step - (n - i), step), a2, b2);
         sums.a += (a1 + a2) + a3;
         sums.b += (b1 + b2) + b3;
@@ -291,6 +351,8 @@ INLINE void put_run(const K &k, const Parameters<typename K::A> &p, int64_t at, 
             put_short<K, Mask>(k, p, at + i, mask, (head < n ? head : n) - i < step ? (head < n ? head : n) - i : step);
         if (head < i) i = head;
     }
+    if constexpr (K::paired)
+        for (; i + 2 * step <= n; i += 2 * step) k.template put<PAIR, Stream, false>(p, at + i, step, any);
     for (; i + step <= n; i += step)
         k.template put<false, Stream, Mask>(p, at + i, step, Mask ? counted<false, A>(mask + i, step) : any);
     if (i < n)
@@ -373,7 +435,7 @@ INLINE void sum_some_rows(const K &k, const Tables<typename K::A> &t, int64_t at
     int64_t c = c0;
     for (; c + step <= c1; c += step) sum_step_rows<K, Rows, Stream, false>(k, t, at, c, step, true, a + c - c0, b + c - c0);
     if (c < c1)
-        sum_step_rows<K, Rows, Stream, false>(k, t, at, c1 - step, c1 - c, false, a + c1 - step - c0, b + c1 - step - c0);
+        sum_step_rows<K, Rows, Stream, false>(k, t, at, c1 - step, c1 - c, false, a + (c1 - step - c0), b + (c1 - step - c0));
 }
 template <class K>
 __attribute__((noinline)) void sum_row(const K k, const Tables<typename K::A> &t, int64_t at, int64_t c0, int64_t c1,
@@ -497,6 +559,12 @@ template <class K, bool Planes, bool Stream, bool Mask> void put(const Job &job,
 #endif
 }
 
+template <class T> struct Common { static constexpr bool value = false; };
+#if !defined(RARE)
+template <> struct Common<float> { static constexpr bool value = true; };
+template <> struct Common<BFloat16> { static constexpr bool value = true; };
+#endif
+
 // The common cases get loops of their own; in all others (with a mask, in the dtypes that are rarely trained in) the
 // loops look at the job again and again.
 template <class Summed, class K, bool Planes> Loops loops(bool stream) {
@@ -526,7 +594,7 @@ template <class T, bool Planes> Loops backward_of(const Call &call, bool stream)
         using Relu = Backward<T, 0, RELU>;
         using Added = Backward<T, 1, RELU>;
         if (!call.mask && call.activation == NONE && !call.dresidual) return loops<Plain, Plain, Planes>(stream);
-        if (!call.mask && call.activation == RELU)
+        if (!call.mask && call.activation == RELU && (call.other || !call.dresidual))
             return call.other ? loops<Added, Added, Planes>(stream) : loops<Relu, Relu, Planes>(stream);
     }
     return general<Backward, T, Planes>(call.mask != nullptr);
@@ -535,7 +603,10 @@ template <class T> Loops of_dtype(const Call &call, bool gradients, bool stream)
     if (gradients) return call.rows ? backward_of<T, false>(call, stream) : backward_of<T, true>(call, stream);
     return call.rows ? forward_of<T, false>(call, stream) : forward_of<T, true>(call, stream);
 }
-Loops find(const Call &call, bool gradients, bool stream) {
+
+}  // namespace
+
+Loops FIND(const Call &call, bool gradients, bool stream) {
     switch (call.dtype) {
     case FLOAT64: return of_dtype<double>(call, gradients, stream);
     case BFLOAT16: return of_dtype<BFloat16>(call, gradients, stream);
@@ -543,3 +614,5 @@ Loops find(const Call &call, bool gradients, bool stream) {
     default: return of_dtype<float>(call, gradients, stream);
     }
 }
+
+}  // namespace batchnorm

@@ -1,0 +1,12 @@
+// The loops for any processor of the architecture.
+#include "native.h"
+
+#if BUILT(128)
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#define RARE  // nearly every x86-64 processor has AVX2
+#endif
+#define W 16
+#define FIND find_baseline
+#include "native_loops.h"
+#endif
