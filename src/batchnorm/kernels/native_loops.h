@@ -309,16 +309,21 @@ INLINE void sum_run(const K &k, const Parameters<typename K::A> &p, int64_t at, 
     } else {
         Vector<A> a1{}, b1{}, a2{}, b2{}, a3{}, b3{};
         if constexpr (K::paired) {
-            Two a{}, b{}, first, second;
-            for (; i + 2 * step <= n; i += 2 * step) {
+            Two even_a{}, even_b{}, odd_a{}, odd_b{}, first, second;
+            for (; i + 4 * step <= n; i += 4 * step) {
                 k.template terms<PAIR>(p, at + i, step, first, second);
-                a = a + first;
-                b = b + second;
+                even_a = even_a + first;
+                even_b = even_b + second;
+                k.template terms<PAIR>(p, at + i + 2 * step, step, first, second);
+                odd_a = odd_a + first;
+                odd_b = odd_b + second;
             }
-            a1 = a.a;
-            a2 = a.b;
-            b1 = b.a;
-            b2 = b.b;
+            sums.a += odd_a.a + odd_a.b;
+            sums.b += odd_b.a + odd_b.b;
+            a1 = even_a.a;
+            a2 = even_a.b;
+            b1 = even_b.a;
+            b2 = even_b.b;
         }
         for (; K::common && i + 4 * step <= n; i += 4 * step) {
             sum_step<K, Mask, false>(k, p, at + i, past<Mask>(mask, i), step, true, any, sums.a, sums.b);
