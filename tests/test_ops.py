@@ -134,7 +134,7 @@ def test_a_compiled_layer_is_one_node_forward_and_one_backward_and_equals_eager(
 
 
 @compiles
-def test_a_layer_between_others_makes_no_graph_break_and_is_compiled_once_for_batches_of_any_size():
+def test_a_layer_between_others_makes_no_graph_break_and_is_not_compiled_anew_for_batches_of_another_size():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     block = Block("relu")

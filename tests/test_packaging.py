@@ -192,11 +192,11 @@ def built(folder, **environment):
 
 def test_the_kernels_compile_for_arm64_without_a_warning_and_agree_with_plain_loops(tmp_path):
     if shutil.which(CROSS) is None:
-        missing(f"this test compiles for arm64: apt-get install g++-{CROSS.removesuffix('-g++')}")
+        pytest.skip(f"this test compiles for arm64: apt-get install g++-{CROSS.removesuffix('-g++')}")
     library, driver = built(tmp_path, CXX=CROSS)
     assert "AArch64" in run(f"{CROSS.removesuffix('g++')}readelf", "-h", library)
     if shutil.which("qemu-aarch64") is None:
-        missing("compiled, but not run: apt-get install qemu-user")
+        pytest.skip("compiled, but not run: apt-get install qemu-user")
     assert run("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", driver) == "NEON: 340 cases, 0 wrong\n"
 
 
