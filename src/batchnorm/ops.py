@@ -158,6 +158,10 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(values is not None and values.requires_grad for values in tensors)
+
+
 def _is_plain(x: Tensor, residual: Tensor | None) -> bool:
     """Whether the library may be called directly: nothing is watching or tracing."""
     return (
@@ -289,13 +293,16 @@ def batch_norm(
         y = reference.forward(x, used, weight, bias, eps, fused, residual, mask)
         if training:
             _move(running, used)
-    elif _is_plain(x, residual) and native.can_move(running):
-        y = _Plain.apply(x, weight, bias, residual, _Settings(mask, running, eps, fused, training))  # type: ignore[no-untyped-call]
-    else:
+    elif not (_is_plain(x, residual) and native.can_move(running)):
         given = (None, None) if training else (running.mean, running.var)
         y, moments = _Dispatched.apply(x, weight, bias, residual, mask, *given, eps, fused)  # type: ignore[no-untyped-call]
         if training:
             _move(running, _unpacked(moments, x, mask))
+    elif torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
+        y = _Plain.apply(x, weight, bias, residual, _Settings(mask, running, eps, fused, training))  # type: ignore[no-untyped-call]
+    else:
+        x = native.ready(x)
+        y, *_ = native.forward(x, weight, bias, residual, mask, running, eps, fused, training)
     if fused == activation:
         return y
     # Torch's own vectorised functions are faster than a fused loop over libm's scalar ones.

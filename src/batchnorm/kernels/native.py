@@ -140,11 +140,14 @@ def _as(x: Tensor, kind: torch.memory_format, values: Tensor) -> Tensor:
     return values.to(x.dtype).contiguous(memory_format=kind)
 
 
-def _pointer(values: Tensor | None) -> int:
+def _pointer(values: Tensor | None, size: int) -> int:
+    """Where the values are, checked: what the library reads or writes there is as many of them."""
     if values is None:
         return 0
     if not values.is_cpu:
         raise InputError(f"all tensors must be on the input's device, cpu; got one on {values.device}")
+    if values.numel() != size:
+        raise InputError(f"expected {size} values; got shape {tuple(values.shape)}")
     return values.data_ptr()
 
 
@@ -179,7 +182,7 @@ def forward(
     kind, rows, samples, length = _format(x)
     channels = x.shape[1]
     y = torch.empty_like(x)
-    moments = torch.empty((2, channels), dtype=torch.float64)
+    moments = torch.empty(2, channels, dtype=torch.float64)
     residual = None if residual is None else _as(x, kind, residual)
     mask = _mask_bytes(x, mask)
     weight, bias = _parameter(weight), _parameter(bias)
@@ -193,13 +196,13 @@ def forward(
         channels,
         length,
         x.data_ptr(),
-        _pointer(residual),
-        _pointer(mask),
+        _pointer(residual, x.numel()),
+        _pointer(mask, samples * length),
         0,
         y.data_ptr(),
         0,
-        _pointer(weight),
-        _pointer(bias),
+        _pointer(weight, channels),
+        _pointer(bias, channels),
         0,
         0,
         0 if weight is None else DTYPES[weight.dtype],
@@ -207,11 +210,11 @@ def forward(
         at,
         at + 8 * channels,
         ctypes.addressof(count),
-        _pointer(mean),
-        _pointer(var),
+        _pointer(mean, channels),
+        _pointer(var, channels),
         0 if mean is None else DTYPES[mean.dtype],
         0 if var is None else DTYPES[var.dtype],
-        _pointer(running.batches),
+        _pointer(running.batches, 1),
         training,
         FUSED[activation],
         -1.0 if running.momentum is None else running.momentum,
@@ -256,15 +259,15 @@ def backward(
         channels,
         length,
         x.data_ptr(),
-        _pointer(y),
-        _pointer(mask),
-        dy.data_ptr(),
-        _pointer(dx),
-        _pointer(dresidual),
-        _pointer(weight),
-        _pointer(bias),
-        _pointer(dweight),
-        _pointer(dbias),
+        _pointer(y, x.numel()),
+        _pointer(mask, samples * length),
+        _pointer(dy, x.numel()),
+        _pointer(dx, x.numel()),
+        _pointer(dresidual, x.numel()),
+        _pointer(weight, channels),
+        _pointer(bias, channels),
+        _pointer(dweight, channels),
+        _pointer(dbias, channels),
         0 if weight is None else DTYPES[weight.dtype],
         0 if bias is None else DTYPES[bias.dtype],
         at,

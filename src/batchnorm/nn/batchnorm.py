@@ -47,7 +47,8 @@ class _Layer(TorchBatchNorm):
                 f"got {input.shape[1]}, in shape {tuple(input.shape)}"
             )
         check(input, residual, None)
-        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        buffers = self._buffers  # without the search that an attribute of a module takes
+        mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         training = self.training or (mean is None and var is None)
         if training:
             check_count(input)
