@@ -118,7 +118,7 @@ struct BFloat16 {
     template <class Words, class Floats> static INLINE Words to_float_bits(Words half) { return half << 16; }
     template <class Words> static INLINE Words rounded(Words w) {
         // To nearest, ties to even. A NaN would be lost if its low bits were all set; those met here come from 16 bits
-        // went through `plain_nan`.
+        // or went through `plain_nan`.
         return w + 0x7fffu + ((w >> 16) & 1u);
     }
     template <class Words, class Floats> static INLINE Words from_float_bits(Words w) { return rounded<Words>(w) >> 16; }

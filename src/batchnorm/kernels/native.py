@@ -14,7 +14,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,8 +159,8 @@ def _mask_bytes(x: Tensor, mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.expand(x.shape[0], *x.shape[2:]).contiguous()
 
 
-def _call(function: Any, record: bytes) -> None:
-    if function(record):
+def _call(name: str, record: bytes) -> None:
+    if getattr(_library().handle, name)(record):
         raise MemoryError("the native kernels found no memory for the sums of the channels")
 
 
@@ -220,9 +220,7 @@ def forward(
         -1.0 if running.momentum is None else running.momentum,
         eps,
     )
-    handle = _library().handle
-    assert handle is not None
-    _call(handle.bn_forward, record)
+    _call("bn_forward", record)
     return y, moments, count.value
 
 
@@ -283,7 +281,5 @@ def backward(
         0.0,
         eps,
     )
-    handle = _library().handle
-    assert handle is not None
-    _call(handle.bn_backward, record)
+    _call("bn_backward", record)
     return dx, dweight, dbias, dresidual

@@ -447,6 +447,13 @@ __attribute__((noinline)) void sum_row(const K k, const Tables<typename K::A> &t
                                        typename K::A *a, typename K::A *b) {
     sum_some_rows<K, 1, false>(k, t, at, c0, c1, a, b);
 }
+template <class A> INLINE void empty(A *a, A *b, int64_t n, double *first, double *second) {
+    for (int64_t c = 0; c < n; ++c) {
+        first[c] += (double)a[c];
+        second[c] += (double)b[c];
+        a[c] = b[c] = 0;
+    }
+}
 template <class K, bool Stream>
 INLINE void sum_rows(const Job &job, const Unit &u) {
     K k;
@@ -456,11 +463,12 @@ INLINE void sum_rows(const Job &job, const Unit &u) {
     const int64_t columns = u.c1 - u.c0, width = k.width;
     double *first = job.first + u.split * width + u.c0, *second = job.second + u.split * width + u.c0;
     A *a = (A *)job.scratch + u.part * 2 * job.widest, *b = a + job.widest;
-    for (int64_t c = 0; c < columns; ++c) first[c] = second[c] = 0;
+    memset(first, 0, columns * sizeof(double));
+    memset(second, 0, columns * sizeof(double));
+    memset(a, 0, columns * sizeof(A));
+    memset(b, 0, columns * sizeof(A));
     for (int64_t begin = u.p0; begin < u.p1; begin += ROWS_HELD) {
         const int64_t end = u.p1 - begin < ROWS_HELD ? u.p1 : begin + ROWS_HELD;
-        memset(a, 0, columns * sizeof(A));
-        memset(b, 0, columns * sizeof(A));
         int64_t row = begin;
         if (job.call->mask) {
             for (; row < end; ++row)
@@ -472,19 +480,11 @@ INLINE void sum_rows(const Job &job, const Unit &u) {
                 sum_some_rows<K, 4, false>(k, t, row * width, u.c0, u.c1, a, b);
             for (; row < end; ++row) sum_row<K>(k, t, row * width, u.c0, u.c1, a, b);
         }
-        for (int64_t c = 0; c < columns; ++c) {
-            first[c] += (double)a[c];
-            second[c] += (double)b[c];
-        }
+        empty(a, b, columns, first, second);
     }
     if (u.rest) {  // the positions that make no whole row
-        memset(a, 0, u.rest * sizeof(A));
-        memset(b, 0, u.rest * sizeof(A));
         sum_row<K>(k, t, u.p1 * width, 0, u.rest, a, b);
-        for (int64_t c = 0; c < u.rest; ++c) {
-            first[c] += (double)a[c];
-            second[c] += (double)b[c];
-        }
+        empty(a, b, u.rest, first, second);
     }
 }
 template <class K, int Rows, bool Stream>
