@@ -283,8 +283,10 @@ template <class T> bool finish_backward(const Job &job, int64_t c0, int64_t c1) 
 // where channels are too few, or what they hold too much, positions are divided, and sums merged.
 constexpr int64_t VALUES_PER_THREAD = 96 << 10;    // below, waking a thread costs more than it brings
 constexpr int64_t RUN_BYTES = 2048;                // memory read in one go
+constexpr int64_t ROW_BYTES = 2048;                // of one row, where a position's channels take less
 constexpr int64_t CACHE_BYTES = 512 << 10;         // of a core
 constexpr int64_t STREAM_BYTES = 8 << 20;          // outputs that would drive everything else out of the cache
+constexpr int64_t STREAM_RUN_BYTES = 1024;         // shorter runs have too many lines that are not written whole
 
 int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -308,8 +310,8 @@ void divide(Job &job, int64_t size, int64_t tensors_read) {
         if (columns >= 64 && !fits_whole && channels >= 64 * workers) {
             job.channels_at_once = at_most(columns, (channels / workers + 63) / 64 * 64);
         } else {
-            if (channels < 128 && !call.mask) {
-                const int64_t repeats = 128 / channels;
+            if (2 * channels * size <= ROW_BYTES && !call.mask) {
+                const int64_t repeats = ROW_BYTES / (channels * size);
                 job.repeats = channels % 16 ? (repeats + 15) / 16 * 16 : repeats;
                 if (job.repeats * 8 * workers > positions) job.repeats = 1;
             }
@@ -327,7 +329,7 @@ bool streams(const Job &job, int64_t size) {
     const Call &call = *job.call;
     if (!call.out || call.samples * call.channels * call.length * size < STREAM_BYTES) return false;
     if (call.dresidual && ((intptr_t)call.dresidual - (intptr_t)call.out) % 64 != 0) return false;
-    if (!call.rows) return call.length * size >= RUN_BYTES;
+    if (!call.rows) return call.length * size >= STREAM_RUN_BYTES;
     return aligned(call.out, 64) && job.width * size % 64 == 0 && job.channels_at_once * size % 64 == 0;
 }
 
