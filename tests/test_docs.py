@@ -21,9 +21,10 @@ def result(name):
     return read_run(ROOT / "docs/results" / name).content["result"]
 
 
-def test_the_examples_of_readme_run():
-    failed, attempted = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
-    assert attempted > 8
+@pytest.mark.parametrize("page", ["README.md", "docs/layers.md", "docs/statistics.md"])
+def test_the_examples_of_a_page_run(page):
+    failed, attempted = doctest.testfile(str(ROOT / page), module_relative=False)
+    assert attempted > 5
     assert failed == 0
 
 

@@ -11,10 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 from batchnorm.diagnostics.explain import Explanation, explain
 from batchnorm.errors import BatchNormError, DataError, InputError, KernelError, RunError
-from batchnorm.functional import batch_norm
+from batchnorm.functional import Stats, batch_norm, lengths_to_mask, normalize
 from batchnorm.kernels.allocator import tune_allocator
 from batchnorm.kernels.chosen import kernels
-from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn import (
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    Renorm,
+    RenormSchedule,
+    accumulate,
+    domain,
+    domains,
+    freeze,
+    no_stat_updates,
+    unfreeze,
+)
 
 if TYPE_CHECKING:
     from batchnorm import lab
@@ -34,13 +51,28 @@ __all__ = [
     "Explanation",
     "InputError",
     "KernelError",
+    "LazyBatchNorm",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "Renorm",
+    "RenormSchedule",
     "RunError",
+    "Stats",
     "__version__",
+    "accumulate",
     "batch_norm",
+    "domain",
+    "domains",
     "explain",
+    "freeze",
     "kernels",
     "lab",
+    "lengths_to_mask",
+    "no_stat_updates",
+    "normalize",
     "tune_allocator",
+    "unfreeze",
 ]
 
 _LAZY = {"BatchNormMLPClassifier": "batchnorm.estimators", "BatchNormMLPRegressor": "batchnorm.estimators"}

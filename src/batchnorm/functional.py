@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from batchnorm import ops
 from batchnorm.errors import InputError
 from batchnorm.kernels.reference import ACTIVATIONS
 
-__all__ = ["batch_norm", "check_activation"]
+__all__ = ["Stats", "batch_norm", "check", "check_activation", "lengths_to_mask", "normalize"]
 
 
 def check_activation(activation: str | None) -> None:
@@ -111,4 +113,123 @@ def batch_norm(
     elif running_mean is None or running_var is None:
         raise InputError("without training, running_mean and running_var must be given; got None")
     running = ops.Running(running_mean, running_var, None, momentum)
-    return ops.batch_norm(x, weight, bias, residual, mask, running, eps, activation, training)
+    return ops.batch_norm(x, weight, bias, residual, mask, running, ops.Rule(eps, activation, training))
+
+
+class Stats(NamedTuple):
+    """Running statistics as values: mean and variance (C,), and the number of batches they come from."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor  # type: ignore[assignment]  # in the place of tuple.count
+
+
+def normalize(
+    x: Tensor,
+    stats: Stats,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    channel_dim: int = 1,
+) -> tuple[Tensor, Stats]:
+    """Batch normalization that changes nothing: running statistics go in and come back moved.
+
+    For torch.func: works under grad, jvp, vmap and functional_call, where a layer's buffers can't be moved. The
+    statistics returned take no part in gradients.
+
+    Parameters
+    ----------
+    x : Tensor, shape (N, C, *)
+        The batch; with ``channel_dim`` the channels may stand elsewhere.
+    stats : Stats
+        Mean and variance (C,), count of batches.
+    weight, bias : Tensor or None, shape (C,)
+        gamma and beta; None stands for 1 and 0.
+    training : bool
+        Normalise with the batch's own statistics and move those given; else those given are used and come back.
+    momentum : float or None
+        Weight of the new value, as in torch; None is the cumulative mean.
+    eps : float
+        Added to the variance.
+    activation, residual, mask
+        As for `batch_norm`.
+    channel_dim : int
+        The dimension of the channels.
+
+    Returns
+    -------
+    tuple of Tensor and Stats
+        y, of x's shape and dtype, and the new statistics.
+
+    Raises
+    ------
+    InputError
+        As for `batch_norm`.
+
+    Examples
+    --------
+    >>> stats = Stats(torch.zeros(1), torch.ones(1), torch.tensor(0))
+    >>> y, stats = normalize(torch.tensor([[1.0], [3.0]]), stats, momentum=0.5, eps=0.0)
+    >>> y.flatten(), stats.mean, stats.var, stats.count
+    (tensor([-1.,  1.]), tensor([1.]), tensor([1.5000]), tensor(1))
+    """
+    if not -x.dim() <= channel_dim < x.dim():
+        raise InputError(f"channel_dim={channel_dim} must be a dimension of the input; got shape {tuple(x.shape)}")
+    x = x.movedim(channel_dim, 1)
+    residual = None if residual is None else residual.movedim(channel_dim, 1)
+    mean, var, count = stats
+    check(x, residual, mask, mean=mean, var=var, weight=weight, bias=bias)
+    check_activation(activation)
+    if training:
+        check_count(x)
+    used = ops.Running(mean, var, None, momentum, moving=False)
+    rule = ops.Rule(eps, activation, training)
+    y, batch, _ = ops.normalise(x, weight, bias, residual, mask, used, rule)
+    y = y.movedim(1, channel_dim)
+    if not training:
+        return y, stats
+    assert batch is not None
+    moved = ops.moved(ops.Running(mean, var, count, momentum), batch)
+    return y, Stats(*moved)
+
+
+def lengths_to_mask(lengths: Tensor, size: int | None = None) -> Tensor:
+    """The mask (N, L) of sequences padded at their end: True for the first ``lengths[i]`` positions of row i.
+
+    Parameters
+    ----------
+    lengths : Tensor, shape (N,), of a whole dtype
+        From 0 to L.
+    size : int or None
+        L; None takes the greatest length.
+
+    Returns
+    -------
+    Tensor, shape (N, L), bool
+        For (N, C, L) input, or with ``channel_dim=-1`` for (N, L, C).
+
+    Raises
+    ------
+    InputError
+        Lengths of another shape or dtype, below 0 or above ``size``.
+
+    Examples
+    --------
+    >>> lengths_to_mask(torch.tensor([1, 3]))
+    tensor([[ True, False, False],
+            [ True,  True,  True]])
+    """
+    if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise InputError(f"lengths must be whole numbers of shape (N,); got {lengths.dtype} {tuple(lengths.shape)}")
+    greatest = int(lengths.max()) if lengths.numel() else 0
+    if lengths.numel() and int(lengths.min()) < 0:
+        raise InputError(f"lengths must be from 0; got {int(lengths.min())}")
+    if size is not None and greatest > size:
+        raise InputError(f"lengths must be at most size={size}; got {greatest}")
+    return torch.arange(greatest if size is None else size, device=lengths.device) < lengths.unsqueeze(1)

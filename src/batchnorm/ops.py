@@ -8,6 +8,8 @@ torch.func, and second derivatives, take the reference, which is made of differe
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,10 +19,21 @@ from torch import Tensor
 from batchnorm.errors import InputError
 from batchnorm.kernels import native, reference
 from batchnorm.kernels.chosen import cpu_kernel
-from batchnorm.kernels.native import Running
+from batchnorm.kernels.native import Limits, Rule, Running
 from batchnorm.kernels.reference import ACTIVATIONS, Moments, at_least_one
 
-__all__ = ["Running", "batch_norm"]
+__all__ = [
+    "Limits",
+    "Normalised",
+    "Rule",
+    "Running",
+    "batch_norm",
+    "corrected",
+    "moments",
+    "move",
+    "moved",
+    "normalise",
+]
 
 _LIBRARY = torch.library.Library("batchnorm", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (
@@ -62,8 +75,7 @@ def _forward(
     x = native.ready(x)
     if _is_native(x, residual):
         running = Running(mean, var, None, 0.0)
-        training = mean is None
-        y, moments, _ = native.forward(x, weight, bias, residual, mask, running, eps, activation, training)
+        y, moments, _ = native.forward(x, weight, bias, residual, mask, running, Rule(eps, activation, mean is None))
         return y, moments
     used = reference.moments(x, mask) if mean is None or var is None else _given(x, mean, var)
     return reference.forward(x, used, weight, bias, eps, activation, residual, mask), _packed(used)
@@ -100,7 +112,8 @@ def _backward(
     x = native.ready(x)
     found: tuple[Tensor | None, ...]
     if _is_native(x, y):
-        found = native.backward(dy, x, moments, weight, bias, y, mask, eps, activation, training, wanted=wanted)
+        rule = Rule(eps, activation, training)
+        found = native.backward(dy, x, moments, weight, bias, y, mask, rule, wanted=wanted)
     else:
         used = _unpacked(moments, x, mask)
         found = reference.backward(
@@ -158,8 +171,13 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(values is not None and values.requires_grad for values in tensors)
+def _requires_grad(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
+    return (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
 
 
 def _is_plain(x: Tensor, residual: Tensor | None) -> bool:
@@ -168,6 +186,7 @@ def _is_plain(x: Tensor, residual: Tensor | None) -> bool:
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # leaked out of a transform
         and _is_native(x, residual)
     )
 
@@ -177,9 +196,8 @@ class _Settings(NamedTuple):
 
     mask: Tensor | None
     running: Running
-    eps: float
-    activation: str | None
-    training: bool
+    rule: Rule
+    found: list[Any]
 
 
 def _needs_y(residual: Tensor | None, activation: str | None) -> bool:
@@ -188,11 +206,19 @@ def _needs_y(residual: Tensor | None, activation: str | None) -> bool:
 
 
 def _gradients(
-    ctx: Any, dy: Tensor, moments: Tensor, mask: Tensor | None, eps: float, activation: str | None, training: bool
+    dy: Tensor,
+    x: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    rule: Rule,
+    *,
+    needs: Sequence[bool],
+    plain: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and residual, the first four arguments of both Functions."""
-    x, weight, bias, y, *_ = ctx.saved_tensors
-    needs = ctx.needs_input_grad
     wanted = [needs[0], needs[1], needs[2], needs[3] and y is not None]
     found: Sequence[Tensor | None]
     if not torch.compiler.is_compiling() and (
@@ -200,15 +226,11 @@ def _gradients(
         or _transformed()
         or torch._C._functorch.is_legacy_batchedtensor(dy)  # torch.autograd.grad(..., is_grads_batched=True)
     ):
-        # A second derivative also runs through the moments, so they are taken again where it can see them.
-        used = reference.moments(x, mask) if training else _unpacked(moments, x, mask)
-        found = reference.backward(
-            dy, x, used, weight, bias, eps, activation, mask=mask, y=y, batch_statistics=training
-        )
-    elif ctx.plain:
-        found = native.backward(dy, x, moments, weight, bias, y, mask, eps, activation, training, wanted=wanted)
+        found = _differentiable_backward(dy, x, moments, weight, bias, y, mask, rule)
+    elif plain:
+        found = native.backward(dy, x, moments, weight, bias, y, mask, rule, wanted=wanted)
     else:
-        arguments = (dy, x, moments, weight, bias, y, mask, eps, activation, training, wanted)
+        arguments = (dy, x, moments, weight, bias, y, mask, rule.eps, rule.activation, rule.training, wanted)
         found = torch.ops.batchnorm.backward(*arguments)
     dresidual = found[3] if wanted[3] else None
     if needs[3] and y is None:
@@ -217,12 +239,52 @@ def _gradients(
         _as(found[0], x) if wanted[0] else None,
         _as(found[1], weight) if wanted[1] else None,
         _as(found[2], bias) if wanted[2] else None,
-        None if dresidual is None else dresidual.to(ctx.residual_dtype),
+        dresidual,
     )
 
 
-def _as(gradient: Tensor | None, like: Tensor) -> Tensor | None:
-    return gradient if gradient is None or gradient.dtype == like.dtype else gradient.to(like.dtype)
+def _as(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    same = gradient is None or like is None or gradient.dtype == like.dtype
+    return gradient if same else gradient.to(like.dtype)  # type: ignore[union-attr]
+
+
+def _differentiable_backward(
+    dy: Tensor,
+    x: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    rule: Rule,
+) -> tuple[Tensor | None, ...]:
+    """The gradients made of differentiable operations, chunk by chunk.
+
+    A second derivative also runs through the batch's moments, so they are taken again where it can see them.
+    """
+    parts = []
+    for i, at in enumerate(_chunks(x, rule)):
+        part, part_mask = _of_chunk(x, at), _mask_of_chunk(mask, at)
+        used = reference.moments(part, part_mask) if rule.training else _unpacked(moments, x, mask)
+        r, d = (None, None) if rule.correction is None else _correction_of(rule, i)
+        scale, shift = corrected(weight, bias, r, d)
+        dx, dscale, dshift, dresidual = reference.backward(
+            _of_chunk(dy, at),
+            part,
+            used,
+            scale,
+            shift,
+            rule.eps,
+            rule.activation,
+            mask=part_mask,
+            y=None if y is None else _of_chunk(y, at),
+            batch_statistics=rule.training,
+        )
+        parts.append((dx, dscale if r is None or d is None else r * dscale + d * dshift, dshift, dresidual))
+    if len(parts) == 1:
+        return parts[0]
+    of_x, of_weight, of_bias, of_residual = zip(*parts, strict=True)
+    return torch.cat(of_x), torch.stack(of_weight).sum(0), torch.stack(of_bias).sum(0), torch.cat(of_residual)
 
 
 class _Plain(torch.autograd.Function):
@@ -232,22 +294,30 @@ class _Plain(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, settings: _Settings
     ) -> Tensor:
-        mask, running, eps, activation, training = settings
+        mask, running, rule, found = settings
         x = native.ready(x)
-        y, moments, _ = native.forward(x, weight, bias, residual, mask, running, eps, activation, training)
-        ctx.save_for_backward(x, weight, bias, y if _needs_y(residual, activation) else None)
-        ctx.plain, ctx.settings, ctx.moments = True, settings, moments
-        ctx.residual_dtype = None if residual is None else residual.dtype
+        y, moments, correction = native.forward(x, weight, bias, residual, mask, running, rule)
+        if correction is not rule.correction:
+            rule = rule._replace(correction=correction)
+        found += moments, correction
+        ctx.save_for_backward(x, weight, bias, y if _needs_y(residual, rule.activation) else None)
+        ctx.kept = mask, rule, moments
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        mask, _, eps, activation, training = ctx.settings
-        return (*_gradients(ctx, dy, ctx.moments, mask, eps, activation, training), None)
+        mask, rule, moments = ctx.kept
+        x, weight, bias, y = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return (*_gradients(dy, x, moments, weight, bias, y, mask, rule, needs=needs, plain=True), None)
+
+
+# Function.apply without its search for functorch's wrappers, a tenth of a small batch's time; here there are none.
+_apply_plain = super(torch.autograd.function._SingleLevelFunction, _Plain).apply
 
 
 class _Dispatched(torch.autograd.Function):
-    """The same by the operators; the moments come back, for the running statistics to be moved outside."""
+    """The same by the operators, for one batch; its moments come back, to move the running statistics by."""
 
     @staticmethod
     def forward(
@@ -264,15 +334,26 @@ class _Dispatched(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         y, moments = torch.ops.batchnorm.forward(x, mean, var, weight, bias, residual, mask, eps, activation)
         ctx.save_for_backward(x, weight, bias, y if _needs_y(residual, activation) else None, mask, moments)
-        ctx.plain, ctx.eps, ctx.activation, ctx.training = False, eps, activation, mean is None
+        ctx.eps, ctx.activation, ctx.training = eps, activation, mean is None
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.mark_non_differentiable(moments)
         return y, moments
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        *_, mask, moments = ctx.saved_tensors
-        return (*_gradients(ctx, dy, moments, mask, ctx.eps, ctx.activation, ctx.training), *(None,) * 5)
+        x, weight, bias, y, mask, moments = ctx.saved_tensors  # once: a checkpoint lets them be unpacked no more often
+        rule, needs = Rule(ctx.eps, ctx.activation, ctx.training), ctx.needs_input_grad
+        *others, dresidual = _gradients(dy, x, moments, weight, bias, y, mask, rule, needs=needs, plain=False)
+        dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
+        return (*others, dresidual, *(None,) * 5)
+
+
+class Normalised(NamedTuple):
+    """What became of a batch: y, the moments of all of it, the r and d of its batch renormalization (2, *, C)."""
+
+    y: Tensor
+    moments: Moments | None
+    correction: Tensor | None
 
 
 def batch_norm(
@@ -282,33 +363,144 @@ def batch_norm(
     residual: Tensor | None,
     mask: Tensor | None,
     running: Running,
-    eps: float,
-    activation: str | None,
-    training: bool,
+    rule: Rule,
 ) -> Tensor:
     """Normalise x (N, C, *), with the batch's statistics when training, which then move the running ones."""
-    fused = activation if activation in native.FUSED else None
-    if _transformed():
-        used = reference.moments(x, mask) if training else _given(x, *_statistics(running))
-        y = reference.forward(x, used, weight, bias, eps, fused, residual, mask)
-        if training:
-            _move(running, used)
-    elif not (_is_plain(x, residual) and native.can_move(running)):
-        given = (None, None) if training else (running.mean, running.var)
-        y, moments = _Dispatched.apply(x, weight, bias, residual, mask, *given, eps, fused)  # type: ignore[no-untyped-call]
-        if training:
-            _move(running, _unpacked(moments, x, mask))
-    elif torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
-        y = _Plain.apply(x, weight, bias, residual, _Settings(mask, running, eps, fused, training))  # type: ignore[no-untyped-call]
+    return normalise(x, weight, bias, residual, mask, running, rule, moments=False).y
+
+
+def normalise(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running: Running,
+    rule: Rule,
+    *,
+    moments: bool = True,
+) -> Normalised:
+    """The same, and what came of it; without ``moments`` these may be missing, which spares pooling them."""
+    activation = rule.activation
+    if activation not in native.FUSED:
+        rule = rule._replace(activation=None)
+    if _transformed() or not (_is_plain(x, residual) and native.can_move(running)):
+        y, batch, correction = _composed(x, weight, bias, residual, mask, running, rule)
     else:
-        x = native.ready(x)
-        y, *_ = native.forward(x, weight, bias, residual, mask, running, eps, fused, training)
-    if fused == activation:
-        return y
-    # Torch's own vectorised functions are faster than a fused loop over libm's scalar ones.
-    assert activation is not None
-    y = ACTIVATIONS[activation].function(y)
-    return y if mask is None else torch.where(mask.unsqueeze(1), y, 0.0)
+        found: list[Any]
+        if torch.is_grad_enabled() and _requires_grad(x, weight, bias, residual):
+            found = []
+            settings = _Settings(mask, running, rule, found)
+            y = _apply_plain(x, weight, bias, residual, settings)  # type: ignore[no-untyped-call]
+        else:
+            y, *found = native.forward(native.ready(x), weight, bias, residual, mask, running, rule)
+        batch, correction = (_pooled(found[0], x, mask, rule) if moments else None), found[1]
+    if rule.activation != activation:
+        # Torch's own vectorised functions are faster than a fused loop over libm's scalar ones.
+        assert activation is not None
+        y = ACTIVATIONS[activation].function(y)
+        y = y if mask is None else torch.where(mask.unsqueeze(1), y, 0.0)
+    return Normalised(y, batch, correction)
+
+
+@torch.no_grad()
+def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
+    """Mean and biased variance (C,) of x (N, C, *), and the count, without a gradient."""
+    if _transformed() or not _is_plain(x, None):
+        return reference.moments(x, mask)
+    x = native.ready(x)
+    nothing = Running(None, None, None, 0.0, moving=False)
+    _, found, _ = native.forward(x, None, None, None, mask, nothing, Rule(1.0, None, True), wanted=False)
+    return _unpacked(found, x, mask)
+
+
+def _composed(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running: Running,
+    rule: Rule,
+) -> Normalised:
+    """By the operators, or under a transform by the reference: chunk by chunk, renormalization outside of both."""
+    transformed = _transformed()
+    outputs, moments, corrections = [], [], []
+    for i, at in enumerate(_chunks(x, rule)):
+        part, part_mask = _of_chunk(x, at), _mask_of_chunk(mask, at)
+        part_residual = None if residual is None else _of_chunk(residual, at)
+        scale, shift = weight, bias
+        batch = reference.moments(part, part_mask) if rule.training and (transformed or rule.limits) else None
+        if rule.correction is not None or rule.limits is not None:
+            if rule.correction is not None:
+                r, d = _correction_of(rule, i)
+            else:
+                assert batch is not None
+                r, d = reference.renormalised(batch, *_statistics(running), rule.eps, *(rule.limits or ()))
+            corrections.append(torch.stack((r, d)))
+            scale, shift = corrected(weight, bias, r, d)
+        if transformed:
+            used = _given(part, *_statistics(running)) if batch is None else batch
+            y = reference.forward(part, used, scale, shift, rule.eps, rule.activation, part_residual, part_mask)
+        else:
+            given = (None, None) if rule.training else (running.mean, running.var)
+            y, packed = _Dispatched.apply(  # type: ignore[no-untyped-call]
+                part, scale, shift, part_residual, part_mask, *given, rule.eps, rule.activation
+            )
+            used = _unpacked(packed, part, part_mask)
+        outputs.append(y)
+        moments.append(used)
+    whole = moments[0] if len(moments) == 1 else reference.pooled(_stacked(moments))
+    if rule.training:
+        move(running, whole)
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return Normalised(y, whole, torch.stack(corrections, 1) if corrections else None)
+
+
+def _chunks(x: Tensor, rule: Rule) -> Sequence[slice | None]:
+    """The slices of x that have statistics of their own; None stands for all of it."""
+    if rule.chunks == 1:
+        return [None]
+    ends = [rule.chunk * (i + 1) for i in range(rule.chunks - 1)] + [x.shape[0]]
+    return [slice(rule.chunk * i, end) for i, end in enumerate(ends)]
+
+
+def _of_chunk(values: Tensor, at: slice | None) -> Tensor:
+    return values if at is None else values[at]
+
+
+def _mask_of_chunk(mask: Tensor | None, at: slice | None) -> Tensor | None:
+    return mask if mask is None or mask.shape[0] == 1 else _of_chunk(mask, at)
+
+
+def _correction_of(rule: Rule, chunk: int) -> tuple[Tensor, Tensor]:
+    assert rule.correction is not None
+    of_all = rule.correction.view(2, rule.chunks, -1)
+    return of_all[0, chunk], of_all[1, chunk]
+
+
+def corrected(
+    weight: Tensor | None, bias: Tensor | None, r: Tensor | None, d: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """``weight * (r * x_hat + d) + bias`` as a scale and a shift of x_hat."""
+    if r is None or d is None:
+        return weight, bias
+    scale, shift = (r, d) if weight is None else (weight.to(r.dtype) * r, weight.to(d.dtype) * d)
+    return scale, shift if bias is None else shift + bias.to(shift.dtype)
+
+
+def _stacked(parts: Sequence[Moments]) -> Moments:
+    """Moments (K, C), and their counts (K,)."""
+    mean, var = torch.stack([part.mean for part in parts]), torch.stack([part.var for part in parts])
+    counts = [torch.as_tensor(part.count, dtype=mean.dtype, device=mean.device) for part in parts]
+    return Moments(mean, var, torch.stack(counts))
+
+
+def _pooled(moments: Tensor, x: Tensor, mask: Tensor | None, rule: Rule) -> Moments:
+    if rule.chunks == 1:
+        return _unpacked(moments, x, mask)
+    counts = [reference.count_of(_of_chunk(x, at), _mask_of_chunk(mask, at)) for at in _chunks(x, rule)]
+    return reference.pooled(Moments(moments[0], moments[1], torch.stack([torch.as_tensor(count) for count in counts])))
 
 
 def _statistics(running: Running) -> tuple[Tensor, Tensor]:
@@ -319,17 +511,90 @@ def _statistics(running: Running) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _move(running: Running, batch: Moments) -> None:
-    """Running statistics as the native kernels move them: a batch of one value or none moves nothing."""
-    if running.batches is not None:
-        running.batches.add_(1)
-    momentum: Tensor | float
-    if running.momentum is not None:
-        momentum = running.momentum
-    else:
-        momentum = 1.0 if running.batches is None else 1.0 / running.batches
-    weight = momentum * (batch.count > 1)
-    unbiased = batch.var * (batch.count / at_least_one(batch.count - 1))
-    for old, new in ((running.mean, batch.mean), (running.var, unbiased)):
-        if old is not None:
-            old.lerp_(new.to(old.dtype), weight.to(old.dtype) if isinstance(weight, Tensor) else weight)
+def move(running: Running, batch: Moments) -> None:
+    """Move running statistics by a batch's moments (C,), as the native kernels do.
+
+    A batch of one value or none moves nothing but the count of batches. Where ``running.skipped`` is given, a batch
+    with a channel whose mean or variance is not finite moves nothing but that.
+    """
+    mean, var, batches, momentum, skipped, biased, moving = running
+    held = [(old, new) for old, new in ((mean, batch.mean), (var, _kept(batch, biased))) if old is not None]
+    if not moving or not (held or batches is not None) or not _may_move(running):
+        return
+    finite: Tensor | None = None
+    if skipped is not None and held:
+        finite = torch.stack([new.to(old.dtype).isfinite().all() for old, new in held]).all()
+        skipped.add_(~finite)
+    if batches is not None:
+        batches.add_(1 if finite is None else finite)
+    share = _share(momentum, batches)
+    moves = _moves(batch) if finite is None else finite & _moves(batch)
+    for old, new in held:
+        old.copy_(torch.where(moves, _between(old, new, share), old))
+
+
+def moved(running: Running, batch: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count of batches as `move` would leave them, without a gradient."""
+    mean, var, batches, momentum, _, biased, _ = running
+    assert mean is not None
+    assert var is not None
+    assert batches is not None
+    batches = batches + 1
+    share, moves = _share(momentum, batches), _moves(batch)
+    old_and_new = ((mean.detach(), batch.mean.detach()), (var.detach(), _kept(batch, biased).detach()))
+    new_mean, new_var = (torch.where(moves, _between(old, new, share), old) for old, new in old_and_new)
+    return new_mean, new_var, batches
+
+
+def _moves(batch: Moments) -> Tensor:
+    """Whether a batch has enough values, two a channel, to move running statistics."""
+    count = batch.count
+    return (count if isinstance(count, Tensor) else torch.full((), count, device=batch.mean.device)) > 1
+
+
+def _share(momentum: float | None, batches: Tensor | None) -> Tensor | float:
+    """The weight of the batch in the running statistics; batches has counted it."""
+    return (1.0 / (1 if batches is None else batches)) if momentum is None else momentum
+
+
+def _between(old: Tensor, new: Tensor, share: Tensor | float) -> Tensor:
+    """As torch weighs them; lerp makes NaN of an infinite value where the share is 0.5 or more."""
+    share = share.to(old.dtype) if isinstance(share, Tensor) else share
+    return share * new.to(old.dtype) + (1 - share) * old
+
+
+def _kept(batch: Moments, biased: bool) -> Tensor:
+    """The variance that running statistics keep."""
+    return batch.var if biased else batch.var * (batch.count / at_least_one(batch.count - 1))
+
+
+def _may_move(running: Running) -> bool:
+    """Whether the running statistics may be written: under a transform those that it has been given.
+
+    Raises
+    ------
+    InputError
+        Under vmap the others: each of its samples would move them.
+    """
+    if torch.compiler.is_compiling() or not _transformed():
+        return True
+    given = running.batches if running.mean is None else running.mean
+    if given is None or torch._C._functorch.is_functorch_wrapped_tensor(given):
+        return True
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
+        raise InputError(
+            "under vmap a training batch can't move running statistics that are not mapped over too; pass them in "
+            "with torch.func.functional_call, or use batchnorm.normalize, which returns them"
+        )
+    _warn_of_captured()
+    return False
+
+
+@functools.cache
+def _warn_of_captured() -> None:
+    warnings.warn(
+        "under torch.func.grad or jvp the layer's running statistics are left as they are; batchnorm.normalize returns "
+        "them moved",
+        stacklevel=2,
+    )

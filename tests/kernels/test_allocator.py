@@ -9,10 +9,12 @@ if sys.argv[1] == "tuned":
     assert bn.tune_allocator()
 x = torch.zeros(12_000_000)
 x.clone()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+counts = []
 for _ in range(10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     x.clone()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(counts))  # now and then a kernel short of memory takes pages back
 """
 
 
@@ -22,6 +24,5 @@ def page_faults(how):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt")
 def test_after_tuning_a_freed_block_is_used_again_without_new_page_faults():
-    tuned, stock = page_faults("tuned"), page_faults("stock")
-    assert stock > 1000
-    assert tuned < stock / 2  # a kernel short of memory may take some pages back
+    assert page_faults("stock") > 1000
+    assert page_faults("tuned") < 100

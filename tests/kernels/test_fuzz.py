@@ -130,7 +130,7 @@ def test_outputs_gradients_and_running_statistics_are_those_of_float64(case):
     torch.set_num_threads(threads)
     try:
         running = ops.Running(mean, var, None, 0.5)
-        y = ops.batch_norm(*leaves, mask, running, eps, activation, training)
+        y = ops.batch_norm(*leaves, mask, running, ops.Rule(eps, activation, training))
         found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
     finally:
         torch.set_num_threads(before)

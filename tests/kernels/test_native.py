@@ -150,7 +150,7 @@ def check(x, weight=None, bias=None, residual=None, mask=None, activation=None, 
     training = given is None
     running_mean, running_var = (torch.zeros(x.shape[1]), torch.ones(x.shape[1])) if training else given
     running = ops.Running(running_mean, running_var, torch.tensor(0), 0.25)
-    y = ops.batch_norm(*ours, mask, running, eps, activation, training)
+    y = ops.batch_norm(*ours, mask, running, ops.Rule(eps, activation, training))
     assert y.dtype == x.dtype
     assert y.shape == x.shape
     assert y.stride() == torch.empty_like(native.ready(x)).stride()
@@ -319,7 +319,7 @@ def test_running_statistics_and_the_counter_move_with_every_batch(momentum, kept
     exact_mean, exact_var = mean.double().clone(), var.double().clone()
     for step in range(1, 4):
         x = numbers(17, 3, 5, seed=step) + step
-        ops.batch_norm(x, None, None, None, None, ops.Running(mean, var, batches, momentum), 1e-5, None, True)
+        ops.batch_norm(x, None, None, None, None, ops.Running(mean, var, batches, momentum), ops.Rule(1e-5, None, True))
         share = 1 / step if momentum is None else momentum
         exact_mean = exact_mean + share * (x.double().mean((0, 2)) - exact_mean)
         exact_var = exact_var + share * (x.double().var((0, 2)) - exact_var)
@@ -335,7 +335,7 @@ def test_one_of_the_running_statistics_may_be_absent(given, kept):
     x = numbers(17, 3)
     mean = torch.zeros(3, dtype=kept) if given == "mean" else None
     var = torch.zeros(3, dtype=kept) if given == "var" else None
-    ops.batch_norm(x, None, None, None, None, ops.Running(mean, var, None, 1.0), 1e-5, None, True)
+    ops.batch_norm(x, None, None, None, None, ops.Running(mean, var, None, 1.0), ops.Rule(1e-5, None, True))
     found, expected = (mean, x.double().mean(0)) if var is None else (var, x.double().var(0))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -357,7 +357,9 @@ def test_the_running_statistics_may_be_strided():
 
 def test_eval_moves_nothing():
     mean, var, batches = torch.zeros(3), torch.ones(3), torch.tensor(0)
-    ops.batch_norm(numbers(17, 3), None, None, None, None, ops.Running(mean, var, batches, 0.5), 1e-5, None, False)
+    ops.batch_norm(
+        numbers(17, 3), None, None, None, None, ops.Running(mean, var, batches, 0.5), ops.Rule(1e-5, None, False)
+    )
     assert not mean.any()
     assert (var == 1).all()
     assert batches == 0
@@ -595,7 +597,7 @@ def test_empty_batches_give_empty_outputs_and_no_gradient(shape, dtype):
     x = torch.empty(shape, dtype=dtype, requires_grad=True)
     weight, bias = (torch.ones(shape[1], requires_grad=True) for _ in range(2))
     mean, var, batches = torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0)
-    y = ops.batch_norm(x, weight, bias, None, None, ops.Running(mean, var, batches, 0.5), 1e-5, "relu", True)
+    y = ops.batch_norm(x, weight, bias, None, None, ops.Running(mean, var, batches, 0.5), ops.Rule(1e-5, "relu", True))
     dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), torch.ones_like(x))
     assert y.shape == dx.shape == shape
     assert not dweight.any()

@@ -22,6 +22,14 @@ __all__ = ["Calculation", "Explanation", "explain", "format_column", "format_tab
 WIDTH = 80
 CHANNELS_SHOWN = 3
 VALUES_SHOWN = 8
+PLAIN = {
+    "sync": False,
+    "virtual_batch_size": None,
+    "renorm": None,
+    "channel_dim": 1,
+    "frozen_statistics": False,
+    "active_domain": None,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +81,14 @@ class Explanation:
     inference : Calculation or None
         With the running statistics; None where the layer has none, and uses the batch's in eval too.
     unbiased_var : Tensor, shape (C,)
-        ``var * m / (m - 1)``, which the running variance is fed with.
+        ``var * m / (m - 1)``.
     momentum : float or None
         Weight of the batch in the running statistics; for a cumulative mean one over the number of batches,
         this one included. None where nothing is updated.
     new_running_mean, new_running_var : Tensor or None, shape (C,)
         What the running statistics would be after a training step on this batch.
+    running_var_kind : str
+        The batch's variance that goes into the running one: "unbiased", or "biased" where the layer asks for that.
     """
 
     layer: str
@@ -95,6 +105,7 @@ class Explanation:
     momentum: float | None
     new_running_mean: Tensor | None
     new_running_var: Tensor | None
+    running_var_kind: str
 
     def __repr__(self) -> str:
         name = self.layer.partition("(")[0]
@@ -120,7 +131,9 @@ class Explanation:
         elif self.momentum is None:
             lines.append("the running statistics are not updated")
         else:
-            lines.append(f"new running = running + {self.momentum:.5g} * (batch, with unbiased var - running)")
+            lines.append(
+                f"new running = running + {self.momentum:.5g} * (batch, with {self.running_var_kind} var - running)"
+            )
         return lines
 
     def _channel(self, channel: int) -> list[str]:
@@ -219,6 +232,11 @@ def _checked(layer: nn.Module, x: Tensor) -> TorchBatchNorm:
         raise InputError(
             f"x must have the layer's {layer.num_features} channels in dimension 1; got shape {tuple(x.shape)}"
         )
+    for option, plain in PLAIN.items():
+        if getattr(layer, option, plain) != plain:
+            raise InputError(
+                f"explain shows the plain calculation, with {option}={plain}; got {getattr(layer, option)!r}"
+            )
     if x.numel() < 2 * x.shape[1] or x.numel() == 0:
         raise InputError(f"x must have at least 2 values per channel; got shape {tuple(x.shape)}")
     return layer
@@ -328,6 +346,7 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
         momentum=_momentum(layer, copied),
         new_running_mean=copied.running_mean,
         new_running_var=copied.running_var,
+        running_var_kind=getattr(layer, "running_var_kind", "unbiased"),
     )
 
 

@@ -156,12 +156,20 @@ template <class T> struct Slow {
 };
 
 struct Channel {
-    double mean, inverse, gain, shift;  // inverse: 1 / sqrt(var + eps); shift is for x - mean
+    double mean, inverse, gain, shift, r, d;  // inverse: 1 / sqrt(var + eps); shift is for x - mean
 };
 INLINE Channel channel(const Call &call, int64_t c) {
-    const double inverse = 1 / sqrt(call.var[c] + call.eps);
-    return {call.mean[c], inverse, inverse * parameter(call.weight, call.weight_dtype, c, 1),
-            parameter(call.bias, call.bias_dtype, c, 0)};
+    const double inverse = 1 / sqrt(call.var[c] + call.eps), weight = parameter(call.weight, call.weight_dtype, c, 1);
+    const double r = call.renorm ? call.renorm[c] : 1, d = call.renorm ? call.renorm[call.chunks * call.channels + c] : 0;
+    return {call.mean[c], inverse, inverse * weight * r, parameter(call.bias, call.bias_dtype, c, 0) + weight * d, r, d};
+}
+double clamp(double value, double low, double high) { return value < low ? low : value > high ? high : value; }
+// Batch renormalization: how far the batch is from the running statistics.
+void renormalise(const Call &call, int64_t c) {
+    const double sigma = sqrt(parameter(call.running_var, call.running_var_dtype, c, 1) + call.eps);
+    const double away = (call.mean[c] - parameter(call.running_mean, call.running_mean_dtype, c, 0)) / sigma;
+    call.renorm[c] = clamp(sqrt(call.var[c] + call.eps) / sigma, 1 / call.r_max, call.r_max);
+    call.renorm[call.chunks * call.channels + c] = clamp(away, -call.d_max, call.d_max);
 }
 bool fits(double factor) { return factor == 0 || (fabs(factor) < 1e37 && fabs(factor) > 1e-37); }
 bool finite(const Channel &ch) { return isfinite(ch.mean) && isfinite(ch.inverse); }
@@ -251,6 +259,8 @@ template <class T> bool finish_forward(const Job &job, int64_t c0, int64_t c1) {
                 for (int64_t i = c; i < job.width; i += call.channels) tables<A>(job).mean[i] = (A)call.mean[c];
         return true;
     }
+    if (call.renorm && !call.renorm_given)
+        for (int64_t c = c0; c < c1 && c < call.channels; ++c) renormalise(call, c);
     with_moments<T>(job, c0, c1);
     return false;
 }
@@ -267,14 +277,14 @@ template <class T> bool finish_backward(const Job &job, int64_t c0, int64_t c1) 
             job.careful[c] = 1;
             Slow<T>{call}.sums(c, ch.mean, ch.gain, ch.shift, dbias, products);
         }
-        const double dweight = ch.inverse * products;
-        const double slope = ch.gain * ch.inverse * dweight / m, level = ch.gain * dbias / m;
+        const double projection = ch.inverse * products;  // sum of dz * x_hat
+        const double slope = ch.gain * ch.inverse * projection / m, level = ch.gain * dbias / m;
         // A tiny factor matters only to values that are as large.
         const bool matters = fabs(slope) > 1e37 || ch.inverse < 1e-12;
         if (sizeof(A) == sizeof(float) && finite(ch) && matters && !fits(slope)) job.careful[c] = 1;
         fill<A>(job, c, ch.mean, ch.gain, ch.shift, call.batch_statistics ? slope : 0, call.batch_statistics ? level : 0);
-        set_parameter(call.dweight, call.weight_dtype, c, dweight);
-        set_parameter(call.dbias, call.bias_dtype, c, dbias);
+        job.dweight[c] = ch.r * projection + ch.d * dbias;
+        job.dbias[c] = dbias;
     }
     return false;
 }
@@ -291,10 +301,10 @@ constexpr int64_t STREAM_RUN_BYTES = 1024;         // shorter runs have too many
 int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
-void divide(Job &job, int64_t size, int64_t tensors_read) {
+int64_t worth(int64_t values) { return at_least(1, at_most(threads(), values / VALUES_PER_THREAD)); }
+void divide(Job &job, int64_t size, int64_t tensors_read, int64_t workers) {
     const Call &call = *job.call;
     const int64_t positions = call.samples * call.length, channels = call.channels;
-    const int64_t workers = at_least(1, at_most(threads(), positions * channels / VALUES_PER_THREAD));
     job.positions = positions;
     job.width = channels;
     job.repeats = 1;
@@ -327,24 +337,29 @@ void divide(Job &job, int64_t size, int64_t tensors_read) {
 bool aligned(const void *pointer, int64_t to) { return (intptr_t)pointer % to == 0; }
 bool streams(const Job &job, int64_t size) {
     const Call &call = *job.call;
-    if (!call.out || call.samples * call.channels * call.length * size < STREAM_BYTES) return false;
+    // Of a chunk that fits the cache y would drive out what comes after it all the same.
+    if (!call.out || call.chunks * call.samples * call.channels * call.length * size < STREAM_BYTES) return false;
     if (call.dresidual && ((intptr_t)call.dresidual - (intptr_t)call.out) % 64 != 0) return false;
     if (!call.rows) return call.length * size >= STREAM_RUN_BYTES;
     return aligned(call.out, 64) && job.width * size % 64 == 0 && job.channels_at_once * size % 64 == 0;
 }
 
-template <class T> int32_t compute(const Call &call, bool gradients) {
+// What is one batch to the statistics. Where it is backward, sums has room for dweight and dbias of every channel.
+template <class T>
+bool compute_batch(const Call &call, bool gradients, double *sums_of_gradients, int64_t workers, int64_t &count) {
     using A = Arithmetic<T>;
     const int64_t size = sizeof(T), channels = call.channels, positions = call.samples * call.length;
     Job job = {};
     job.call = &call;
+    job.dweight = sums_of_gradients;
+    job.dbias = sums_of_gradients + channels;
     job.count = job.places = positions;
     if (call.mask) {
         job.count = 0;
         for (int64_t p = 0; p < positions; ++p) job.count += call.mask[p] != 0;
     }
-    if (call.count) *call.count = job.count;
-    if (channels == 0) return 0;
+    count = job.count;
+    if (channels == 0) return true;
     if (!gradients && !call.batch_statistics)
         for (int64_t c = 0; c < channels; ++c) {
             call.mean[c] = parameter(call.running_mean, call.running_mean_dtype, c, 0);
@@ -352,18 +367,18 @@ template <class T> int32_t compute(const Call &call, bool gradients) {
         }
     if (positions == 0) {
         for (int64_t c = 0; c < channels; ++c) {
-            if (!gradients && call.batch_statistics) call.mean[c] = call.var[c] = 0;
-            set_parameter(call.dweight, call.weight_dtype, c, 0);
-            set_parameter(call.dbias, call.bias_dtype, c, 0);
+            if (gradients) job.dweight[c] = job.dbias[c] = 0;
+            else if (call.batch_statistics) call.mean[c] = call.var[c] = 0;
+            if (!gradients && call.renorm && !call.renorm_given) renormalise(call, c);
         }
-        return 0;
+        return true;
     }
-    divide(job, size, gradients ? 2 : 1);
+    divide(job, size, gradients ? 2 : 1, workers);
 
     const int64_t numbers = job.splits * job.width * 2 * sizeof(double), tables = 5 * job.width * sizeof(A);
     const int64_t scratch = job.parts * 2 * job.widest * sizeof(A);
     char *memory = (char *)malloc(numbers + tables + scratch + 2 * channels);
-    if (!memory) return 1;
+    if (!memory) return false;
     job.first = (double *)memory;
     job.second = job.first + job.splits * job.width;
     job.tables = memory + numbers;
@@ -402,24 +417,120 @@ template <class T> int32_t compute(const Call &call, bool gradients) {
         }
     }
     free(memory);
-    return 0;
+    return true;
 }
 
+// The part of a call that is a virtual batch.
+template <class T> Call chunk_of(const Call &call, int64_t i) {
+    Call part = call;
+    const int64_t from = i * call.chunk, to = i + 1 < call.chunks ? from + call.chunk : call.samples;
+    const int64_t values = from * call.channels * call.length;
+    const auto past = [values](const void *at) { return at ? (T *)at + values : nullptr; };
+    part.samples = to - from;
+    part.x = past(call.x);
+    part.other = past(call.other);
+    part.dy = past(call.dy);
+    part.out = past(call.out);
+    part.dresidual = past(call.dresidual);
+    if (call.mask) part.mask = call.mask + from * call.length;
+    part.mean = call.mean + i * call.channels;
+    part.var = call.var + i * call.channels;
+    if (call.renorm) part.renorm = call.renorm + i * call.channels;
+    return part;
+}
+struct Chunks {
+    const Call *call;
+    bool gradients;
+    double *sums;     // 2 x channels a chunk
+    int64_t *counts;  // values that a channel has in each chunk
+    bool *done;
+};
+template <class T> void compute_chunk(const Chunks &all, int64_t i, int64_t workers) {
+    const Call part = chunk_of<T>(*all.call, i);
+    all.done[i] = compute_batch<T>(part, all.gradients, all.sums + 2 * i * part.channels, workers, all.counts[i]);
+}
+template <class T> void compute_chunks(int64_t begin, int64_t end, void *argument) {
+    const Chunks &all = *(const Chunks *)argument;
+    for (int64_t i = begin; i < end; ++i)
+        compute_chunk<T>(all, i, 1);
+}
+
+INLINE bool holds(int64_t dtype, double value) { return isfinite(dtype == FLOAT64 ? value : (float)value); }
+
 // Running statistics take a part of the batch's: momentum of it, or where that is below 0 one over the batches so far.
-// A batch of one value has no unbiased variance, and one of none no mean: neither moves anything.
-void update(const Call &call, int64_t count) {
+// A batch of one value has no unbiased variance, and one of none no mean: neither moves anything. Where skipped is
+// given, a batch with a channel that is not finite moves nothing in any.
+void update(const Call &call, const int64_t *counts) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < call.chunks; ++i) count += counts[i];
+    const double share = 1 / (double)at_least(count, 1);
+    const double unbiased = call.biased ? 1 : (double)count / (double)at_least(count - 1, 1);
+    // The moments of all chunks together.
+    const auto pooled = [&](int64_t c, double &mean, double &var) {
+        mean = call.mean[c];
+        var = call.var[c] * unbiased;
+        if (call.chunks == 1) return;
+        double sum = 0, squares = 0;
+        for (int64_t i = 0; i < call.chunks; ++i) sum += (double)counts[i] * (call.mean[i * call.channels + c] - mean);
+        mean += sum * share;
+        for (int64_t i = 0; i < call.chunks; ++i) {
+            const double away = call.mean[i * call.channels + c] - mean;
+            if (counts[i]) squares += (double)counts[i] * (call.var[i * call.channels + c] + away * away);
+        }
+        var = squares * share * unbiased;
+    };
+    double mean, var;
+    for (int64_t c = 0; call.skipped && c < call.channels; ++c) {
+        pooled(c, mean, var);
+        if (holds(call.running_mean_dtype, mean) && holds(call.running_var_dtype, var)) continue;
+        ++*call.skipped;
+        return;
+    }
     if (call.batches) ++*call.batches;
     if (count < 2) return;
     const double weight = call.momentum < 0 ? 1.0 / (double)at_least(call.batches ? *call.batches : 1, 1) : call.momentum;
-    const double unbiased = (double)count / (double)(count - 1);
     for (int64_t c = 0; c < call.channels; ++c) {
-        const double mean = parameter(call.running_mean, call.running_mean_dtype, c, 0);
-        const double var = parameter(call.running_var, call.running_var_dtype, c, 0);
-        set_parameter(call.running_mean, call.running_mean_dtype, c, mean + weight * (call.mean[c] - mean));
-        set_parameter(call.running_var, call.running_var_dtype, c, var + weight * (call.var[c] * unbiased - var));
+        const double old_mean = parameter(call.running_mean, call.running_mean_dtype, c, 0);
+        const double old_var = parameter(call.running_var, call.running_var_dtype, c, 0);
+        pooled(c, mean, var);
+        set_parameter(call.running_mean, call.running_mean_dtype, c, weight * mean + (1 - weight) * old_mean);
+        set_parameter(call.running_var, call.running_var_dtype, c, weight * var + (1 - weight) * old_var);
     }
 }
 
+template <class T> int32_t compute(const Call &call, bool gradients) {
+    const int64_t chunks = call.chunks, numbers = gradients ? 2 * chunks * call.channels : 0;
+    const int64_t values = call.samples * call.channels * call.length;
+    char *memory = (char *)malloc(numbers * sizeof(double) + chunks * (sizeof(int64_t) + sizeof(bool)));
+    if (!memory) return 1;
+    int64_t *counts = (int64_t *)memory + numbers;
+    Chunks all = {&call, gradients, (double *)memory, counts, (bool *)(counts + chunks)};
+    const int64_t workers = worth(values), workers_of_chunk = worth(values / chunks);
+    // Threads wait for each other once where each takes chunks of its own, else in every chunk.
+    const bool even = chunks >= 4 * workers || chunks % workers == 0;
+    if (workers == 1 || chunks == 1 || (workers_of_chunk == workers && !even)) {
+        for (int64_t i = 0; i < chunks; ++i) compute_chunk<T>(all, i, workers);
+    } else if (parallel_for(0, chunks, (chunks + workers - 1) / workers, compute_chunks<T>, &all) != 0) {
+        compute_chunks<T>(0, chunks, &all);  // the threads failed
+    }
+    bool done = true;
+    for (int64_t i = 0; i < chunks; ++i) done = done && all.done[i];
+    if (done && gradients) {
+        for (int64_t c = 0; c < call.channels; ++c) {
+            double dweight = 0, dbias = 0;
+            for (int64_t i = 0; i < chunks; ++i) {
+                dweight += all.sums[2 * i * call.channels + c];
+                dbias += all.sums[(2 * i + 1) * call.channels + c];
+            }
+            set_parameter(call.dweight, call.weight_dtype, c, dweight);
+            set_parameter(call.dbias, call.bias_dtype, c, dbias);
+        }
+    } else if (done && call.moving) {
+        update(call, all.counts);
+    }
+    free(memory);
+    return done ? 0 : 1;
+}
 int32_t compute(const Call &call, bool gradients) {
     switch (call.dtype) {
     case FLOAT64: return compute<double>(call, gradients);
@@ -435,17 +546,13 @@ int32_t compute(const Call &call, bool gradients) {
 using namespace batchnorm;
 
 // Changes whenever Call does: native.py refuses a library of another number.
-API int32_t bn_abi() { return 1; }
+API int32_t bn_abi() { return 2; }
 API const char *bn_instructions() { return set.name; }
 API void bn_use_threads(ParallelFor run_parallel, CountThreads count) {
     parallel_for = run_parallel;
     count_threads = count;
 }
 // y, and in training the moments and the running statistics. 0, or 1 where memory for a few numbers a channel is lacking.
-API int32_t bn_forward(const Call *call) {
-    const int32_t status = compute(*call, false);
-    if (status == 0 && call->batch_statistics) update(*call, *call->count);
-    return status;
-}
+API int32_t bn_forward(const Call *call) { return compute(*call, false); }
 // dx, dweight, dbias and dresidual.
 API int32_t bn_backward(const Call *call) { return compute(*call, true); }

@@ -30,8 +30,12 @@ constexpr int64_t ROWS_HELD = 128;  // positions summed in float before the sums
 
 // One call, as native.py packs it. x, other, dy, out and dresidual share dtype and layout: samples x channels x length,
 // or, where rows is 1, samples rows of channels (length 1). mask has a byte for each position. Null stands for absent.
+//
+// Chunks are virtual batches: so many samples have statistics of their own, the last chunk taking what is left over.
+// mean, var and renorm then hold chunks x channels numbers. renorm is that many r, then as many d (Ioffe 2017):
+// z = weight * (r * x_hat + d) + bias, both found here from the running statistics, within r_max and d_max, or given.
 struct Call {
-    int64_t dtype, rows, samples, channels, length;
+    int64_t dtype, rows, samples, channels, length, chunks, chunk;
     const void *x, *other;  // other: the residual, in backward y where there was one
     const uint8_t *mask;
     const void *dy;
@@ -39,13 +43,12 @@ struct Call {
     const void *weight, *bias;
     void *dweight, *dbias;
     int64_t weight_dtype, bias_dtype;
-    double *mean, *var;
-    int64_t *count;
+    double *mean, *var, *renorm;
     void *running_mean, *running_var;
     int64_t running_mean_dtype, running_var_dtype;
-    int64_t *batches;
-    int64_t batch_statistics, activation;
-    double momentum, eps;
+    int64_t *batches, *skipped;  // skipped: batches left out since they are not finite; null where they are not
+    int64_t batch_statistics, activation, moving, biased, renorm_given;
+    double momentum, eps, r_max, d_max;
 };
 
 // Numbers of a channel, in the type of the arithmetic, as the loops read them. mean is the shift while sums are taken
@@ -64,6 +67,7 @@ struct Loops {
 
 struct Job {
     const Call *call;
+    double *dweight, *dbias;  // of this call's channels
     Loops loops;
     void (*start)(const Job &, int64_t c0, int64_t c1);
     bool (*finish)(const Job &, int64_t c0, int64_t c1);

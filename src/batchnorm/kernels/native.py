@@ -2,7 +2,7 @@
 
 A tensor is handed over as a pointer and one of two layouts, (N, C, L) contiguous or rows of channels (channels last,
 and (N, C)). `ready` brings a tensor into one of them. The library is called with one packed record, since a
-conversion for each of its 29 fields would take as long as a small batch.
+conversion for each of its 37 fields would take as long as a small batch.
 """
 
 from __future__ import annotations
@@ -21,13 +21,25 @@ from torch import Tensor
 
 from batchnorm.errors import InputError
 
-__all__ = ["FUSED", "Running", "backward", "can_move", "forward", "instructions", "ready", "reason", "supports"]
+__all__ = [
+    "FUSED",
+    "Limits",
+    "Rule",
+    "Running",
+    "backward",
+    "can_move",
+    "forward",
+    "instructions",
+    "ready",
+    "reason",
+    "supports",
+]
 
-ABI = 1
+ABI = 2
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FUSED: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2}
 HERE = Path(__file__).parent
-_PACK = struct.Struct("=27q2d").pack
+_PACK = struct.Struct("=33q4d").pack
 
 
 @dataclass(frozen=True)
@@ -102,22 +114,52 @@ def ready(x: Tensor) -> Tensor:
 class Running(NamedTuple):
     """What a training batch moves: running mean and variance (C,), the count of batches, the weight of the new.
 
-    A momentum of None stands for the cumulative mean: one over the number of batches, this one included.
+    A momentum of None stands for the cumulative mean: one over the number of batches, this one included. Where
+    ``skipped`` is given, a batch that is not finite moves nothing but that count. ``biased`` is the kind of variance
+    that is kept. With ``moving`` False all stay, and are only read.
     """
 
     mean: Tensor | None
     var: Tensor | None
     batches: Tensor | None
     momentum: float | None
+    skipped: Tensor | None = None
+    biased: bool = False
+    moving: bool = True
+
+
+class Limits(NamedTuple):
+    """Of batch renormalization: r between 1 / r_max and r_max, d between -d_max and d_max."""
+
+    r_max: float
+    d_max: float
+
+
+class Rule(NamedTuple):
+    """How a batch is normalised.
+
+    ``training`` takes the batch's statistics, those of each of ``chunks`` virtual batches of ``chunk`` samples, the
+    last of which takes what is left over. Batch renormalization finds r and d (2, chunks, C) within ``limits``, from
+    the running statistics, or is given them as ``correction``.
+    """
+
+    eps: float
+    activation: str | None
+    training: bool
+    chunks: int = 1
+    chunk: int = 0
+    limits: Limits | None = None
+    correction: Tensor | None = None
 
 
 def can_move(running: Running) -> bool:
     """Whether the kernels can write the running statistics where they are."""
-    mean, var, batches, _ = running
+    mean, var, batches, _, skipped, *_ = running
     return (
         (mean is None or (mean.is_contiguous() and mean.dtype in DTYPES))
         and (var is None or (var.is_contiguous() and var.dtype in DTYPES))
         and (batches is None or batches.dtype == torch.int64)
+        and (skipped is None or skipped.dtype == torch.int64)
     )
 
 
@@ -144,11 +186,11 @@ def _pointer(values: Tensor | None, size: int) -> int:
     """Where the values are, checked: what the library reads or writes there is as many of them."""
     if values is None:
         return 0
+    if values.is_cpu and values.numel() == size:
+        return values.data_ptr()
     if not values.is_cpu:
         raise InputError(f"all tensors must be on the input's device, cpu; got one on {values.device}")
-    if values.numel() != size:
-        raise InputError(f"expected {size} values; got shape {tuple(values.shape)}")
-    return values.data_ptr()
+    raise InputError(f"expected {size} values; got shape {tuple(values.shape)}")
 
 
 def _parameter(values: Tensor | None) -> Tensor | None:
@@ -171,23 +213,29 @@ def forward(
     residual: Tensor | None,
     mask: Tensor | None,
     running: Running,
-    eps: float,
-    activation: str | None,
-    training: bool,
-) -> tuple[Tensor, Tensor, int]:
-    """Normalise x (N, C, *), which is `ready`; returns y, the mean and biased variance used (2, C), and the count.
+    rule: Rule,
+    *,
+    wanted: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Normalise x (N, C, *), which is `ready`; where y is not ``wanted`` it is x, and only the moments are taken.
 
-    When training these are the batch's own, and the running statistics, which `can_move`, do; else those are used.
+    Returns y, the mean and biased variance used (2, C), or (2, chunks, C) of virtual batches, and the r and d of
+    batch renormalization. When training the moments are the batch's own, and the running statistics, which
+    `can_move`, do; else those are used.
     """
     kind, rows, samples, length = _format(x)
-    channels = x.shape[1]
-    y = torch.empty_like(x)
-    moments = torch.empty(2, channels, dtype=torch.float64)
+    channels, size = x.shape[1], x.numel()
+    eps, activation, training, chunks, chunk, limits, correction = rule
+    y = torch.empty_like(x) if wanted else x
+    shape = (2, channels) if chunks == 1 else (2, chunks, channels)
+    moments = torch.empty(shape, dtype=torch.float64)
+    given = correction is not None
+    if limits is not None and not given:
+        correction = torch.empty(shape, dtype=torch.float64)
     residual = None if residual is None else _as(x, kind, residual)
     mask = _mask_bytes(x, mask)
     weight, bias = _parameter(weight), _parameter(bias)
     mean, var = (running.mean, running.var) if training else (_parameter(running.mean), _parameter(running.var))
-    count = ctypes.c_int64()
     at = moments.data_ptr()
     record = _PACK(
         DTYPES[x.dtype],
@@ -195,11 +243,13 @@ def forward(
         samples,
         channels,
         length,
+        chunks,
+        chunk * (samples // x.shape[0]) if chunk else 0,
         x.data_ptr(),
-        _pointer(residual, x.numel()),
+        _pointer(residual, size),
         _pointer(mask, samples * length),
         0,
-        y.data_ptr(),
+        y.data_ptr() if wanted else 0,
         0,
         _pointer(weight, channels),
         _pointer(bias, channels),
@@ -208,20 +258,25 @@ def forward(
         0 if weight is None else DTYPES[weight.dtype],
         0 if bias is None else DTYPES[bias.dtype],
         at,
-        at + 8 * channels,
-        ctypes.addressof(count),
+        at + 8 * chunks * channels,
+        _pointer(correction, 2 * chunks * channels),
         _pointer(mean, channels),
         _pointer(var, channels),
         0 if mean is None else DTYPES[mean.dtype],
         0 if var is None else DTYPES[var.dtype],
         _pointer(running.batches, 1),
+        _pointer(running.skipped, 1),
         training,
         FUSED[activation],
+        training and running.moving,
+        running.biased,
+        given,
         -1.0 if running.momentum is None else running.momentum,
         eps,
+        *(limits or (1.0, 0.0)),
     )
     _call("bn_forward", record)
-    return y, moments, count.value
+    return y, moments, correction
 
 
 def backward(
@@ -232,15 +287,14 @@ def backward(
     bias: Tensor | None,
     y: Tensor | None,
     mask: Tensor | None,
-    eps: float,
-    activation: str | None,
-    training: bool,
+    rule: Rule,
     *,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dx, dweight, dbias, dresidual) of `forward`, those that are wanted; y is given with a residual."""
     kind, rows, samples, length = _format(x)
-    channels = x.shape[1]
+    channels, size = x.shape[1], x.numel()
+    eps, activation, training, chunks, chunk, _, correction = rule
     dy = _as(x, kind, dy)
     y = None if y is None else _as(x, kind, y)
     mask = _mask_bytes(x, mask)
@@ -256,20 +310,23 @@ def backward(
         samples,
         channels,
         length,
+        chunks,
+        chunk * (samples // x.shape[0]) if chunk else 0,
         x.data_ptr(),
-        _pointer(y, x.numel()),
+        _pointer(y, size),
         _pointer(mask, samples * length),
-        _pointer(dy, x.numel()),
-        _pointer(dx, x.numel()),
-        _pointer(dresidual, x.numel()),
+        _pointer(dy, size),
+        0 if dx is None else dx.data_ptr(),
+        0 if dresidual is None else dresidual.data_ptr(),
         _pointer(weight, channels),
         _pointer(bias, channels),
-        _pointer(dweight, channels),
-        _pointer(dbias, channels),
+        0 if dweight is None else dweight.data_ptr(),
+        0 if dbias is None else dbias.data_ptr(),
         0 if weight is None else DTYPES[weight.dtype],
         0 if bias is None else DTYPES[bias.dtype],
         at,
-        at + 8 * channels,
+        at + 8 * chunks * channels,
+        _pointer(correction, 2 * chunks * channels),
         0,
         0,
         0,
@@ -278,8 +335,13 @@ def backward(
         0,
         training,
         FUSED[activation],
+        0,
+        0,
+        correction is not None,
         0.0,
         eps,
+        1.0,
+        0.0,
     )
     _call("bn_backward", record)
     return dx, dweight, dbias, dresidual

@@ -41,6 +41,8 @@ __all__ = [
     "forward",
     "moments",
     "per_channel",
+    "pooled",
+    "renormalised",
     "statistics_dtype",
     "widened",
 ]
@@ -141,6 +143,47 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     # Squared in the wider type, where values near 1e30 have a variance.
     d = _where(counts, d).to(dtype)
     return Moments(mean, _sum(d * d) / divisor - rest * rest, count)
+
+
+def pooled(parts: Moments) -> Moments:
+    """The moments (C,) of several batches together, from those of each (K, C) and their counts (K,).
+
+    Chan, Golub & LeVeque (1979). A batch with a count of 0 is left out whatever its moments.
+    """
+    counts = torch.as_tensor(parts.count, dtype=parts.mean.dtype, device=parts.mean.device).unsqueeze(1)
+    total = counts.sum(0)
+    share = counts / total.clamp(min=1)
+    mean, var = (torch.where(counts > 0, values, 0.0) for values in (parts.mean, parts.var))
+    # About the mean of the means, since the sum of shares times means is off by a rounding of the mean itself.
+    about = mean.mean(0)
+    whole = about + (share * torch.where(counts > 0, mean - about, 0.0)).sum(0)
+    away = torch.where(counts > 0, mean - whole, 0.0)
+    return Moments(whole, (share * (var + away * away)).sum(0), total.squeeze(0))
+
+
+def renormalised(
+    batch: Moments, mean: Tensor, var: Tensor, eps: float, r_max: float | Tensor, d_max: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The r and d of batch renormalization, from the batch's moments and the running ones.
+
+    Ioffe (2017), algorithm 1::
+
+        r = sigma_B / sigma, within 1 / r_max and r_max     d = (mu_B - mu) / sigma, within -d_max and d_max
+
+    with ``sigma_B = sqrt(var_B + eps)`` and ``sigma = sqrt(var + eps)``. What is normalised is then
+    ``r * x_hat + d``; r and d are constants to the gradient.
+    """
+    dtype = batch.mean.dtype
+    batch_mean, batch_var, mean, var = (v.detach().to(dtype) for v in (batch.mean, batch.var, mean, var))
+    sigma = (var + eps).sqrt()
+    r = (batch_var + eps).sqrt() / sigma
+    d = (batch_mean - mean) / sigma
+    return _within(r, 1 / r_max, r_max), _within(d, -d_max, d_max)
+
+
+def _within(values: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    low, high = (torch.as_tensor(bound, dtype=values.dtype, device=values.device) for bound in (low, high))
+    return torch.clamp(values, low, high)
 
 
 def _centred(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

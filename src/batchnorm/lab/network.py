@@ -54,7 +54,10 @@ class _Hidden(nn.Module):
         super().__init__()
         # beta takes the place of a bias that the normalisation behind it would subtract again
         self.linear = _Linear(runs, inputs, outputs, bias=placement != "before")
-        self.norm = None if placement is None else BatchNorm1d(runs * outputs, eps=eps, momentum=momentum)
+        self.norm = None
+        if placement is not None:
+            # A run that diverges must not keep the statistics of the others, in the same layer, from moving.
+            self.norm = BatchNorm1d(runs * outputs, eps=eps, momentum=momentum, nonfinite="propagate")
         self.activation = ACTIVATIONS[activation]()
         self.placement = placement
 

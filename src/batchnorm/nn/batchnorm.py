@@ -2,71 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
-from batchnorm import ops
 from batchnorm.errors import InputError
-from batchnorm.functional import check, check_activation, check_count
-from batchnorm.ops import Running
+from batchnorm.nn.layer import Layer
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
-
-
-class _Layer(TorchBatchNorm):
-    """What our layers add to torch's class of the same name, in front of which they stand."""
-
-    activation: str | None
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-        activation: str | None = None,
-    ) -> None:
-        check_activation(activation)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:
-            self.register_parameter("bias", None)  # not passed on, since older torch has no such argument
-        self.activation = activation
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002 (torch's name for it)
-        """Return ``activation(gamma * z_hat + beta + residual)``, of input's shape (N, C, *) and dtype."""
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        if input.shape[1] != self.num_features:
-            raise InputError(
-                f"input must have num_features={self.num_features} channels in dimension 1; "
-                f"got {input.shape[1]}, in shape {tuple(input.shape)}"
-            )
-        check(input, residual, None)
-        buffers = self._buffers  # without the search that an attribute of a module takes
-        mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        training = self.training or (mean is None and var is None)
-        if training:
-            check_count(input)
-        if not self.training:
-            running = Running(mean, var, None, self.momentum)
-        elif self.track_running_stats:
-            running = Running(mean, var, batches, self.momentum)
-        else:
-            running = Running(None, None, None, self.momentum)
-        return ops.batch_norm(
-            input, self.weight, self.bias, residual, None, running, self.eps, self.activation, training
-        )
-
-    def extra_repr(self) -> str:
-        """Torch's settings, then those of ours that differ from its behaviour."""
-        ours = "" if self.activation is None else f", activation={self.activation!r}"
-        return f"{super().extra_repr()}{ours}"  # type: ignore[no-untyped-call]
-
 
 _DOCUMENTATION = """Batch normalization over {input}; takes the place of ``torch.nn.{stock}``.
 
@@ -93,40 +34,62 @@ _DOCUMENTATION = """Batch normalization over {input}; takes the place of ``torch
         False learns gamma alone.
     activation : str or None
         "relu", "leaky_relu" (slope 0.01), "silu", "gelu", "tanh" or "sigmoid", applied last.
+    small_batch : str
+        What becomes of a training batch with a single value a channel: "raise" an error, as torch, or normalise it
+        with the statistics that are "running", and move none.
+    nonfinite : str
+        What a training batch does to the running statistics in which any channel's mean or variance is infinite or
+        NaN: "skip" leaves them all, and the count of batches, as they were and adds one to ``skipped_batches``;
+        "propagate" poisons them, as torch. y is the same.
+    virtual_batch_size : int or None
+        Samples of a virtual batch: in training each has its own statistics (ghost batch norm, Hoffer et al. 2017);
+        the running ones move once, by those of the whole batch. A last one of a single value joins the one before.
+    renorm : Renorm, RenormSchedule or None
+        Batch renormalization (Ioffe 2017).
+    sync : bool
+        Statistics of a training batch over all processes of ``process_group``, where torch.distributed is initialised
+        and they are several: one collective forward, one backward. Each may hold another number of samples, or none.
+    process_group : torch.distributed.ProcessGroup or None
+        For ``sync``; None is the default group. Copies of the layer share it; with one it can't be pickled.
+    channel_dim : int
+        The dimension of the channels: -1 for (N, L, C).
+    running_var : str
+        The variance that is kept: "unbiased", as in torch, or "biased", as in Keras and Flax.
 
     Raises
     ------
     InputError
-        A `ValueError`: an unknown activation; in forward an input of other dimensions or channels, a residual
-        of another shape, or a single value a channel while training.
+        A `ValueError`: an option out of its range; in forward an input of other dimensions or channels, a residual
+        or mask of another shape, a single value a channel while training, or, with ``sync``, ranks at other layers.
 
     Examples
     --------
+    >>> import torch
     >>> layer = {name}(3, activation="relu")
     >>> layer(torch.randn({shape})).shape
     torch.Size([{shape}])
     """
 
 
-class BatchNorm1d(_Layer, nn.BatchNorm1d):
+class BatchNorm1d(Layer, nn.BatchNorm1d):
     __doc__ = _DOCUMENTATION.format(
         name="BatchNorm1d", stock="BatchNorm1d", input="(N, C) or (N, C, L) input", shape="8, 3"
     )
 
 
-class BatchNorm2d(_Layer, nn.BatchNorm2d):
+class BatchNorm2d(Layer, nn.BatchNorm2d):
     __doc__ = _DOCUMENTATION.format(
         name="BatchNorm2d", stock="BatchNorm2d", input="(N, C, H, W) input", shape="8, 3, 5, 5"
     )
 
 
-class BatchNorm3d(_Layer, nn.BatchNorm3d):
+class BatchNorm3d(Layer, nn.BatchNorm3d):
     __doc__ = _DOCUMENTATION.format(
         name="BatchNorm3d", stock="BatchNorm3d", input="(N, C, D, H, W) input", shape="8, 3, 2, 5, 5"
     )
 
 
-class BatchNorm(_Layer):
+class BatchNorm(Layer):
     __doc__ = _DOCUMENTATION.format(
         name="BatchNorm", stock="BatchNorm1d, 2d or 3d", input="(N, C, *) input of 2 or more dimensions", shape="8, 3"
     )

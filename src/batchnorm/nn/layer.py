@@ -1,0 +1,228 @@
+"""The forward of our layers, whatever the number of dimensions."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm import ops
+from batchnorm.errors import InputError
+from batchnorm.functional import check
+from batchnorm.nn import exporting, sync
+from batchnorm.nn.options import Options, check_options
+from batchnorm.nn.renorm import Renorm, RenormSchedule
+from batchnorm.nn.small_batch import single_value_error, warn_of_one_sample
+from batchnorm.nn.state import State
+from batchnorm.nn.sync import Spread
+from batchnorm.ops import Rule, Running
+
+__all__ = ["Layer", "layers_of"]
+
+ATTRIBUTES = {"running_var": "running_var_kind"}
+
+
+class Layer(State):
+    """What our layers add to torch's class of the same name, in front of which they stand."""
+
+    activation: str | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        small_batch: str = "raise",
+        nonfinite: str = "skip",
+        virtual_batch_size: int | None = None,
+        renorm: Renorm | RenormSchedule | None = None,
+        sync: bool = False,
+        process_group: Any = None,
+        channel_dim: int = 1,
+        running_var: str = "unbiased",
+    ) -> None:
+        options = Options(
+            activation,
+            small_batch,
+            nonfinite,
+            virtual_batch_size,
+            renorm,
+            sync,
+            process_group,
+            channel_dim,
+            running_var,
+        )
+        check_options(options, eps=eps, momentum=momentum, track_running_stats=track_running_stats)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)  # not passed on, since older torch has no such argument
+        self._take(options, device)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:  # noqa: A002 (torch's name for it)
+        """Return ``activation(gamma * z_hat + beta + residual)``, of input's shape and dtype.
+
+        mask is bool, of input's shape without the channels, each size equal or 1; True where a value counts.
+        """
+        if not isinstance(input, Tensor):
+            return exporting.traced(self, input, residual, mask)
+        if exporting.portable(self):
+            return exporting.in_torchs_operators(self, input, residual, mask)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        dim = 1 if self.channel_dim == 1 else self.dimension(input)
+        if input.shape[dim] != self.num_features:
+            raise self._features_error(input, dim)
+        if dim == 1:
+            return self._normalised(input, residual, mask, input.shape[0], input.shape)
+        if residual is not None and residual.shape != input.shape:
+            raise InputError(f"residual must have the input's shape {tuple(input.shape)}; got {tuple(residual.shape)}")
+        samples = input.shape[1 if dim == 0 else 0]
+        if dim == input.dim() - 1 and input.is_contiguous():  # rows of channels, as they are
+            features = self.num_features
+            flat = None if residual is None else residual.reshape(-1, features)
+            if mask is not None:
+                check(input.movedim(dim, 1), None, mask)
+                mask = mask.expand(input.shape[:-1]).reshape(-1)
+            return self._normalised(input.view(-1, features), flat, mask, samples, input.shape).view(input.shape)
+        moved = None if residual is None else residual.movedim(dim, 1)
+        return self._normalised(input.movedim(dim, 1), moved, mask, samples, input.shape).movedim(1, dim)
+
+    def _normalised(
+        self, x: Tensor, residual: Tensor | None, mask: Tensor | None, samples: int, shape: torch.Size
+    ) -> Tensor:
+        """Normalise x (N, C, *), or the rows (N * L, C) of so many samples; shape is the input's, to speak of."""
+        check(x, residual, mask)
+        parameters, buffers = self._parameters, self._buffers  # without the search that an attribute of a module takes
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var, batches = self.held(self.active_domain)
+        compiling = torch.compiler.is_compiling()
+        learning = self.training and not self.frozen_statistics
+        own = learning or (mean is None and var is None)  # whether the batch's statistics are used
+        group = sync.group_of(self) if self.sync and learning else None
+        spread = None if group is None else sync.spread(self, x, mask, group)
+        if own and (x.numel() == self.num_features > 0 if spread is None else spread.single):
+            if not (learning and self.small_batch == "running"):
+                raise single_value_error(self, shape)
+            learning = own = False
+            spread = None
+        if learning and not compiling and samples == 1 and spread is None and not self._warned_of_one_sample:
+            self._warned_of_one_sample = True
+            warn_of_one_sample(self, shape)
+        # Activation checkpointing runs forward again within the backward; compiled it counts once by itself.
+        again = not compiling and torch._C._current_graph_task_id() != -1
+        pool = self._pool
+        moving = learning and self.track_running_stats and not again and pool is None
+        rule = Rule(self.eps, self.activation, own)
+        running = Running(
+            mean, var, batches, self.momentum, buffers["skipped_batches"], self.running_var_kind == "biased", moving
+        )
+        if not learning or (
+            self.virtual_batch_size is None and self.renorm is None and pool is None and spread is None
+        ):
+            return ops.batch_norm(x, weight, bias, residual, mask, running, rule)
+        return self._with_options(x, weight, bias, residual, mask, running, rule, samples, again, spread)
+
+    def _with_options(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        running: Running,
+        rule: Rule,
+        samples: int,
+        again: bool,
+        spread: Spread | None,
+    ) -> Tensor:
+        """Train over processes, in virtual batches, with batch renormalization, or while several batches are pooled."""
+        if self.virtual_batch_size is not None:
+            rule = _virtual(rule, x, samples, self.virtual_batch_size)
+        keeps = False
+        if self.renorm is not None:
+            assert running.batches is not None
+            rule = rule._replace(limits=self.renorm.limits(running.batches))
+            if again:
+                seen = ops.moments(x, mask) if spread is None else spread.moments
+                rule = rule._replace(correction=self._first_runs.find(seen))
+            else:
+                keeps = _may_run_again()
+        pooling = self._pool is not None and self.track_running_stats and not again
+        if spread is None:
+            found = ops.normalise(x, weight, bias, residual, mask, running, rule, moments=keeps or pooling)
+        else:
+            found = sync.normalise(x, weight, bias, residual, mask, running, rule, spread)
+        y, batch, correction = found
+        if batch is not None and keeps:
+            assert correction is not None
+            self._first_runs.keep(batch, correction)
+        if batch is not None and pooling:
+            assert self._pool is not None
+            self._pool.setdefault(self.active_domain, []).append(batch)
+        return y
+
+    def dimension(self, x: Tensor) -> int:
+        """The dimension of x that has the channels, from 0."""
+        if not -x.dim() <= self.channel_dim < x.dim():
+            raise InputError(
+                f"channel_dim={self.channel_dim} must be a dimension of the input; got shape {tuple(x.shape)}"
+            )
+        return self.channel_dim % x.dim()
+
+    def _features_error(self, x: Tensor, dim: int) -> InputError:
+        shape = tuple(x.shape)
+        message = (
+            f"input must have num_features={self.num_features} channels in dimension {dim}; got {shape[dim]}, "
+            f"in shape {shape}"
+        )
+        elsewhere = [i for i, size in enumerate(shape) if size == self.num_features and i not in (0, dim)]
+        if elsewhere:
+            axes = "(N, L, C)" if len(shape) == 3 and elsewhere == [2] else f"channels in dimension {elsewhere[-1]}"
+            given = -1 if elsewhere[-1] == len(shape) - 1 else elsewhere[-1]
+            message += f". For {axes}, build the layer with channel_dim={given}"
+        return InputError(message)
+
+    def extra_repr(self) -> str:
+        """Torch's settings, then those of ours that differ from its behaviour."""
+        settings = {
+            field.name: (getattr(self, ATTRIBUTES.get(field.name, field.name)), field.default)
+            for field in fields(Options)
+        }
+        settings |= {name: (getattr(self, name), False) for name in ("frozen_statistics", "frozen_affine")}
+        settings["domains"] = (self.domain_names, [])
+        said = "".join(f", {name}={value!r}" for name, (value, default) in settings.items() if value != default)
+        return super().extra_repr() + said  # type: ignore[no-untyped-call, no-any-return]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return exporting.scriptable(self)
+
+
+def _virtual(rule: Rule, x: Tensor, samples: int, size: int) -> Rule:
+    """The rule for chunks of so many samples; a last one with a single value a channel joins the one before it."""
+    if samples <= size:
+        return rule
+    rows = x.shape[0] // samples
+    chunks, left = -(-samples // size), samples % size
+    if left and left * (x.numel() // (samples * x.shape[1])) == 1:
+        chunks -= 1
+    return rule if chunks == 1 else rule._replace(chunks=chunks, chunk=size * rows)
+
+
+def _may_run_again() -> bool:
+    """Whether this forward may be run again: under activation checkpointing, reentrant or not."""
+    return not torch.compiler.is_compiling() and (
+        not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
+
+
+def layers_of(model: nn.Module) -> dict[str, Layer]:
+    """The layers of ours in a model, by path; a layer used in several places once."""
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, Layer)}

@@ -1,0 +1,146 @@
+"""Batch renormalization: how far a batch is from the running statistics, within limits.
+
+Ioffe (2017), "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models". What is
+normalised is ``r * x_hat + d`` instead of x_hat, with r and d as in `batchnorm.kernels.reference.renormalised`: within
+the limits that is ``(x - running mean) / running deviation``, what the layer computes in eval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import InputError
+from batchnorm.kernels.reference import Moments, statistics_dtype
+from batchnorm.ops import Limits
+
+__all__ = ["FirstRuns", "Renorm", "RenormSchedule"]
+
+
+@dataclass(frozen=True)
+class Renorm:
+    """Fixed limits of batch renormalization: r within 1 / r_max and r_max, d within -d_max and d_max.
+
+    Parameters
+    ----------
+    r_max : float
+        From 1; 1 leaves the deviation the batch's.
+    d_max : float
+        From 0; 0 leaves the mean the batch's.
+
+    Raises
+    ------
+    InputError
+        A limit out of its range.
+
+    Examples
+    --------
+    >>> import batchnorm as bn
+    >>> bn.BatchNorm1d(3, renorm=bn.Renorm(3.0, 5.0)).renorm
+    Renorm(r_max=3.0, d_max=5.0)
+    """
+
+    r_max: float
+    d_max: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.r_max < math.inf:
+            raise InputError(f"r_max must be finite and at least 1; got {self.r_max!r}")
+        if not 0 <= self.d_max < math.inf:
+            raise InputError(f"d_max must be finite and at least 0; got {self.d_max!r}")
+
+    def limits(self, batches: Tensor) -> Limits:
+        """The limits, whatever the number of batches."""
+        return Limits(self.r_max, self.d_max)
+
+
+@dataclass(frozen=True)
+class RenormSchedule:
+    """Limits that widen as training goes on; the defaults are those of Ioffe (2017), section 4.1.
+
+    Up to batch ``start`` there is plain batch normalization, since the running statistics still mean little. Then r_max
+    grows in a straight line from 1 to ``r_max``, which it reaches at batch ``r_end``, and d_max from 0 to ``d_max`` at
+    batch ``d_end``. Batches are those that the layer has counted in ``num_batches_tracked``.
+
+    Raises
+    ------
+    InputError
+        A limit out of its range, or an end before the start.
+
+    Examples
+    --------
+    >>> import batchnorm as bn, torch
+    >>> schedule = bn.RenormSchedule()
+    >>> [tuple(round(limit, 2) for limit in schedule.limits(torch.tensor(n))) for n in (0, 5_000, 15_000, 40_000)]
+    [(1.0, 0.0), (1.0, 0.0), (1.57, 2.5), (3.0, 5.0)]
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+    start: int = 5_000
+    r_end: int = 40_000
+    d_end: int = 25_000
+
+    def __post_init__(self) -> None:
+        Renorm(self.r_max, self.d_max)
+        if not 0 <= self.start < min(self.r_end, self.d_end):
+            raise InputError(
+                f"a schedule must start at a batch from 0 and before both ends; got start={self.start}, "
+                f"r_end={self.r_end}, d_end={self.d_end}"
+            )
+
+    def limits(self, batches: Tensor) -> Limits:
+        """The limits after so many batches: numbers, or tensors where reading the count would hold up the device."""
+        if torch.compiler.is_compiling() or batches.device.type != "cpu" or not _is_plain(batches):
+            done = batches.to(statistics_dtype(batches))
+            r, d = (((done - self.start) / (end - self.start)).clamp(0, 1) for end in (self.r_end, self.d_end))
+        else:
+            seen = int(batches)
+            r, d = (min(max((seen - self.start) / (end - self.start), 0.0), 1.0) for end in (self.r_end, self.d_end))  # type: ignore[assignment]
+        return Limits(1 + r * (self.r_max - 1), d * self.d_max)  # type: ignore[arg-type]
+
+
+def _is_plain(values: Tensor) -> bool:
+    return type(values) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(values)
+
+
+@dataclass
+class _Run:
+    batch: Moments
+    correction: Tensor
+    uses: int = 0
+
+
+class FirstRuns:
+    """r and d of forwards that may be run again, by activation checkpointing.
+
+    A forward that is run again must use the r and d of its first run, which the running statistics, moved since, no
+    longer give. Which it was its batch tells: that with the nearest moments. Of several on the same batch it is the
+    last that has been run again least often, since a backward begins at the end.
+    """
+
+    def __init__(self) -> None:
+        self._runs: deque[_Run] = deque(maxlen=128)
+
+    def keep(self, batch: Moments, correction: Tensor) -> None:
+        """Remember a first run; those that have been run again are forgotten."""
+        if any(run.uses for run in self._runs):
+            self._runs = deque((run for run in self._runs if not run.uses), self._runs.maxlen)
+        self._runs.append(_Run(batch, correction))
+
+    def find(self, batch: Moments) -> Tensor | None:
+        """The r and d of the first run on this batch; None where there was none."""
+        if not self._runs:
+            return None
+
+        def distance(run: _Run) -> float:
+            away = (run.batch.mean - batch.mean).abs() + (run.batch.var - batch.var).abs()
+            return float(torch.nan_to_num(away, nan=math.inf).sum())
+
+        first = min(reversed(self._runs), key=lambda run: (distance(run), run.uses))
+        first.uses += 1
+        return first.correction

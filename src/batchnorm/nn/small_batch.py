@@ -1,0 +1,47 @@
+"""Training batches with too little in them: what to say, and of which layer."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+from torch import nn
+
+from batchnorm.errors import InputError
+
+__all__ = ["place", "single_value_error", "warn_of_one_sample"]
+
+
+def single_value_error(layer: nn.Module, shape: Sequence[int]) -> InputError:
+    """The error of a batch in which each channel has a single value, which has no variance to divide by."""
+    ways = ["give it more samples", "drop the last incomplete batch (DataLoader's drop_last=True)"]
+    if layer.track_running_stats:
+        ways.append(
+            "build the layer with small_batch='running', which normalises such a batch with the running statistics"
+        )
+    return InputError(
+        f"{place(layer)}batch statistics need more than 1 value per channel; got input of shape {tuple(shape)}. "
+        f"Ways out: {'; '.join(ways)}"
+    )
+
+
+def warn_of_one_sample(layer: nn.Module, shape: Sequence[int]) -> None:
+    """Say that the statistics are those of one sample: with such a last batch training can diverge."""
+    warnings.warn(
+        f"{place(layer)}a training batch of one sample, shape {tuple(shape)}, has the statistics of its positions "
+        "alone, far from those of a batch: drop the last incomplete batch (DataLoader's drop_last=True)",
+        stacklevel=2,
+    )
+
+
+def place(layer: nn.Module) -> str:
+    """The layer's path in the outermost module whose forward is running, as "features.3.norm: "."""
+    path = ""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and module is not layer:
+            path = next((name for name, child in module.named_modules() if child is layer), path)
+        frame = frame.f_back  # type: ignore[assignment]
+    return f"{path}: " if path else ""

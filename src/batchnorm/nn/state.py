@@ -1,0 +1,153 @@
+"""What a layer keeps: running statistics and their precision, what is frozen, through casts, copies and state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
+from torch.nn.parameter import UninitializedBuffer
+
+from batchnorm.errors import InputError
+from batchnorm.kernels.reference import Moments
+from batchnorm.nn.options import Options
+from batchnorm.nn.renorm import FirstRuns
+from batchnorm.nn.sync import Shared
+
+__all__ = ["STATISTICS", "State"]
+
+HALF = (torch.float16, torch.bfloat16)
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class State(TorchBatchNorm):
+    """Torch's parameters and running statistics, and beside them our options and what belongs to the step at hand."""
+
+    def _take(self, options: Options, device: torch.device | str | None) -> None:
+        """Set what our layers have beside torch's attributes."""
+        self.activation = options.activation
+        self.small_batch = options.small_batch
+        self.nonfinite = options.nonfinite
+        self.virtual_batch_size = options.virtual_batch_size
+        self.renorm = options.renorm
+        self.sync = options.sync
+        self.process_group: Any = options.process_group
+        self.channel_dim = options.channel_dim
+        self.running_var_kind = options.running_var  # the buffer has the option's name
+        self.frozen_statistics = self.frozen_affine = False
+        self._learned: list[str] = []  # what took a gradient before it was frozen
+        self.active_domain: str | None = None
+        self._pool: dict[str | None, list[Moments]] | None = None  # of each domain
+        self._first_runs = FirstRuns()
+        self._warned_of_one_sample = False
+        self._agreed = False  # whether all ranks were seen at this layer together
+        counts = self.track_running_stats and options.nonfinite == "skip"
+        skipped = torch.zeros((), dtype=torch.int64, device=device) if counts else None
+        self.register_buffer("skipped_batches", skipped, persistent=False)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype in HALF:
+                kept = torch.float32
+                if isinstance(buffer, UninitializedBuffer):
+                    self._buffers[name] = UninitializedBuffer(device=device, dtype=kept)  # type: ignore[call-arg]
+                else:
+                    self._buffers[name] = buffer.to(kept)
+
+    def held(self, domain: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Running mean, variance and count of batches of a domain."""
+        buffers = self._buffers
+        if domain is None:
+            return buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        return tuple(buffers[f"{name}_{domain}"] for name in STATISTICS)  # type: ignore[return-value]
+
+    def reset_running_stats(self) -> None:
+        """Set the running statistics, of every domain too, and the counts to where they begin."""
+        super().reset_running_stats()
+        for name, buffer in self._buffers.items():
+            if buffer is not None and name.startswith((*(f"{kind}_" for kind in STATISTICS), "skipped_batches")):
+                buffer.fill_(1 if name.startswith("running_var_") else 0)
+
+    @property
+    def domain_names(self) -> list[str]:
+        """The domains that have running statistics of their own."""
+        return [name.removeprefix("running_mean_") for name in self._buffers if name.startswith("running_mean_")]
+
+    # Statistics keep their precision.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> State:
+        """Apply fn as torch's modules do, but leave running statistics out of a cast to half precision."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            assert new is not None
+            if new.dtype in HALF and old.dtype not in HALF:
+                self._buffers[name] = old.to(new.device)
+            if name == "skipped_batches" and not new.is_meta:  # to_empty leaves it what no state dict would put right
+                new.fill_(0) if old.is_meta else new.copy_(old)
+        return self
+
+    # Frozen flags travel in the state dict's metadata, for which torch's layers have no use, and so no complaint.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {})
+        if prefix[:-1] in metadata:
+            metadata[prefix[:-1]]["frozen"] = [
+                name for name in ("statistics", "affine") if getattr(self, f"frozen_{name}")
+            ]
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *arguments: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+        for name, buffer in self._buffers.items():  # with assign=True they are the state dict's own
+            if buffer is not None and buffer.dtype in HALF:
+                self._buffers[name] = buffer.float()
+        skipped, mean = self._buffers["skipped_batches"], self._buffers["running_mean"]
+        if skipped is not None and skipped.is_meta and mean is not None and not mean.is_meta:  # with assign=True
+            self._buffers["skipped_batches"] = torch.zeros_like(skipped, device=mean.device)
+        if "frozen" in local_metadata:
+            frozen = local_metadata["frozen"]
+            self.freeze(statistics="statistics" in frozen, affine="affine" in frozen)
+            self.unfreeze(statistics="statistics" not in frozen, affine="affine" not in frozen)
+
+    def freeze(self, *, statistics: bool = True, affine: bool = False) -> None:
+        """Normalise with the running statistics, and move them no more; with ``affine`` keep gamma and beta too.
+
+        The layer stays so through ``train()``, copies, and state dicts.
+        """
+        if statistics and not self.frozen_statistics:
+            if self._buffers["running_mean"] is None:
+                raise InputError("to freeze the statistics there must be running ones; got track_running_stats=False")
+            self.frozen_statistics = True
+        if affine and not self.frozen_affine:
+            self.frozen_affine = True
+            given = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
+            self._learned = [name for name, parameter in given.items() if parameter.requires_grad]
+            for parameter in given.values():
+                parameter.requires_grad_(False)
+                parameter.grad = None  # or an optimizer would still use it
+
+    def unfreeze(self, *, statistics: bool = True, affine: bool = True) -> None:
+        """Undo `freeze`."""
+        if statistics:
+            self.frozen_statistics = False
+        if affine and self.frozen_affine:
+            self.frozen_affine = False
+            for name in self._learned:
+                parameter = self._parameters[name]
+                assert parameter is not None
+                parameter.requires_grad_(True)
+
+    # What belongs to the step at hand is in no copy.
+
+    def __getstate__(self) -> dict[str, Any]:
+        step = {"_pool": None, "_first_runs": FirstRuns(), "active_domain": None, "_agreed": False}
+        group = None if self.process_group is None else Shared(self.process_group)
+        return self.__dict__ | step | {"process_group": group}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        shared = state["process_group"]
+        super().__setstate__(state | {"process_group": None if shared is None else shared.group})  # type: ignore[no-untyped-call]

@@ -1,0 +1,110 @@
+"""When running statistics move: not at all, or once for several batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
+
+from batchnorm import ops
+from batchnorm.errors import InputError
+from batchnorm.kernels import reference
+from batchnorm.kernels.reference import Moments
+from batchnorm.nn.layer import Layer, layers_of
+from batchnorm.ops import Running
+
+__all__ = ["accumulate", "no_stat_updates"]
+
+
+@contextmanager
+def no_stat_updates(model: nn.Module) -> Iterator[None]:
+    """Leave the running statistics and counts of every batch normalization layer as they are.
+
+    All else goes on as it does: in training mode the batch's own statistics are used. torch's layers are held too.
+
+    Examples
+    --------
+    >>> import batchnorm as bn, torch
+    >>> layer = bn.BatchNorm1d(2)
+    >>> with bn.no_stat_updates(layer):
+    ...     y = layer(torch.randn(8, 2) + 3)
+    >>> layer.running_mean
+    tensor([0., 0.])
+    """
+    held = [layer for layer in model.modules() if isinstance(layer, TorchBatchNorm) and layer.track_running_stats]
+    for layer in held:
+        layer.track_running_stats = False  # torch's forward, and ours, then leaves the buffers out
+    try:
+        yield
+    finally:
+        for layer in held:
+            layer.track_running_stats = True
+
+
+@contextmanager
+def accumulate(model: nn.Module) -> Iterator[None]:
+    """Pool the statistics of the micro-batches within, and move the running ones once, by the moments of them all.
+
+    For gradient accumulation: k micro-batches then count as one batch in the running statistics, which move once, with
+    the pooled mean and variance of what each layer saw. Outputs are still normalised micro-batch by micro-batch, so
+    they differ from those of the whole batch, in training as well: nothing short of the whole batch (with activation
+    checkpointing, where memory is short) gives those, since each layer's statistics need all samples at once.
+
+    An exception within drops what was pooled.
+
+    Raises
+    ------
+    InputError
+        The model has no layer of ours that keeps running statistics, or is within such a context already.
+
+    Examples
+    --------
+    >>> import batchnorm as bn, torch
+    >>> layer, batch = bn.BatchNorm1d(1), torch.arange(8.0).unsqueeze(1)
+    >>> with bn.accumulate(layer):
+    ...     outputs = [layer(part) for part in batch.split(2)]
+    >>> layer.running_mean, layer.num_batches_tracked
+    (tensor([0.3500]), tensor(1))
+    """
+    layers = [layer for layer in layers_of(model).values() if layer.track_running_stats]
+    if not layers:
+        raise InputError(
+            f"accumulate needs a batchnorm layer that keeps running statistics; {type(model).__name__} has none"
+        )
+    if any(layer._pool is not None for layer in layers):
+        raise InputError("accumulate is at work on this model already, and can't be nested")
+    for layer in layers:
+        layer._pool = {}
+    try:
+        yield
+        pools = [(layer, layer._pool) for layer in layers]
+    finally:
+        for layer in layers:
+            layer._pool = None
+    for layer, pool in pools:
+        for domain, batches in (pool or {}).items():
+            _commit(layer, domain, batches)
+
+
+@torch.no_grad()
+def _commit(layer: Layer, domain: str | None, pool: list[Moments]) -> None:
+    mean, var, batches = layer.held(domain)
+    assert mean is not None
+    assert var is not None
+    mean_of = torch.stack([batch.mean for batch in pool])
+    var_of = torch.stack([batch.var for batch in pool])
+    counts = torch.stack([torch.as_tensor(batch.count, device=mean_of.device) for batch in pool])
+    skipped = layer._buffers["skipped_batches"]
+    if skipped is not None:
+        finite = mean_of.to(mean.dtype).isfinite().all(1) & var_of.to(var.dtype).isfinite().all(1)
+        counts = torch.where(finite, counts, 0)
+    whole = reference.pooled(Moments(mean_of, var_of, counts))
+    if skipped is not None:
+        # Where no micro-batch is finite, the update that they make is none, and counted as the last of the skipped.
+        none = ~finite.any()
+        whole = Moments(torch.where(none, torch.nan, whole.mean), whole.var, whole.count)
+        skipped.add_((~finite).sum() - none.long())
+    ops.move(Running(mean, var, batches, layer.momentum, skipped, layer.running_var_kind == "biased"), whole)

@@ -1,0 +1,396 @@
+"""The native kernels' virtual batches, batch renormalization and ways to move, held to float64 chunk by chunk."""
+
+import math
+
+import pytest
+import torch
+
+from batchnorm import ops
+from batchnorm.kernels import native
+from batchnorm.kernels.native import Limits, Rule, Running
+from batchnorm.kernels.reference import Moments
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+FUNCTIONS = {None: lambda z: z, "relu": torch.relu, "leaky_relu": lambda z: torch.nn.functional.leaky_relu(z, 0.01)}
+EPS = 1e-5
+# Shape, layout, samples of a chunk: primes, one channel, two samples, one position, a last chunk of fewer or of more.
+SHAPES = [
+    ((2, 3), "contiguous", 2),
+    ((4, 1), "contiguous", 2),
+    ((13, 7), "contiguous", 5),
+    ((37, 127), "contiguous", 12),
+    ((5, 3, 1), "contiguous", 2),
+    ((6, 1, 11), "contiguous", 1),
+    ((11, 5, 7), "contiguous", 3),
+    ((2, 17, 49), "contiguous", 1),
+    ((7, 3, 3, 5), "contiguous", 2),
+    ((7, 3, 3, 5), "channels last", 2),
+    ((5, 1, 3, 3), "channels last", 4),
+    ((23, 19, 1, 1), "channels last", 7),
+    ((9, 70, 5, 3), "channels last", 4),
+    ((5, 3, 2, 3, 5), "channels last", 2),
+]
+# From 196608 values on two threads share the work: the chunks where each is too small, else each chunk.
+LARGE = [
+    ((1031, 211), "contiguous", 4),  # 258 chunks
+    ((431, 13, 37), "contiguous", 3),
+    ((211, 13, 11, 7), "channels last", 5),
+    ((67, 3001), "contiguous", 3),
+    ((3, 3, 151, 149), "contiguous", 1),  # 22499 values a channel, shared in each chunk
+    ((6, 3, 151, 149), "channels last", 3),
+]
+# Limits of r and d, or numbers given; residual; mask; activation.
+OPTIONS = {
+    "plain": (None, False, False, None),
+    "limits": (Limits(1.2, 0.3), False, False, "relu"),
+    "no room": (Limits(1.0, 0.0), False, True, "leaky_relu"),
+    "given, residual, mask": ("given", True, True, "relu"),
+    "limits, residual, mask": (Limits(1e3, 1e3), True, True, "leaky_relu"),
+}
+
+
+@pytest.fixture(autouse=True)
+def native_kernels():
+    """They are here."""
+    assert native.reason() is None
+
+
+@pytest.fixture
+def threads():
+    """A setter of torch's number of threads, put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def numbers(*shape, seed=0, dtype=torch.float32):
+    drawn = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=drawn).to(dtype)
+
+
+def laid_out(x, layout):
+    if layout != "channels last":
+        return x
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+def by_channel(values, x):
+    return values.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def dims(x):
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def divided(samples, chunk, positions=2):
+    """Where chunks end: the last takes what is left over, and with one value a channel joins the one before."""
+    count = -(-samples // chunk)
+    if count > 1 and samples % chunk * positions == 1:
+        count -= 1
+    return [slice(i * chunk, (i + 1) * chunk if i + 1 < count else samples) for i in range(count)]
+
+
+def inside_of(x, mask):
+    return torch.ones_like(x, dtype=torch.bool) if mask is None else mask.unsqueeze(1).expand_as(x)
+
+
+def moments_of(x, inside):
+    """Mean, biased variance and count of a batch, in float64."""
+    count = int(inside[:, :1].sum())
+    mean = torch.where(inside, x, 0.0).sum(dims(x)) / max(count, 1)
+    away = torch.where(inside, x - by_channel(mean, x), 0.0)
+    return mean, (away * away).sum(dims(x)) / max(count, 1), count
+
+
+def corrections(mean, var, running_mean, running_var, limits):
+    """R and d of Ioffe (2017), algorithm 1."""
+    sigma = torch.sqrt(running_var.double() + EPS)
+    r = (torch.sqrt(var + EPS) / sigma).clamp(1 / limits.r_max, limits.r_max)
+    return r, ((mean - running_mean.double()) / sigma).clamp(-limits.d_max, limits.d_max)
+
+
+def excess(ours, theirs, bound):
+    """The largest error as a part of what it may be; NaN where any is not a number."""
+    rounding = torch.finfo(ours.dtype)
+    stored = rounding.eps / 2 * theirs.abs() + rounding.smallest_normal * rounding.eps
+    return ((ours.double() - theirs).abs() / (bound + stored)).max()
+
+
+def check(shape, layout, chunk, dtype, options):
+    """Hold y, moments, r and d, and all gradients of every chunk to the formula in float64.
+
+    Float sums hold at most 4096 values of a channel before they go on in double: 256 additions in the narrowest of
+    vectors, whose error is at most 256 x 2**-24 = 1.5e-5, were all roundings of one sign; so t = 1e-5, which is also
+    what is promised of y, and 1e-13 in double. r and d have their own error of it, hence 2 t.
+    """
+    t = 2 * (1e-13 if dtype == torch.float64 else 1e-5)
+    limits, with_residual, masked, activation = options
+    x = laid_out(numbers(*shape, dtype=dtype) + 0.5, layout)
+    weight, bias = numbers(shape[1], seed=1), numbers(shape[1], seed=2)
+    residual = laid_out(numbers(*shape, seed=3, dtype=dtype), layout) if with_residual else None
+    mask = numbers(shape[0], *shape[2:], seed=4) > -0.5 if masked else None
+    running_mean, running_var = numbers(shape[1], seed=5), 0.5 + numbers(shape[1], seed=6).square()
+    slices = divided(shape[0], chunk, x[0, 0].numel())
+    chunks = len(slices)
+    given = None
+    if limits == "given":
+        given = torch.stack(
+            (1 + numbers(chunks, shape[1], seed=7).square(), numbers(chunks, shape[1], seed=8))
+        ).double()
+        given = given if chunks > 1 else given[:, 0].contiguous()
+    rule = Rule(EPS, activation, True, chunks, chunk if chunks > 1 else 0, None if given is not None else limits, given)
+
+    running = Running(running_mean.clone(), running_var.clone(), torch.tensor(3), 0.25)
+    y, moments, correction = native.forward(x, weight, bias, residual, mask, running, rule)
+    assert y.dtype == dtype
+    assert y.stride() == x.stride()
+    assert moments.shape == (2, *([chunks] if chunks > 1 else []), shape[1])
+    assert (correction is None) if limits is None else (correction.shape == moments.shape)
+
+    exact = [None if v is None else v.double().requires_grad_() for v in (x, residual, weight, bias)]
+    inside, outputs, arguments, sizes, hats, used = inside_of(x, mask), [], [], [], [], []
+    lengths = [at.stop - at.start for at in slices]
+    residuals = [None] * chunks if residual is None else exact[1].split(lengths)
+    for i, (part, ins, added) in enumerate(zip(exact[0].split(lengths), inside.split(lengths), residuals, strict=True)):
+        mean, var, _ = moments_of(part, ins)
+        r, d = torch.ones(shape[1]).double(), torch.zeros(shape[1]).double()
+        if given is not None:
+            r, d = given.view(2, chunks, -1)[:, i]
+        elif limits is not None:
+            r, d = corrections(mean.detach(), var.detach(), running_mean, running_var, limits)
+        used.append(torch.stack((mean.detach(), var.detach(), r, d)))
+        x_hat = (part - by_channel(mean, part)) / torch.sqrt(by_channel(var, part) + EPS)
+        z = by_channel(exact[2], part) * (by_channel(r, part) * x_hat + by_channel(d, part)) + by_channel(
+            exact[3], part
+        )
+        z = z if added is None else z + added
+        arguments.append(z.detach())
+        outputs.append(torch.where(ins, FUNCTIONS[activation](z), 0.0))
+        with torch.no_grad():
+            hats.append(1 + x_hat.abs())
+            size = by_channel(weight.double().abs(), part) * (
+                by_channel(r, part) * hats[-1] + by_channel(d.abs(), part)
+            )
+            size = size + by_channel(bias.double().abs(), part)
+            sizes.append(size if added is None else size + added.abs())
+
+    mean, var, r, d = torch.stack(used, 1)  # of each chunk and channel
+    assert excess(moments.view(2, chunks, -1)[0], mean, t * var.sqrt()) <= 1
+    # Squares are taken about a shift at most sqrt(8) standard deviations from the mean: 9 variances.
+    assert excess(moments.view(2, chunks, -1)[1], var, 9 * t * var) <= 1
+    if given is not None:
+        assert torch.equal(correction, given)
+    elif limits is not None:
+        assert excess(correction.view(2, chunks, -1)[0], r, 9 * t * r) <= 1
+        assert excess(correction.view(2, chunks, -1)[1], d, t * (1 + torch.sqrt(var / (running_var + EPS)))) <= 1
+    expected, size = torch.cat(outputs), torch.cat(sizes)
+    assert excess(y, expected.detach(), t * size) <= 1
+
+    dy = numbers(*shape, seed=99, dtype=dtype)
+    if activation is not None:  # gradients away from the kink
+        dy = torch.where(torch.cat(arguments).abs() <= t * size + torch.finfo(dtype).smallest_normal, 0.0, dy)
+    dy = laid_out(dy, layout)
+    wanted = torch.autograd.grad(expected, [v for v in exact if v is not None], dy.double())
+    wanted = dict(zip(("dx", *(["dresidual"] if with_residual else []), "dweight", "dbias"), wanted, strict=True))
+    rule = rule._replace(correction=correction)
+    asked = [True, True, True, with_residual]
+    found = native.backward(dy, x, moments, weight, bias, y if with_residual else None, mask, rule, wanted=asked)
+    found = dict(zip(("dx", "dweight", "dbias", "dresidual"), found, strict=True))
+    dz = torch.where(inside, dy.double().abs(), 0.0)
+    of_dx, of_weight = [], 0.0
+    for at, hat, (_, var, r, d) in zip(slices, hats, used, strict=True):
+        m = max(int(inside[at][:, :1].sum()), 1)
+        total, products = dz[at].sum(dims(x)), (dz[at] * hat).sum(dims(x))
+        gain = weight.double().abs() * r / torch.sqrt(var + EPS)
+        of_dx.append(by_channel(gain, x) * (dz[at] + by_channel(total / m, x) + hat * by_channel(products / m, x)))
+        of_weight = of_weight + r * products + d.abs() * total
+    bounds = {"dx": torch.cat(of_dx), "dresidual": dz, "dweight": of_weight, "dbias": dz.sum(dims(x))}
+    for name, theirs in wanted.items():
+        assert excess(found[name], theirs, t * bounds[name]) <= 1, name
+
+    mean, var, count = moments_of(x.double(), inside)
+    share = 0.25 if count > 1 else 0.0
+    var = var * count / max(count - 1, 1)
+    assert running.batches == 4
+    assert excess(running.mean, running_mean + share * (mean - running_mean), t * var.sqrt()) <= 1
+    assert excess(running.var, running_var + share * (var - running_var), 9 * t * var) <= 1
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "layout", "chunk"), SHAPES, ids=str)
+def test_every_chunk_is_that_of_the_formula(shape, layout, chunk, dtype, options):
+    check(shape, layout, chunk, dtype, options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"), [(torch.float32, "limits, residual, mask"), (torch.bfloat16, "limits")], ids=str
+)
+@pytest.mark.parametrize(("shape", "layout", "chunk"), LARGE, ids=str)
+def test_chunks_that_two_threads_share_are_those_of_the_formula(shape, layout, chunk, dtype, options, threads):
+    threads(2)
+    check(shape, layout, chunk, dtype, OPTIONS[options])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "layout", "chunk"), LARGE[:4], ids=str)
+def test_chunks_shared_among_threads_give_bitwise_what_one_thread_gives(shape, layout, chunk, dtype, threads):
+    slices = divided(shape[0], chunk, 2)
+    x, dy = (laid_out(numbers(*shape, seed=seed, dtype=dtype), layout) for seed in (0, 1))
+    weight = numbers(shape[1], seed=2)
+    results = []
+    for count in (1, 2):
+        threads(count)
+        running = Running(torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0), 0.5)
+        rule = Rule(EPS, None, True, len(slices), chunk, Limits(3.0, 5.0))
+        y, moments, correction = native.forward(x, weight, None, None, None, running, rule)
+        gradients = native.backward(
+            dy, x, moments, weight, None, None, None, rule._replace(correction=correction), wanted=[True] * 4
+        )
+        results.append([y, moments, correction, *running[:2], *gradients[:2]])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(("shape", "layout"), [((12, 5), "contiguous"), ((12, 5, 3, 3), "channels last")], ids=str)
+def test_chunks_are_the_batches_one_by_one(shape, layout):
+    x, weight, bias = laid_out(numbers(*shape), layout), numbers(5, seed=1), numbers(5, seed=2)
+    none = Running(None, None, None, 0.0)
+    y, moments, _ = native.forward(x, weight, bias, None, None, none, Rule(EPS, "relu", True, 3, 4))
+    for i, part in enumerate(x.split(4)):
+        alone, own, _ = native.forward(part, weight, bias, None, None, none, Rule(EPS, "relu", True))
+        # The whole and the part may be summed by other loops.
+        torch.testing.assert_close(y[4 * i : 4 * i + 4], alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(moments[:, i], own, rtol=1e-6, atol=1e-6)
+
+
+# Moving the running statistics.
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("kept", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("moving", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("counting", [True, False])
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
+def test_statistics_move_as_by_ops_move(bad, counting, biased, moving, momentum, kept, chunks):
+    x = numbers(12, 3, 4) + 2
+    if bad is not None:
+        x[5, 1, 2] = bad
+
+    def held():
+        skipped = torch.tensor(7) if counting else None
+        return Running(
+            numbers(3, seed=1, dtype=kept), numbers(3, seed=2, dtype=kept).exp(), torch.tensor(4), momentum, skipped,
+            biased, moving,
+        )  # fmt: skip
+
+    ours, theirs, before = held(), held(), held()
+    native.forward(x, None, None, None, None, ours, Rule(EPS, None, True, chunks, 4 if chunks > 1 else 0))
+    exact = x.double()
+    ops.move(theirs, Moments(exact.mean((0, 2)), exact.var((0, 2), correction=0), 48))
+    # The moments are good to 1e-5 of a deviation, and float32 rounds what it keeps.
+    torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-6, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(ours.var, theirs.var, rtol=1e-6, atol=9e-5, equal_nan=True)
+    assert ours.batches == theirs.batches
+    assert ours.skipped is None or ours.skipped == theirs.skipped
+    poisoned = bad is not None and counting
+    moves = moving and not poisoned
+    assert ours.batches == (5 if moves else 4)
+    assert not counting or ours.skipped == (8 if poisoned and moving else 7)
+    if not moves:
+        assert torch.equal(ours.mean, before.mean)
+        assert torch.equal(ours.var, before.var)
+
+
+def test_the_moved_statistics_are_torchs():
+    x = numbers(12, 3, 4) + 2
+    for biased in (True, False):
+        running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), 1.0, torch.tensor(0), biased)
+        native.forward(x, None, None, None, None, running, Rule(EPS, None, True, 3, 4))
+        torch.testing.assert_close(running.mean, x.mean((0, 2)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(running.var, x.var((0, 2), correction=0 if biased else 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["rows", "planes", "channels last"])
+def test_a_chunk_with_a_nan_stops_the_update_of_all_and_other_chunks_stay_right(layout, kept):
+    shape = {"rows": (12, 5), "planes": (12, 5, 7), "channels last": (12, 5, 3, 3)}[layout]
+    x = laid_out(numbers(*shape), layout)
+    clean = x.clone(memory_format=torch.preserve_format)
+    x[5, 2] = math.nan  # the second of four chunks
+    running = Running(torch.zeros(5, dtype=kept), torch.ones(5, dtype=kept), torch.tensor(4), 0.5, torch.tensor(0))
+    y, moments, correction = native.forward(
+        x, None, None, None, None, running, Rule(EPS, None, True, 4, 3, Limits(3.0, 5.0))
+    )
+    assert (int(running.skipped), int(running.batches)) == (1, 4)
+    assert not running.mean.any()
+    assert (running.var == 1).all()
+    none = Running(torch.zeros(5), torch.ones(5), None, 0.0, moving=False)
+    other, _, _ = native.forward(clean, None, None, None, None, none, Rule(EPS, None, True, 4, 3, Limits(3.0, 5.0)))
+    left = [c for c in range(5) if c != 2]
+    assert torch.equal(y[:, left], other[:, left])
+    assert torch.equal(y[[*range(3), *range(6, 12)]], other[[*range(3), *range(6, 12)]])
+    assert y[3:6, 2].isnan().all()
+    assert moments[:, 1, 2].isnan().all()
+    assert correction[:, [0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("chunk_of_padding", [0, 1, 3])
+def test_a_chunk_of_padding_alone_is_left_out_of_the_statistics_whatever_it_holds(chunk_of_padding):
+    x, mask = numbers(12, 5, 7) + 3, torch.ones(12, 7, dtype=torch.bool)
+    padding = slice(3 * chunk_of_padding, 3 * chunk_of_padding + 3)
+    x[padding], mask[padding] = math.nan, False
+    running = Running(torch.zeros(5), torch.ones(5), torch.tensor(0), 1.0, torch.tensor(0))
+    y, moments, _ = native.forward(x, None, None, None, mask, running, Rule(EPS, None, True, 4, 3))
+    values = x[mask.any(1)].double()
+    torch.testing.assert_close(running.mean.double(), values.mean((0, 2)), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(running.var.double(), values.var((0, 2)), rtol=1e-6, atol=9e-5)
+    assert (int(running.skipped), int(running.batches)) == (0, 1)
+    assert not y[padding].any()
+    dx, *_ = native.backward(y, x, moments, None, None, None, mask, Rule(EPS, None, True, 4, 3), wanted=[True] * 4)
+    assert not dx[padding].any()
+    assert dx.isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["rows", "planes", "channels last"])
+@pytest.mark.parametrize("size", [1e30, 1e37])
+def test_chunks_whose_variance_no_float_holds_have_the_right_y_and_are_skipped(size, layout):
+    shape = {"rows": (12, 5), "planes": (12, 5, 7), "channels last": (12, 5, 3, 3)}[layout]
+    x = laid_out(numbers(*shape), layout)
+    x[:, 1] *= size
+    x[4:8, 3] *= size
+    running = Running(torch.zeros(5), torch.ones(5), torch.tensor(0), 0.5, torch.tensor(0))
+    rule = Rule(EPS, None, True, 3, 4)
+    y, moments, _ = native.forward(x, None, None, None, None, running, rule)
+    parts = x.double().split(4)
+    expected = torch.cat(
+        [
+            (part - part.mean(dims(x), keepdim=True)) / torch.sqrt(part.var(dims(x), keepdim=True, correction=0) + EPS)
+            for part in parts
+        ]
+    )
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (int(running.skipped), int(running.batches)) == (1, 0)
+    assert not running.mean.any()
+    assert (running.var == 1).all()
+    wide = Running(torch.zeros(5).double(), torch.ones(5).double(), torch.tensor(0), 1.0, torch.tensor(0))
+    native.forward(x, None, None, None, None, wide, rule)
+    assert (int(wide.skipped), int(wide.batches)) == (0, 1)
+    torch.testing.assert_close(wide.var, x.double().var(dims(x)), rtol=1e-4, atol=1e-5)
+
+    # dx is y's gradient over a deviation of that size: scaled back, it is that of the values before.
+    dy = numbers(*shape, seed=1)
+    dx, *_ = native.backward(dy, x, moments, None, None, None, None, rule, wanted=[True, False, False, False])
+    leaf = x.double().requires_grad_()
+    y = torch.cat(
+        [
+            (part - part.mean(dims(x), keepdim=True)) / torch.sqrt(part.var(dims(x), keepdim=True, correction=0) + EPS)
+            for part in leaf.split(4)
+        ]
+    )
+    (wanted,) = torch.autograd.grad(y, leaf, dy.double())
+    deviation = torch.cat([part.std(dims(x), keepdim=True, correction=0).expand_as(part) for part in parts])
+    smallest = torch.finfo(torch.float32).smallest_normal
+    assert ((dx.double() - wanted).abs() <= 1e-4 / deviation + smallest).all()

@@ -1,0 +1,191 @@
+"""What a layer may be asked for and given: clear words where it may not, and what its repr says of it."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import batchnorm as bn
+from batchnorm.kernels.chosen import cpu_kernel
+
+
+class Through(TorchDispatchMode):
+    """Changes nothing, and keeps the layer off the native kernels' direct path."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        return function(*arguments, **(named or {}))
+
+
+REFUSED = {
+    "small_batch": ({"small_batch": "skip"}, r"small_batch must be 'raise' or 'running'; got 'skip'"),
+    "small_batch=None": ({"small_batch": None}, r"small_batch must be 'raise' or 'running'; got None"),
+    "nonfinite": ({"nonfinite": "ignore"}, r"nonfinite must be 'skip' or 'propagate'; got 'ignore'"),
+    "running_var": ({"running_var": "population"}, r"running_var must be 'unbiased' or 'biased'; got 'population'"),
+    "activation": ({"activation": "swish"}, r"relu, leaky_relu, silu, gelu, tanh, sigmoid; got 'swish'"),
+    "momentum=1.1": ({"momentum": 1.1}, r"momentum must be None or from 0 to 1.*; got 1\.1"),
+    "momentum=-0.1": ({"momentum": -0.1}, r"momentum must be None or from 0 to 1.*; got -0\.1"),
+    "momentum=nan": ({"momentum": float("nan")}, r"momentum must be .*; got nan"),
+    "momentum='0.1'": ({"momentum": "0.1"}, r"momentum must be .*; got '0\.1'"),
+    "momentum=True": ({"momentum": True}, r"momentum must be .*; got True"),
+    "eps=0": ({"eps": 0}, r"eps must be above 0.*; got 0"),
+    "eps=-1e-5": ({"eps": -1e-5}, r"eps must be above 0.*; got -1e-05"),
+    "eps=nan": ({"eps": float("nan")}, r"eps must be above 0.*; got nan"),
+    "eps=inf": ({"eps": float("inf")}, r"eps must be .*; got inf"),
+    "eps=None": ({"eps": None}, r"eps must be above 0.*; got None"),
+    "virtual_batch_size=0": ({"virtual_batch_size": 0}, r"virtual_batch_size must be None or .* from 2; got 0"),
+    "virtual_batch_size=1": ({"virtual_batch_size": 1}, r"virtual_batch_size must be None or .* from 2; got 1$"),
+    "virtual_batch_size=1.5": ({"virtual_batch_size": 1.5}, r"virtual_batch_size must be .*; got 1\.5"),
+    "virtual_batch_size=4.0": ({"virtual_batch_size": 4.0}, r"virtual_batch_size must be .*; got 4\.0"),
+    "virtual_batch_size=True": ({"virtual_batch_size": True}, r"virtual_batch_size must be .*; got True"),
+    "renorm=tuple": ({"renorm": (3.0, 5.0)}, r"renorm must be .*Renorm.*; got \(3\.0, 5\.0\)"),
+    "renorm=True": ({"renorm": True}, r"renorm must be None, .*Renorm or .*RenormSchedule; got True"),
+    "channel_dim=1.0": ({"channel_dim": 1.0}, r"channel_dim must be a whole number; got 1\.0"),
+    "renorm without statistics": (
+        {"renorm": bn.Renorm(3.0, 5.0), "track_running_stats": False},
+        r"renorm uses the running statistics.*track_running_stats=False",
+    ),
+    "running without statistics": (
+        {"small_batch": "running", "track_running_stats": False},
+        r"small_batch='running' uses the running statistics.*track_running_stats=False",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("build", [lambda **given: bn.BatchNorm1d(3, **given), bn.LazyBatchNorm1d], ids=["", "lazy"])
+def test_what_is_out_of_range_is_refused_with_the_rule_and_the_value(build, options, words):
+    with pytest.raises(bn.InputError, match=words):
+        build(**options)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.99, 1.0])
+@pytest.mark.parametrize("layer", [bn.BatchNorm, bn.BatchNorm1d, bn.BatchNorm2d, bn.BatchNorm3d])
+def test_a_momentum_from_0_9_warns_of_keras_and_says_what_it_is_here(layer, momentum):
+    with pytest.warns(UserWarning, match=f"momentum={momentum} .*Keras.*momentum={1 - momentum:.4g} here") as said:
+        layer(3, momentum=momentum)
+    assert len(said) == 1
+    assert said[0].filename == __file__
+
+
+def test_a_lazy_layer_warns_of_keras_once():
+    with pytest.warns(UserWarning, match="Keras") as said:
+        bn.LazyBatchNorm1d(momentum=0.99)(torch.randn(4, 3))
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("momentum", [0, 0.0, 0.1, 0.89, None])
+def test_other_momenta_do_not_warn(momentum):
+    assert bn.BatchNorm1d(3, momentum=momentum).momentum == momentum
+
+
+# What forward is given.
+
+
+def test_a_wrong_number_of_features_is_refused_by_both_numbers_and_the_shape():
+    with pytest.raises(bn.InputError, match=r"num_features=3 .* dimension 1; got 4, in shape \(2, 4\)"):
+        bn.BatchNorm1d(3)(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_channels_last_given_to_a_1d_layer_names_the_axes_and_the_way_out(training):
+    with pytest.raises(bn.InputError, match=r"got 7, in shape \(4, 7, 3\)\. For \(N, L, C\), .* channel_dim=-1"):
+        bn.BatchNorm1d(3).train(training)(torch.randn(4, 7, 3))
+
+
+@pytest.mark.parametrize(
+    ("shape", "way"), [((4, 7, 7, 3), "channel_dim=-1"), ((4, 7, 3, 7), "channel_dim=2"), ((3, 7, 7, 4), None)], ids=str
+)
+def test_channels_that_stand_elsewhere_are_pointed_at(shape, way):
+    layer = bn.BatchNorm2d(3) if way else bn.BatchNorm2d(5)
+    with pytest.raises(bn.InputError, match=way or r"got 7, in shape \(3, 7, 7, 4\)$"):
+        layer(torch.randn(shape))
+
+
+def test_the_way_out_that_is_named_works():
+    assert bn.BatchNorm1d(3, channel_dim=-1)(torch.randn(4, 7, 3)).shape == (4, 7, 3)
+    assert bn.BatchNorm2d(3, channel_dim=2)(torch.randn(4, 7, 3, 7)).shape == (4, 7, 3, 7)
+
+
+@pytest.mark.parametrize(("channel_dim", "shape"), [(2, (4, 3)), (-3, (4, 3)), (5, (4, 3, 2, 2))])
+def test_a_channel_dim_that_the_input_has_not_is_refused(channel_dim, shape):
+    with pytest.raises(bn.InputError, match=rf"channel_dim={channel_dim} must be a dimension of the input; got shape"):
+        bn.BatchNorm(3, channel_dim=channel_dim)(torch.randn(shape))
+
+
+@pytest.mark.parametrize("channel_dim", [1, 2, 0, -1])
+@pytest.mark.parametrize("shape", [(3, 3), (3, 3, 4), (1, 3, 3), (9, 3)], ids=str)
+def test_a_residual_of_another_shape_is_refused(shape, channel_dim):
+    with pytest.raises(bn.InputError, match=r"residual must have the input's shape \(3, 3, 3\); got \("):
+        bn.BatchNorm1d(3, channel_dim=channel_dim)(torch.randn(3, 3, 3), torch.randn(shape))
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(4), torch.ones(4, 3, dtype=torch.bool), torch.ones(4, 7), torch.ones(4, 7, dtype=torch.int64)],
+    ids=["one dimension", "shape", "float", "int64"],
+)
+def test_a_mask_of_another_shape_or_dtype_is_refused(mask, channel_dim):
+    x = torch.randn(4, 5, 7) if channel_dim == 1 else torch.randn(4, 7, 5)
+    with pytest.raises(bn.InputError, match=r"mask must be bool and of shape \(4, 7\), each .*; got torch\."):
+        bn.BatchNorm1d(5, channel_dim=channel_dim)(x, mask=mask)
+
+
+@pytest.mark.parametrize("given", [np.ones((4, 3), dtype=np.float32), [[1.0, 2.0, 3.0]], None, 3], ids=repr)
+def test_input_that_is_no_tensor_is_refused_by_its_type(given):
+    with pytest.raises(bn.InputError, match=f"input must be a tensor; got {type(given).__name__}"):
+        bn.BatchNorm1d(3)(given)
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(bn.BatchNorm1d, (2, 3, 4, 4)), (bn.BatchNorm2d, (2, 3, 4))], ids=str)
+def test_a_wrong_number_of_dimensions_is_refused_as_torch_does(layer, shape):
+    with pytest.raises(ValueError, match=rf"expected .*D.* \(got {len(shape)}D input\)"):
+        layer(3)(torch.randn(shape))
+
+
+# What the repr says.
+
+SHOWN = {
+    "activation='gelu'": {"activation": "gelu"},
+    "small_batch='running'": {"small_batch": "running"},
+    "nonfinite='propagate'": {"nonfinite": "propagate"},
+    "virtual_batch_size=4": {"virtual_batch_size": 4},
+    "renorm=Renorm(r_max=3.0, d_max=5.0)": {"renorm": bn.Renorm(3.0, 5.0)},
+    "channel_dim=-1": {"channel_dim": -1},
+    "running_var='biased'": {"running_var": "biased"},
+    "eps=0.001": {"eps": 1e-3},
+    "momentum=None": {"momentum": None},
+    "affine=False": {"affine": False},
+    "track_running_stats=False": {"track_running_stats": False},
+}
+
+
+@pytest.mark.parametrize(("words", "options"), SHOWN.items(), ids=SHOWN)
+def test_the_repr_shows_what_is_no_default_and_only_that(words, options):
+    shown = repr(bn.BatchNorm1d(3, **options))
+    assert words in shown
+    assert words not in repr(bn.BatchNorm1d(3))
+    assert shown.count("=") == repr(torch.nn.BatchNorm1d(3)).count("=") + ("r_max" in words) * 2 + (
+        not set(options) & {"eps", "momentum", "affine", "track_running_stats"}
+    )
+
+
+# The variance that is kept.
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["native", "dispatched"])
+@pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 3}, {"renorm": bn.Renorm(3.0, 5.0)}], ids=str)
+@pytest.mark.parametrize(("kept", "ddof"), [("biased", 0), ("unbiased", 1)])
+@pytest.mark.parametrize("shape", [(7, 3), (4, 3, 5), (4, 3, 5, 2)], ids=str)
+def test_the_kept_variance_is_the_one_asked_for(shape, kept, ddof, options, direct):
+    assert cpu_kernel() == "native"
+    layer = bn.BatchNorm(3, running_var=kept, momentum=0.25, **options)
+    x = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 1
+    if direct:
+        layer(x)
+    else:
+        with Through():
+            layer(x)
+    expected = 0.75 + 0.25 * x.double().numpy().var(axis=tuple(d for d in range(x.dim()) if d != 1), ddof=ddof)
+    # Kept in float32: a few roundings of 6e-8, relative.
+    np.testing.assert_allclose(layer.running_var.numpy(), expected, rtol=3e-7)
