@@ -10,7 +10,8 @@ import pytest
 import batchnorm
 
 ROOT = Path(batchnorm.__file__).parent
-ORDER = ["errors", "kernels", "ops", "functional", "nn", "diagnostics", "lab", "estimators", "bench", "cli"]
+ORDER = ["errors", "kernels", "ops", "functional", "nn", "statistics"]
+ORDER += ["diagnostics", "lab", "estimators", "bench", "cli"]
 HEAVY = ["typer", "rich", "plotly", "polars", "sklearn", "scipy", "joblib", "jinja2", "triton"]
 HEAVY += ["transformers", "batchnorm.lab", "batchnorm.bench"]
 

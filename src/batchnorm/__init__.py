@@ -32,6 +32,14 @@ from batchnorm.nn import (
     no_stat_updates,
     unfreeze,
 )
+from batchnorm.statistics import (
+    Moments,
+    Snapshot,
+    pool_running_stats,
+    recalibrate,
+    restore,
+    snapshot,
+)
 
 if TYPE_CHECKING:
     from batchnorm import lab
@@ -55,9 +63,11 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "Moments",
     "Renorm",
     "RenormSchedule",
     "RunError",
+    "Snapshot",
     "Stats",
     "__version__",
     "accumulate",
@@ -71,6 +81,10 @@ __all__ = [
     "lengths_to_mask",
     "no_stat_updates",
     "normalize",
+    "pool_running_stats",
+    "recalibrate",
+    "restore",
+    "snapshot",
     "tune_allocator",
     "unfreeze",
 ]

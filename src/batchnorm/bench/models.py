@@ -63,9 +63,8 @@ def swapped(model: nn.Module) -> nn.Module:
         if isinstance(getattr(module, "normalization", None), nn.BatchNorm2d):
             stock = module.normalization
             fuse = isinstance(getattr(module, "activation", None), nn.ReLU)
-            ours = batchnorm.BatchNorm2d(
-                stock.num_features, stock.eps, stock.momentum, activation="relu" if fuse else None
-            )
+            ours = batchnorm.BatchNorm2d(stock.num_features, stock.eps, activation="relu" if fuse else None)
+            ours.momentum = stock.momentum  # MobileNetV2's 0.997 is Keras's convention, of which the layer would warn
             ours.load_state_dict(stock.state_dict())
             module.normalization = ours
             if fuse:

@@ -1,0 +1,239 @@
+"""Forward passes over a loader, and what batch normalization layers see of them."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedBuffer
+
+from batchnorm import ops
+from batchnorm.errors import InputError
+from batchnorm.nn.layer import Layer
+from batchnorm.statistics.moments import Moments
+
+__all__ = [
+    "Forward",
+    "LayerInput",
+    "batch_statistics",
+    "forward_pass",
+    "inputs_of",
+    "kept_variance",
+    "restored",
+    "running_layers",
+    "running_statistics",
+    "samples_of",
+    "set_running_statistics",
+    "statistics_layers",
+    "suffixes_of",
+    "uncompiled",
+    "unwrapped",
+]
+
+Forward = Callable[[nn.Module, Any], object]
+LayerInput = Callable[[str, Moments], None]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within torch.compile's wrapper and DistributedDataParallel's."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def running_layers(model: nn.Module) -> dict[str, TorchBatchNorm]:
+    """The layers with running statistics, ours and torch's, by path.
+
+    Raises
+    ------
+    InputError
+        There is none, or one is lazy and has not seen a batch yet.
+    """
+    layers = {
+        path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, TorchBatchNorm) and layer.running_mean is not None and layer.running_var is not None
+    }
+    if not layers:
+        raise InputError(
+            f"the model must have batch normalization layers with running statistics; {type(model).__name__} has none"
+        )
+    for path, layer in layers.items():
+        if isinstance(layer.running_mean, UninitializedBuffer):
+            raise InputError(f"{path or 'the layer'} must have seen a batch, which tells a lazy layer its channels")
+    return layers
+
+
+def statistics_layers(model: nn.Module) -> dict[str, TorchBatchNorm]:
+    """The layers with running statistics that may be changed, ours and torch's, by path.
+
+    Left out are frozen ones: ours by `freeze`, and torch's in eval mode within a model that is training.
+
+    Raises
+    ------
+    InputError
+        There is none, or one is lazy and has not seen a batch yet.
+    """
+    layers = running_layers(model)
+    kept = {path: layer for path, layer in layers.items() if not _is_frozen(layer, model)}
+    if not kept:
+        raise InputError("all batch normalization layers of the model are frozen; batchnorm.unfreeze them first")
+    return kept
+
+
+def _is_frozen(layer: TorchBatchNorm, model: nn.Module) -> bool:
+    return layer.frozen_statistics if isinstance(layer, Layer) else model.training and not layer.training
+
+
+def _first(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return next((value for value in batch.values() if isinstance(value, Tensor)), None)
+    return batch[0] if isinstance(batch, tuple | list) and batch else batch
+
+
+def samples_of(batch: Any) -> int:
+    """The number of samples of a batch: the size of its first tensor, or 1 where there is none to be seen."""
+    first = _first(batch)
+    return first.shape[0] if isinstance(first, Tensor) and first.dim() else 1
+
+
+def forward_pass(model: nn.Module, batch: Any, forward: Forward | None) -> None:
+    """Run the model on one batch of a loader.
+
+    A tensor is the input, of a tuple or list the first element, and of a mapping all values by name, unless
+    ``forward(model, batch)`` says otherwise.
+
+    Raises
+    ------
+    InputError
+        The batch is nothing of that, and there is no ``forward``.
+    """
+    first = _first(batch)
+    if forward is not None:
+        forward(model, batch)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(first, Tensor):
+        model(first)
+    else:
+        raise InputError(
+            f"a batch must be a tensor, a tuple or list that begins with one, or mapping; got {type(batch).__name__}. "
+            "For others give forward=, a function of model and batch"
+        )
+
+
+def suffixes_of(layer: TorchBatchNorm) -> list[str]:
+    """What the names of a layer's statistics end with: nothing, and for each domain its name."""
+    return ["", *(f"_{name}" for name in layer.domain_names)] if isinstance(layer, Layer) else [""]
+
+
+def running_statistics(layer: TorchBatchNorm) -> tuple[Tensor, Tensor]:
+    """Running mean and variance, of a layer of ours those of its active domain."""
+    mean, var = (
+        layer.held(layer.active_domain)[:2] if isinstance(layer, Layer) else (layer.running_mean, layer.running_var)
+    )
+    assert mean is not None
+    assert var is not None
+    return mean, var
+
+
+@torch.no_grad()
+def set_running_statistics(layer: TorchBatchNorm, mean: Tensor, var: Tensor) -> None:
+    """Write running mean and variance in place."""
+    for buffer, values in zip(running_statistics(layer), (mean, var), strict=True):
+        buffer.copy_(values)
+
+
+def kept_variance(layer: TorchBatchNorm, moments: Moments) -> Tensor:
+    """The variance that a layer's running statistics keep of such moments."""
+    return moments.var(unbiased=not isinstance(layer, Layer) or layer.running_var_kind == "unbiased")
+
+
+def _named(arguments: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(("input", "residual", "mask"), arguments, strict=False)) | given
+
+
+def _dimension(layer: nn.Module, x: Tensor) -> int:
+    return layer.dimension(x) if isinstance(layer, Layer) else 1
+
+
+@contextmanager
+def inputs_of(layers: Mapping[str, nn.Module], found: LayerInput) -> Iterator[None]:
+    """Call ``found(path, moments)`` at every input of the layers, before they run."""
+
+    def hook_of(path: str, layer: nn.Module) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
+            names = _named(arguments, given)
+            x, mask = names["input"], names.get("mask")
+            found(path, Moments.of_batch(ops.moments(x.movedim(_dimension(layer, x), 1), mask)))
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(hook_of(path, layer), with_kwargs=True, prepend=False)
+        for path, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def batch_statistics(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let layers normalise each batch by its own statistics; one sample, which has none, by the running ones.
+
+    Leaves the layers' modes as the last batch had them.
+    """
+
+    def set_mode(layer: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
+        x = _named(arguments, given)["input"]
+        layer.training = x.shape[1 if _dimension(layer, x) == 0 else 0] != 1
+
+    handles = [layer.register_forward_pre_hook(set_mode, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what torch.compile has compiled as it is written, since compiled code knows nothing of new hooks."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Put the mode of every module and the state of the random generators back, whatever happens."""
+    modes = {module: module.training for module in model.modules()}
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (the global one is what others use)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,140 @@
+"""One set of running statistics for all processes, from those that each has gathered by itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from batchnorm.errors import InputError
+from batchnorm.kernels import reference
+from batchnorm.statistics.forwards import statistics_layers, suffixes_of, unwrapped
+
+__all__ = ["pool_running_stats"]
+
+_POOLED: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
+"""How many batches a layer, and each of its domains, had seen when last pooled; in no state dict, pickle or copy."""
+
+
+class _Held(NamedTuple):
+    """One set of running statistics: a layer's, or one of its domains'."""
+
+    layer: nn.Module
+    name: str
+    suffix: str
+    mean: Tensor
+    var: Tensor
+    batches: int
+
+    def since(self) -> int:
+        """Batches since the last pooling; all of them where the count has been reset meanwhile."""
+        before = _POOLED.get(self.layer, {}).get(self.suffix, 0)
+        return self.batches - before if self.batches >= before else self.batches
+
+
+def pool_running_stats(model: nn.Module, group: dist.ProcessGroup | None = None, *, samples: int | None = None) -> None:
+    """Give every rank the running statistics of all ranks, pooled in one collective; all end with the same bits.
+
+    Each rank counts for its share of the samples since the last pooling. The pooled variance has the spread of the
+    ranks' means in it, by the law of total variance: ``var = sum_r share_r (var_r + (mean_r - mean)^2)``. What counts
+    batches (``num_batches_tracked``) stays each rank's own; frozen layers are left alone; a set of statistics that no
+    rank has moved since the last pooling stays as it is.
+
+    Parameters
+    ----------
+    model : Module
+        The same on every rank. Under DistributedDataParallel with ``broadcast_buffers=False``, and best the wrapper
+        itself, as the model within can't tell how it is wrapped.
+    group : ProcessGroup or None
+        None is all ranks. Where torch.distributed is not initialised there is one, and nothing to pool.
+    samples : int or None
+        How many samples this rank has trained on since the last pooling, as its weight in all layers. None weighs by
+        the batches that each layer, and each domain, has counted since, which is right where the ranks' batches have
+        the same size. All ranks must give it, or none.
+
+    Raises
+    ------
+    InputError
+        No layer to pool, broadcast_buffers=True, samples below 0 or given by some ranks only, statistics that are not
+        finite. Nothing is changed then; the last two are raised on all ranks.
+
+    Examples
+    --------
+    >>> import batchnorm as bn, torch
+    >>> model = torch.nn.Linear(2, 3), bn.BatchNorm1d(3)
+    >>> bn.pool_running_stats(torch.nn.Sequential(*model))  # a single process: nothing to pool
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
+            raise InputError(
+                f"{path or 'the model'} must be DistributedDataParallel(..., broadcast_buffers=False): with True rank "
+                "0's running statistics overwrite the others' at each forward, and there is nothing left to pool"
+            )
+    if samples is not None and samples < 0:
+        raise InputError(f"samples must be None or at least 0; got {samples!r}")
+    sets = _sets(unwrapped(model))
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return
+    given, *columns = _gathered(sets, samples, group)
+    if given.min() != given.max():
+        raise InputError(
+            f"samples must be given by all ranks or by none; got it from {int(given.sum())} of {len(given)} ranks"
+        )
+    means, variances, weights = columns[::3], columns[1::3], columns[2::3]
+    found = [
+        reference.Moments(mean, var, weight.squeeze(1))
+        for mean, var, weight in zip(means, variances, weights, strict=True)
+    ]
+    for held, ranks in zip(sets, found, strict=True):
+        _check_finite(held, ranks)
+    for held, ranks in zip(sets, found, strict=True):
+        _commit(held, ranks)
+
+
+def _sets(model: nn.Module) -> list[_Held]:
+    return [
+        _Held(
+            layer,
+            f"{path or 'the layer'}{suffix and f', domain {suffix[1:]}'}",
+            suffix,
+            layer.get_buffer(f"running_mean{suffix}"),
+            layer.get_buffer(f"running_var{suffix}"),
+            int(layer.get_buffer(f"num_batches_tracked{suffix}")),
+        )
+        for path, layer in statistics_layers(model).items()
+        for suffix in suffixes_of(layer)
+    ]
+
+
+def _gathered(sets: list[_Held], samples: int | None, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """By rank: whether it gave samples (R, 1); then of each set mean (R, C), variance (R, C) and weight (R, 1)."""
+    device = sets[0].mean.device
+    parts = [torch.tensor([float(samples is not None)])]
+    for held in sets:
+        weight = held.since() if samples is None else samples
+        parts += held.mean, held.var, torch.tensor([float(weight)])
+    own = torch.cat([part.detach().to(device, torch.float64) for part in parts])
+    ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(ranks, own, group=group)
+    return list(torch.split(torch.stack(ranks), [len(part) for part in parts], dim=1))
+
+
+def _check_finite(held: _Held, ranks: reference.Moments) -> None:
+    finite = ranks.mean.isfinite().all(1) & ranks.var.isfinite().all(1)
+    counts = torch.as_tensor(ranks.count) > 0
+    if not bool((finite | ~counts).all()):
+        rank = int((counts & ~finite).nonzero()[0])
+        raise InputError(f"running statistics must be finite to be pooled; got others from rank {rank}, of {held.name}")
+
+
+@torch.no_grad()
+def _commit(held: _Held, ranks: reference.Moments) -> None:
+    if bool((torch.as_tensor(ranks.count) > 0).any()):
+        pooled = reference.pooled(ranks)
+        held.mean.copy_(pooled.mean)
+        held.var.copy_(pooled.var)
+    _POOLED.setdefault(held.layer, {})[held.suffix] = held.batches

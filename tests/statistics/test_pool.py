@@ -1,0 +1,133 @@
+"""Running statistics that ranks gathered each by itself, pooled under DistributedDataParallel."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+
+# Rank r trains on r + 1 batches of 8 rows about 10 r; the ranks' statistics are told before and after pooling.
+TRAINED = """
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(3, 4), bn.BatchNorm1d(4), nn.Tanh(), nn.BatchNorm1d(4), bn.BatchNorm1d(4))
+model[0].weight.data.fill_(1.0)
+bn.domains(model[1], ["real"])
+bn.freeze(model[4])
+wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+
+def train(batches, seed=0):
+    generator = torch.Generator().manual_seed(seed + rank)
+    with torch.no_grad():  # ranks may then take different numbers of steps
+        for _ in range(batches):
+            wrapped(torch.randn(8, 3, generator=generator) + 10 * rank)
+
+def statistics():
+    return {name: values.tolist() for name, values in model.named_buffers()}
+
+train(rank + 1)
+if rank == 1:
+    with bn.domain(model[1], "real"):
+        model[1](torch.randn(8, 4) + 5)
+    model[4].running_mean.fill_(7.0)
+"""
+
+
+def pooled(ranks, weights, mean, var):
+    """Weighted mean, and variance by the law of total variance: E[x^2] - E[x]^2 in float64."""
+    weights = np.array(weights) / np.sum(weights)
+    means, variances = (np.array([rank[name] for rank in ranks]) for name in (mean, var))
+    whole = weights @ means
+    return whole, weights @ (variances + means**2) - whole**2
+
+
+def assert_pooled(after, before, weights, layer, suffix=""):
+    names = f"{layer}.running_mean{suffix}", f"{layer}.running_var{suffix}"
+    for name, expected in zip(names, pooled(before, weights, *names), strict=True):
+        assert all(rank[name] == after[0][name] for rank in after)
+        # float64, rounded once to float32
+        np.testing.assert_allclose(after[0][name], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_end_with_the_statistics_of_all_weighted_by_batches_since_the_last_pooling(on_ranks, world):
+    code = """
+    told = [statistics()]
+    bn.pool_running_stats(wrapped)
+    told.append(statistics())
+    bn.pool_running_stats(wrapped)
+    told.append(statistics())
+    train(3 - rank, seed=100)
+    told.append(statistics())
+    bn.pool_running_stats(wrapped)
+    told.append(statistics())
+    model[1].running_mean[2] = torch.nan if rank == 1 else 0.0
+    train(1)
+    try:
+        bn.pool_running_stats(wrapped)
+        told.append("nothing raised")
+    except bn.InputError as error:
+        told.append(str(error))
+    result = told
+    """
+    ranks = on_ranks(TRAINED + unindented(code), world)
+    before, after, again, trained, last, refused = zip(*ranks, strict=True)
+    assert np.ptp([rank["1.running_mean"][0] for rank in before]) > 2
+    for layer in (1, 3):
+        assert_pooled(after, before, [rank + 1 for rank in range(world)], layer)
+        assert_pooled(last, trained, [3 - rank for rank in range(world)], layer)
+    # only rank 1 has moved the domain's: it takes part with all its weight
+    assert_pooled(after, before, [rank == 1 for rank in range(world)], 1, "_real")
+    assert list(again) == list(after)
+    for told in (after, last):
+        assert [rank["4.running_mean"][0] for rank in told] == [7.0 * (rank == 1) for rank in range(world)]
+    assert [rank["1.num_batches_tracked"] for rank in after] == [rank + 1 for rank in range(world)]
+    assert all("finite" in text and "rank 1, of 1" in text for text in refused)
+
+
+def unindented(code):
+    return "\n".join(line[4:] for line in code.splitlines())
+
+
+def test_samples_weigh_in_the_place_of_batches_and_broadcast_buffers_are_refused(on_ranks):
+    code = """
+    told = [statistics()]
+    try:
+        bn.pool_running_stats(DistributedDataParallel(model))
+        told.append("nothing raised")
+    except bn.InputError as error:
+        told.append(str(error))
+    model.load_state_dict({name: torch.tensor(values) for name, values in told[0].items()}, strict=False)
+    try:
+        bn.pool_running_stats(wrapped, samples=None if rank else 30)
+        told.append("nothing raised")
+    except bn.InputError as error:
+        told.append(str(error))
+    told.append(statistics())
+    bn.pool_running_stats(wrapped, samples=[30, 10][rank])
+    told.append(statistics())
+    result = told
+    """
+    before, broadcast, some, unchanged, after = zip(*on_ranks(TRAINED + unindented(code), 2), strict=True)
+    assert all("broadcast_buffers=False" in text for text in broadcast)
+    assert all("1 of 2 ranks" in text for text in some)
+    assert unchanged == before
+    assert_pooled(after, before, [30, 10], 1)
+    assert_pooled(after, before, [30, 10], 3)
+
+
+def test_a_single_process_has_nothing_to_pool():
+    layer = bn.BatchNorm1d(2)
+    layer(torch.randn(8, 2) + 3)
+    before = layer.running_mean.clone()
+    bn.pool_running_stats(layer)
+    assert torch.equal(layer.running_mean, before)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "rule"),
+    [(nn.Linear(2, 2), {}, "Linear has none"), (bn.BatchNorm1d(2), {"samples": -1}, "at least 0; got -1")],
+)
+def test_what_can_not_be_pooled_is_refused(model, options, rule):
+    with pytest.raises(bn.InputError, match=rule):
+        bn.pool_running_stats(model, **options)
