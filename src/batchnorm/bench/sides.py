@@ -66,6 +66,7 @@ def _layer(kind: type[nn.Module], case: Case, given: Inputs, **options: str | No
 def ours(case: Case, given: Inputs) -> tuple[nn.Module, Forward]:
     """Our layer, and its call."""
     layer = _layer(OURS[len(case.shape)], case, given, activation=OPERATIONS[case.operation].activation)
+    layer._warned_of_one_sample = True  # type: ignore[assignment]  # some cases are one sample on purpose
     x, residual = given.x, given.residual
     return layer, lambda: layer(x) if residual is None else layer(x, residual)
 
