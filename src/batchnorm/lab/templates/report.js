@@ -22,7 +22,7 @@ function replay(figure, button) {
     draw(figure);
     if (part < 1) requestAnimationFrame(frame);
   };
-  requestAnimationFrame(frame);
+  frame(began);
 }
 
 function press(group, pressed) {
