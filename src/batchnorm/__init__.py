@@ -35,6 +35,8 @@ from batchnorm.nn import (
 from batchnorm.statistics import (
     Moments,
     Snapshot,
+    adapt,
+    detect_shift,
     pool_running_stats,
     recalibrate,
     restore,
@@ -71,7 +73,9 @@ __all__ = [
     "Stats",
     "__version__",
     "accumulate",
+    "adapt",
     "batch_norm",
+    "detect_shift",
     "domain",
     "domains",
     "explain",

@@ -221,6 +221,33 @@ def explain(
 
 
 @app.command()
+def shift(
+    model: Annotated[str, typer.Argument(help="MODULE:NAME of a trained model, or of a function that returns it.")],
+    data: Annotated[str, typer.Argument(help=f"{', '.join(BUILT_IN)}, or a CSV, TSV, Parquet or NPZ file.")],
+    weights: Annotated[Path | None, typer.Option(help="State dict to load: torch.save's, or safetensors.")] = None,
+    target: Annotated[str | None, typer.Option(help="Column to predict: scores too.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Features, in the model's order.", metavar="A,B")] = None,
+    clean: Annotated[str | None, typer.Option(help="Data without a shift, to compare with.", metavar="DATA")] = None,
+    alpha: Annotated[float, typer.Option(help="Chance of a false alarm to accept.")] = 0.05,
+    source_samples: Annotated[int, typer.Option(help="What stored statistics count as, without --clean.")] = 256,
+    prior: Annotated[float, typer.Option(help="What they count as in adapting, in samples.")] = 16,
+    fail_on_shift: Annotated[bool, typer.Option("--fail-on-shift", help="Exit 1 where data has shifted.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Test data for covariate shift against a trained model's statistics; with --target, score what mends it."""
+    from batchnorm.lab.served import load
+    from batchnorm.lab.shift import examine, read_rows
+
+    rows = read_rows(data, target, _names(columns))
+    without = None if clean is None else read_rows(clean, target, _names(columns))
+    served = load(model, weights)
+    found = examine(served, rows, without, prior=prior, alpha=alpha, source_samples=source_samples)
+    typer.echo(found.to_json() if json_output else str(found))
+    if fail_on_shift and found.shift.shifted:
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
     """Show versions, kernels, devices and settings; exit 1 where BATCHNORM_KERNELS asks for what can't be had."""
     from batchnorm.diagnostics.doctor import examine

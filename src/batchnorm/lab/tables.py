@@ -13,7 +13,7 @@ from polars.exceptions import PolarsError
 
 from batchnorm.errors import DataError
 
-__all__ = ["BUILT_IN", "Table", "placement", "read_table"]
+__all__ = ["BUILT_IN", "Table", "placement", "read_frame", "read_table", "target_of"]
 
 MISSING = ["", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "?"]
 SUFFIXES = {".csv", ".tsv", ".parquet", ".npz"}
@@ -169,20 +169,47 @@ def read_table(data: str, target: str | None = None, rows: int | None = None) ->
     """
     if rows is not None and data != "placement":
         raise DataError(f"only placement is generated at any number of rows; got rows={rows} with {data!r}")
-    if data in BUILT_IN:
-        frame = placement(rows) if rows is not None else BUILT_IN[data]()
-        target = target or frame.columns[-1]
-        name = data
-    else:
-        frame = _read_file(Path(data))
-        name = Path(data).stem
-    columns = ", ".join(frame.columns[:30]) + (", ..." if frame.width > 30 else "")
-    if target is None and "y" in frame.columns:
-        target = "y"
+    name, frame = read_frame(data) if rows is None else ("placement", placement(rows))
+    target = target_of(frame, data, target)
     if target is None:
-        raise DataError(f"--target must name the column to predict; the columns are {columns}")
-    if target not in frame.columns:
-        raise DataError(f"--target must be a column of the data; got {target!r}, the columns are {columns}")
+        raise DataError(f"--target must name the column to predict; the columns are {_some_columns(frame)}")
+    return Table(name, frame, target)
+
+
+def read_frame(data: str) -> tuple[str, pl.DataFrame]:
+    """Read a built-in data set or a file, whatever it is for: its name and its rows.
+
+    Raises
+    ------
+    DataError
+        No such file, not a table, or empty.
+    """
+    if data in BUILT_IN:
+        return data, BUILT_IN[data]()
+    frame = _read_file(Path(data))
     if frame.height == 0:
         raise DataError(f"DATA must have rows; {data!r} has a header and none")
-    return Table(name, frame, target)
+    return Path(data).stem, frame
+
+
+def target_of(frame: pl.DataFrame, data: str, target: str | None) -> str | None:
+    """The column to predict: the one given, a built-in data set's own, the one called "y", or None.
+
+    Raises
+    ------
+    DataError
+        There is no such column.
+    """
+    if target is None and data in BUILT_IN:
+        return frame.columns[-1]
+    if target is None:
+        return "y" if "y" in frame.columns else None
+    if target not in frame.columns:
+        raise DataError(
+            f"--target must be a column of the data; got {target!r}, the columns are {_some_columns(frame)}"
+        )
+    return target
+
+
+def _some_columns(frame: pl.DataFrame) -> str:
+    return ", ".join(frame.columns[:30]) + (", ..." if frame.width > 30 else "")

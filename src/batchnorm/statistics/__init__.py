@@ -1,8 +1,21 @@
-"""Statistics that hold: pooled exactly, put right over a loader, shared by processes, set aside and put back."""
+"""Statistics that hold: pooled exactly, put right over a loader, shared by processes, adapted to shifted data."""
 
+from batchnorm.statistics.adapt import Adaptation, adapt
 from batchnorm.statistics.moments import Moments
 from batchnorm.statistics.pool import pool_running_stats
 from batchnorm.statistics.recalibrate import recalibrate
+from batchnorm.statistics.shift import Shift, detect_shift
 from batchnorm.statistics.snapshot import Snapshot, restore, snapshot
 
-__all__ = ["Moments", "Snapshot", "pool_running_stats", "recalibrate", "restore", "snapshot"]
+__all__ = [
+    "Adaptation",
+    "Moments",
+    "Shift",
+    "Snapshot",
+    "adapt",
+    "detect_shift",
+    "pool_running_stats",
+    "recalibrate",
+    "restore",
+    "snapshot",
+]

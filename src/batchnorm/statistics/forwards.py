@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer
 
-from batchnorm import ops
 from batchnorm.errors import InputError
 from batchnorm.nn.layer import Layer
 from batchnorm.statistics.moments import Moments
@@ -25,10 +24,12 @@ __all__ = [
     "LayerInput",
     "batch_statistics",
     "forward_pass",
+    "input_of",
     "inputs_of",
     "kept_variance",
     "restored",
     "running_layers",
+    "running_names",
     "running_statistics",
     "samples_of",
     "set_running_statistics",
@@ -39,7 +40,8 @@ __all__ = [
 ]
 
 Forward = Callable[[nn.Module, Any], object]
-LayerInput = Callable[[str, Moments], None]
+LayerInput = Callable[[str, Tensor, Tensor | None], None]
+"""Takes the path of a layer, its input as (N, C, *) and its mask (N, *)."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -139,14 +141,16 @@ def suffixes_of(layer: TorchBatchNorm) -> list[str]:
     return ["", *(f"_{name}" for name in layer.domain_names)] if isinstance(layer, Layer) else [""]
 
 
+def running_names(layer: TorchBatchNorm) -> tuple[str, str]:
+    """The buffers of running mean and variance, of a layer of ours those of its active domain."""
+    domain = layer.active_domain if isinstance(layer, Layer) else None
+    return ("running_mean", "running_var") if domain is None else (f"running_mean_{domain}", f"running_var_{domain}")
+
+
 def running_statistics(layer: TorchBatchNorm) -> tuple[Tensor, Tensor]:
     """Running mean and variance, of a layer of ours those of its active domain."""
-    mean, var = (
-        layer.held(layer.active_domain)[:2] if isinstance(layer, Layer) else (layer.running_mean, layer.running_var)
-    )
-    assert mean is not None
-    assert var is not None
-    return mean, var
+    mean, var = running_names(layer)
+    return layer.get_buffer(mean), layer.get_buffer(var)
 
 
 @torch.no_grad()
@@ -169,15 +173,20 @@ def _dimension(layer: nn.Module, x: Tensor) -> int:
     return layer.dimension(x) if isinstance(layer, Layer) else 1
 
 
+def input_of(layer: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """What a layer is called with: its input as (N, C, *), and its mask (N, *)."""
+    names = _named(arguments, given)
+    x = names["input"]
+    return x.movedim(_dimension(layer, x), 1), names.get("mask")
+
+
 @contextmanager
 def inputs_of(layers: Mapping[str, nn.Module], found: LayerInput) -> Iterator[None]:
-    """Call ``found(path, moments)`` at every input of the layers, before they run."""
+    """Call ``found(path, x, mask)`` at every input of the layers, before they run."""
 
     def hook_of(path: str, layer: nn.Module) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
-            names = _named(arguments, given)
-            x, mask = names["input"], names.get("mask")
-            found(path, Moments.of_batch(ops.moments(x.movedim(_dimension(layer, x), 1), mask)))
+            found(path, *input_of(layer, arguments, given))
 
         return hook
 
