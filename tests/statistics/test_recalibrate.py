@@ -482,3 +482,82 @@ def test_progress_goes_to_stderr(capsys):
     assert output.out == ""
     bn.recalibrate(network(), endless, mode="at_once")
     assert capsys.readouterr() == ("", "")
+
+
+class Branches(nn.Module):
+    """A batch takes one of two layers, and then a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (bn.BatchNorm1d(4).double() for _ in range(3))
+
+    def forward(self, x, kind):
+        return self.c(torch.tanh((self.a if kind == "a" else self.b)(x)))
+
+
+def test_a_layer_is_measured_after_all_that_feed_it_in_any_batch():
+    model, of_a, of_b = Branches(), data(seed=1), data(seed=2) * 4 + 7
+    report = bn.recalibrate(model, [{"x": of_a, "kind": "a"}, {"x": of_b, "kind": "b"}])
+    assert [layer.path for layer in report.layers] == ["a", "b", "c"]
+    model.eval()
+    assert_holds(model.c, torch.cat([torch.tanh(model.a(of_a)), torch.tanh(model.b(of_b))]))
+
+
+def test_batches_that_use_layers_in_contrary_orders_are_measured_in_the_order_of_first_use():
+    model = nn.ModuleDict({"a": bn.BatchNorm1d(4), "b": bn.BatchNorm1d(4)}).double()
+
+    def forward(model, batch):
+        for name in batch["order"]:
+            model[name](batch["x"])
+
+    report = bn.recalibrate(model, [{"x": data(), "order": "ba"}, {"x": data(), "order": "ab"}], forward=forward)
+    assert [layer.path for layer in report.layers] == ["b", "a"]
+
+
+def test_tolerance_waits_for_the_variance_too():
+    """Means of zero in every batch, and a spread that differs from batch to batch."""
+    generator = torch.Generator().manual_seed(0)
+    halves = [torch.randn(32, 4, generator=generator) * 10 ** torch.rand(1, generator=generator) for _ in range(400)]
+    batches = [torch.cat([half, -half]) for half in halves]
+    layer = bn.BatchNorm1d(4)
+    report = bn.recalibrate(layer, batches, tolerance=0.1)
+    assert report.converged
+    assert 64 * 80 < report.samples < 64 * 400
+    true = torch.cat(batches).var(0)
+    assert ((layer.running_var - true).abs() < 4 * 0.1 * true).all()  # four standard errors
+
+
+def test_a_domain_may_not_change_within_forward():
+    layer = bn.domains(bn.BatchNorm1d(4), ["real"])
+    before = buffers(layer)
+
+    def forward(model, batch):
+        with bn.domain(model, "real"):
+            model(batch)
+
+    with pytest.raises(bn.InputError, match=r"must keep its domain; have batchnorm\.domain around the call"):
+        bn.recalibrate(layer, [data().float()], forward=forward)
+    assert_bits(layer, before)
+    with bn.domain(layer, "real"):
+        bn.recalibrate(layer, [data().float()])
+    assert torch.equal(layer.running_mean, before["running_mean"])
+    torch.testing.assert_close(layer.running_mean_real, data().mean(0).float())
+
+
+def test_at_once_a_mean_that_float32_can_not_hold_normalises_its_batch():
+    """The second layer sees what the first one's own moments give, at a mean of 1e5 standard deviations."""
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = nn.Sequential(bn.BatchNorm1d(3), bn.BatchNorm1d(3))
+    shifted = (x + 1e5).float()
+    bn.recalibrate(model, [shifted], mode="at_once")
+    seen = shifted.double()
+    seen = (seen - seen.mean(0)) / (seen.var(0, correction=0) + 1e-5).sqrt()
+    # y is within 1e-5 of the oracle, so its mean is
+    torch.testing.assert_close(model[1].running_mean.double(), seen.mean(0), rtol=0, atol=1e-5)
+    assert_holds(model[1], seen, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("option", "value"), [("max_samples", 2.5), ("max_samples", "3"), ("tolerance", "x")])
+def test_a_limit_that_is_no_number_is_refused(option, value):
+    with pytest.raises(bn.InputError, match=f"{option} must be None or"):
+        bn.recalibrate(bn.BatchNorm1d(4), [data().float()], **{option: value})

@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,8 @@ from batchnorm.errors import InputError
 from batchnorm.statistics.changes import LayerChange, changes, table
 from batchnorm.statistics.forwards import (
     Forward,
-    input_of,
+    Statistics,
+    inputs_of,
     kept_variance,
     running_names,
     running_statistics,
@@ -33,7 +33,7 @@ from batchnorm.statistics.forwards import (
     uncompiled,
     unwrapped,
 )
-from batchnorm.statistics.measuring import Measuring, Statistics, check_passes, put_back_on_error, ranks_of
+from batchnorm.statistics.measuring import Measuring, check_passes, put_back_on_error, ranks_of
 from batchnorm.statistics.moments import Moments
 
 __all__ = ["Adaptation", "adapt"]
@@ -139,7 +139,7 @@ def adapt(
             raise InputError("forward and group go with a loader; got none, which adapts to each batch by itself")
         return Adaptation((), None, prior, _adapt_each_batch(layers, prior))
     check_passes(loader, len(layers))
-    found, samples = {}, 0
+    samples = 0
 
     def settle(path: str, layer: TorchBatchNorm, moments: Moments, seen: int) -> Statistics:
         nonlocal samples
@@ -148,10 +148,10 @@ def adapt(
 
     with put_back_on_error(model, layers) as before:
         found = Measuring(model, loader, settle, forward, task="adapting", ranks=ranks_of(group)).layerwise(layers)
-    undo = ExitStack()
-    for path in found:
-        undo.callback(_write, layers[path], running_names(layers[path]), before[path])
-    return Adaptation(changes(layers, found, before), samples, prior, undo)
+        undo = ExitStack()
+        for path in found:
+            undo.callback(_write, layers[path], running_names(layers[path]), before[path])
+        return Adaptation(changes(layers, found, before), samples, prior, undo)
 
 
 def _between(path: str, layer: TorchBatchNorm, moments: Moments, samples: int, prior: float) -> Statistics:
@@ -171,35 +171,19 @@ def _write(layer: TorchBatchNorm, names: tuple[str, str], values: Statistics) ->
 
 def _adapt_each_batch(layers: dict[str, TorchBatchNorm], prior: float) -> ExitStack:
     """Let the layers use other statistics for the time of each forward; closing the stack ends it."""
+
+    @torch.no_grad()
+    def adapted(path: str, x: Tensor, mask: Tensor | None) -> Statistics | None:
+        layer = layers[path]
+        if layer.training or not x.shape[0]:
+            return None
+        moments = Moments.of_batch(ops.moments(x, mask))
+        mean, var = _between(path, layer, moments, x.shape[0], prior)
+        finite = mean.isfinite().all() & var.isfinite().all()  # a batch with a NaN is not adapted to
+        stored = running_statistics(layer)
+        return torch.where(finite, mean, stored[0]), torch.where(finite, var, stored[1])
+
     undo = ExitStack()
     undo.enter_context(uncompiled())
-    for path, layer in layers.items():
-        stored: dict[str, Tensor] = {}
-        before, after = partial(_use_adapted, path, prior, stored), partial(_use_stored, stored)
-        undo.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-        undo.callback(layer.register_forward_hook(after, always_call=True).remove)
+    undo.enter_context(inputs_of(layers, adapted))
     return undo
-
-
-@torch.no_grad()
-def _use_adapted(
-    path: str,
-    prior: float,
-    stored: dict[str, Tensor],
-    layer: TorchBatchNorm,
-    arguments: tuple[Any, ...],
-    given: dict[str, Any],
-) -> None:
-    x, mask = input_of(layer, arguments, given)
-    if layer.training or not x.shape[0]:
-        return
-    adapted = _between(path, layer, Moments.of_batch(ops.moments(x, mask)), x.shape[0], prior)
-    finite = torch.stack([values.isfinite().all() for values in adapted]).all()
-    for name, values in zip(running_names(layer), adapted, strict=True):
-        held = stored[name] = layer.get_buffer(name)
-        layer._buffers[name] = torch.where(finite, values.to(held.dtype), held)  # a batch with a NaN adapts nothing
-
-
-def _use_stored(stored: dict[str, Tensor], layer: nn.Module, *_: object) -> None:
-    layer._buffers.update(stored)
-    stored.clear()

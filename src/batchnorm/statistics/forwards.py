@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,8 @@ from batchnorm.statistics.moments import Moments
 __all__ = [
     "Forward",
     "LayerInput",
-    "batch_statistics",
+    "Statistics",
     "forward_pass",
-    "input_of",
     "inputs_of",
     "kept_variance",
     "restored",
@@ -40,8 +39,11 @@ __all__ = [
 ]
 
 Forward = Callable[[nn.Module, Any], object]
-LayerInput = Callable[[str, Tensor, Tensor | None], None]
-"""Takes the path of a layer, its input as (N, C, *) and its mask (N, *)."""
+Statistics = tuple[Tensor, Tensor]
+"""A mean and a variance (C,)."""
+
+LayerInput = Callable[[str, Tensor, Tensor | None], Statistics | None]
+"""Takes the path of a layer, its input as (N, C, *) and its mask (N, *); returns what to normalise it with."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -173,51 +175,46 @@ def _dimension(layer: nn.Module, x: Tensor) -> int:
     return layer.dimension(x) if isinstance(layer, Layer) else 1
 
 
-def input_of(layer: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+def _input_of(layer: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """What a layer is called with: its input as (N, C, *), and its mask (N, *)."""
     names = _named(arguments, given)
     x = names["input"]
     return x.movedim(_dimension(layer, x), 1), names.get("mask")
 
 
+class _Watched:
+    """A layer whose inputs are looked at, and which may use other running statistics for the time of a forward."""
+
+    def __init__(self, path: str, found: LayerInput) -> None:
+        self.path, self.found = path, found
+        self.stored: dict[str, Tensor] = {}
+
+    def before(self, layer: TorchBatchNorm, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
+        used = self.found(self.path, *_input_of(layer, arguments, given))
+        if used is None:
+            return
+        for name, values in zip(running_names(layer), used, strict=True):
+            held = self.stored[name] = layer.get_buffer(name)
+            # Ours take float64, and with it a mean that float32 could not hold.
+            layer._buffers[name] = values if isinstance(layer, Layer) else values.to(held.dtype)
+
+    def after(self, layer: TorchBatchNorm, *_: object) -> None:
+        layer._buffers.update(self.stored)
+        self.stored.clear()
+
+
 @contextmanager
-def inputs_of(layers: Mapping[str, nn.Module], found: LayerInput) -> Iterator[None]:
-    """Call ``found(path, x, mask)`` at every input of the layers, before they run."""
+def inputs_of(layers: Mapping[str, TorchBatchNorm], found: LayerInput) -> Iterator[None]:
+    """Call ``found(path, x, mask)`` at every input of the layers, before they run.
 
-    def hook_of(path: str, layer: nn.Module) -> Callable[..., None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
-            found(path, *input_of(layer, arguments, given))
-
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(hook_of(path, layer), with_kwargs=True, prepend=False)
-        for path, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def batch_statistics(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let layers normalise each batch by its own statistics; one sample, which has none, by the running ones.
-
-    Leaves the layers' modes as the last batch had them.
+    Where it returns a mean and a variance, a layer in eval mode normalises this input with these.
     """
-
-    def set_mode(layer: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
-        x = _named(arguments, given)["input"]
-        layer.training = x.shape[1 if _dimension(layer, x) == 0 else 0] != 1
-
-    handles = [layer.register_forward_pre_hook(set_mode, with_kwargs=True) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for path, layer in layers.items():
+            watched = _Watched(path, found)
+            hooks.callback(layer.register_forward_pre_hook(watched.before, with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_hook(watched.after, always_call=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

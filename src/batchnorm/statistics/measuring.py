@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, NamedTuple
 
 import torch
@@ -13,27 +17,27 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm import ops
-from batchnorm.errors import InputError
-from batchnorm.nn.updates import no_stat_updates
+from batchnorm.errors import BatchNormError, InputError
+from batchnorm.statistics.changes import named
 from batchnorm.statistics.forwards import (
     Forward,
-    batch_statistics,
+    Statistics,
     forward_pass,
     inputs_of,
     restored,
+    running_names,
     running_statistics,
     samples_of,
     set_running_statistics,
     uncompiled,
 )
-from batchnorm.statistics.moments import Moments
+from batchnorm.statistics.interrupts import held_back, let_through
+from batchnorm.statistics.moments import Moments, merged
 
-__all__ = ["Measuring", "Statistics", "check_passes", "put_back_on_error", "ranks_of"]
+__all__ = ["Measuring", "check_passes", "put_back_on_error", "ranks_of"]
 
 FEWEST_BATCHES = 8
-
-Statistics = tuple[Tensor, Tensor]
-"""A mean and a variance (C,)."""
+POOLED_AT_ONCE = 32
 
 Settle = Callable[[str, TorchBatchNorm, Moments, int], Statistics]
 """The running statistics of the layer at a path, from the moments of its inputs and the number of samples."""
@@ -43,17 +47,18 @@ Settle = Callable[[str, TorchBatchNorm, Moments, int], Statistics]
 def put_back_on_error(model: nn.Module, layers: Mapping[str, TorchBatchNorm]) -> Iterator[dict[str, Statistics]]:
     """Run the model in eval mode; whatever happens modes and random generators come back, on errors statistics too.
 
-    Yields the running mean and variance of each layer as they were.
+    Yields the running mean and variance of each layer as they were. Ctrl-C is held back but for `let_through`.
     """
     held = {path: running_statistics(layer) for path, layer in layers.items()}
     before = {path: (mean.clone(), var.clone()) for path, (mean, var) in held.items()}
     try:
-        with torch.no_grad(), uncompiled(), restored(model):
+        with held_back(), torch.no_grad(), uncompiled(), restored(model):
             model.eval()
             yield before
     except BaseException:
-        for path, layer in layers.items():
-            set_running_statistics(layer, *before[path])
+        with held_back():
+            for path, layer in layers.items():
+                set_running_statistics(layer, *before[path])
         raise
 
 
@@ -78,25 +83,45 @@ class _Pass(NamedTuple):
     samples: int
 
 
+class _Pooled:
+    """Moments of the inputs of a layer so far; pooled by the dozens, since each time takes a small batch's forward."""
+
+    def __init__(self) -> None:
+        self._parts: list[Moments] = []
+
+    def add(self, moments: Moments) -> None:
+        self._parts.append(moments)
+        if len(self._parts) >= POOLED_AT_ONCE:
+            self.whole()
+
+    def whole(self) -> Moments:
+        self._parts = [merged(self._parts)]
+        return self._parts[0]
+
+
 @dataclass
 class _Settled:
-    """The standard error of a layer's mean, from the means of its batches (Welford)."""
+    """Standard errors of a layer's mean and variance, from how its batches differ (Welford)."""
 
     batches: int = 0
+    first: Tensor | float = 0.0
     mean: Tensor | float = 0.0
     m2: Tensor | float = 0.0
 
-    def add(self, mean: Tensor) -> None:
+    def add(self, moments: Moments) -> None:
+        self.first = self.first if self.batches else moments.mean
         self.batches += 1
-        away = mean - self.mean
+        seen = torch.stack((moments.mean, moments.var() + (moments.mean - self.first) ** 2))
+        away = seen - self.mean
         self.mean = self.mean + away / self.batches
-        self.m2 = self.m2 + away * (mean - self.mean)
+        self.m2 = self.m2 + away * (seen - self.mean)
 
     def within(self, tolerance: float, pooled: Moments, eps: float) -> bool:
         if self.batches < FEWEST_BATCHES:
             return False
-        error = torch.as_tensor(self.m2) / (self.batches - 1) / self.batches
-        return bool((error <= tolerance**2 * (pooled.var() + eps)).all())
+        of_mean, of_var = torch.as_tensor(self.m2) / (self.batches - 1) / self.batches
+        var = pooled.var() + eps
+        return bool((of_mean <= tolerance**2 * var).all() and (of_var <= tolerance**2 * var**2).all())
 
 
 @dataclass
@@ -137,8 +162,7 @@ class Measuring:
 
     def at_once(self, layers: dict[str, TorchBatchNorm]) -> dict[str, Moments]:
         """One pass, in which all layers normalise each batch with its own statistics; moments by path."""
-        with no_stat_updates(self.model), batch_statistics(layers.values()):
-            found = self._pass(layers)
+        found = self._pass(layers, own=True)
         for path in found.moments:
             self._commit(path, layers[path], found)
         return found.moments
@@ -157,12 +181,10 @@ class Measuring:
             self._commit(first, layers[first], begun)
         check_passes(self.loader, 1 + len(others), self.instead)
         for path in others:
-            layer, uses = layers[path], begun.uses[path]
             # What a layer's first use gives its second is normalised with the batch's own statistics.
-            with no_stat_updates(layer), batch_statistics([layer] if uses > 1 else []):
-                again = self._pass({path: layer}, until=uses)
+            again = self._pass({path: layers[path]}, until=begun.uses[path], own=begun.uses[path] > 1)
             found[path] = again.moments[path]
-            self._commit(path, layer, again)
+            self._commit(path, layers[path], again)
         return found
 
     def _commit(self, path: str, layer: TorchBatchNorm, found: _Pass) -> None:
@@ -176,40 +198,53 @@ class Measuring:
                     f"in {len(channels)} of {len(values)} channels"
                 )
 
-    def _pass(self, layers: dict[str, TorchBatchNorm], until: int | None = None) -> _Pass:
-        """Measure layers, each until a batch has used it so often."""
-        pooled: dict[str, Moments] = {}
-        uses: dict[str, int] = {}
-        settled = {path: _Settled() for path in layers}
-        in_batch: dict[str, int] = {}
+    def _pass(self, layers: dict[str, TorchBatchNorm], *, until: int | None = None, own: bool = False) -> _Pass:
+        """Measure layers, each until a batch has used it so often; with ``own`` a batch's statistics normalise it."""
+        pooled: defaultdict[str, _Pooled] = defaultdict(_Pooled)
+        settled: defaultdict[str, _Settled] = defaultdict(_Settled)
+        in_batch: Counter[str] = Counter()
+        orders: dict[tuple[str, ...], None] = {}  # a set that keeps its order
+        uses: Counter[str] = Counter()
+        samples, done, failed = 0, False, None
+        domains = {path: running_names(layer) for path, layer in layers.items()}
 
-        def add(path: str, x: Tensor, mask: Tensor | None) -> None:
+        def add(path: str, x: Tensor, mask: Tensor | None) -> Statistics | None:
+            if running_names(layers[path]) != domains[path]:
+                raise InputError(
+                    f"{named(path)} must keep its domain; have batchnorm.domain around the call, not within"
+                )
             moments = Moments.of_batch(ops.moments(x, mask))
-            pooled[path] = moments if path not in pooled else pooled[path].merge(moments)
+            pooled[path].add(moments)
             if self.tolerance is not None and moments.count > 0:
-                settled[path].add(moments.mean)
-            in_batch[path] = in_batch.get(path, 0) + 1
+                settled[path].add(moments)
+            in_batch[path] += 1
             if until is not None and in_batch[path] >= until:
                 raise _Enough
+            return (moments.mean, moments.var()) if own and x.shape[0] > 1 else None
 
         self.passes += 1
-        samples, done = 0, self.tolerance is None
         with inputs_of(layers, add), self._batches() as batches:
-            for batch in batches:
-                in_batch.clear()
-                with suppress(_Enough):
-                    forward_pass(self.model, batch, self.forward)
-                samples += samples_of(batch)
-                uses |= {path: max(count, uses.get(path, 0)) for path, count in in_batch.items()}
-                if pooled and self.tolerance is not None:
-                    done = all(settled[path].within(self.tolerance, pooled[path], layers[path].eps) for path in pooled)
-                    if done:
-                        break
-                if self.max_samples is not None and samples >= self.max_samples:
-                    break
+            try:
+                with let_through():
+                    for batch in batches:
+                        in_batch.clear()
+                        with suppress(_Enough):
+                            forward_pass(self.model, batch, self.forward)
+                        samples += samples_of(batch)
+                        orders[tuple(in_batch)] = None
+                        uses |= in_batch
+                        done = self.tolerance is not None and all(
+                            settled[path].within(self.tolerance, each.whole(), layers[path].eps)
+                            for path, each in pooled.items()
+                        )
+                        if done or (self.max_samples is not None and samples >= self.max_samples):
+                            break
+            except Exception as error:  # noqa: BLE001 (the other ranks must hear of it; then it is raised)
+                failed = error
         self.samples = samples if self.passes == 1 else self.samples
         self.converged = self.converged and done
-        return self._of_all_ranks(_Pass(pooled, uses, samples), layers)
+        own_share = _Share({path: each.whole() for path, each in pooled.items()}, list(orders), uses, samples)
+        return _of_all_ranks(own_share, layers, self.ranks, failed)
 
     @contextmanager
     def _batches(self) -> Iterator[Iterable[Any]]:
@@ -224,25 +259,59 @@ class Measuring:
         with Progress(console=Console(stderr=True), transient=True) as bar:
             yield bar.track(self.loader, description=f"{self.task}, pass {self.passes}")
 
-    def _of_all_ranks(self, found: _Pass, layers: dict[str, TorchBatchNorm]) -> _Pass:
-        pooled, uses, samples = found
-        if self.ranks is not None:
-            # A rank without data follows the order of one that has some.
-            all_ranks: list[Any] = [None] * dist.get_world_size(self.ranks)
-            dist.all_gather_object(all_ranks, (uses, samples), group=self.ranks)
-            uses = max((each[0] for each in all_ranks), key=len)
-            samples = sum(each[1] for each in all_ranks)
-            device = running_statistics(next(iter(layers.values())))[0].device
-            own = {path: pooled.get(path) or Moments.empty(layers[path].num_features, device) for path in uses}
-            pooled = {path: moments.all_reduce(self.ranks) for path, moments in own.items()}
-        pooled = {path: moments for path, moments in pooled.items() if moments.count > 0}
-        if not pooled:
-            raise InputError("the loader must give at least one sample to a layer that can be measured; got none")
-        return _Pass(pooled, uses, samples)
+
+class _Share(NamedTuple):
+    """What a pass saw on this process: moments, in which orders batches used the layers, how often, and samples."""
+
+    moments: dict[str, Moments]
+    orders: list[tuple[str, ...]]
+    uses: Counter[str]
+    samples: int
+
+
+def _of_all_ranks(
+    own: _Share, layers: dict[str, TorchBatchNorm], ranks: dist.ProcessGroup | None, failed: Exception | None
+) -> _Pass:
+    """What the pass saw on all processes; where it failed on one it fails on all."""
+    orders, uses, samples, pooled = own.orders, own.uses, own.samples, own.moments
+    if ranks is not None:
+        told: list[Any] = [None] * dist.get_world_size(ranks)
+        dist.all_gather_object(told, (orders, uses, samples, None if failed is None else repr(failed)), group=ranks)
+        for rank, (*_, error) in enumerate(told):
+            if failed is None and error is not None:
+                raise BatchNormError(f"rank {rank} of the group failed, and so nothing was changed: {error}")
+        orders = [order for each in told for order in each[0]]
+        uses = functools.reduce(operator.or_, (each[1] for each in told))
+        samples = sum(each[2] for each in told)
+    if failed is not None:
+        raise failed
+    order = _in_order(orders)
+    if ranks is not None:
+        device = running_statistics(next(iter(layers.values())))[0].device
+        pooled = {
+            path: (pooled.get(path) or Moments.empty(layers[path].num_features, device)).all_reduce(ranks)
+            for path in order
+        }
+    pooled = {path: pooled[path] for path in order if pooled[path].count > 0}
+    if not pooled:
+        raise InputError("the loader must give at least one sample to a layer that can be measured; got none")
+    return _Pass(pooled, uses, samples)
+
+
+def _in_order(orders: list[tuple[str, ...]]) -> list[str]:
+    """The layers such that each comes after those that some batch used before it; first seen first, else."""
+    follow: TopologicalSorter[str] = TopologicalSorter()
+    for order in orders:
+        for before, path in zip((None, *order), order, strict=False):
+            follow.add(path, *([] if before is None else [before]))
+    try:
+        return list(follow.static_order())
+    except CycleError:  # batches use the layers in contrary orders
+        return list(dict.fromkeys(path for order in orders for path in order))
 
 
 def ranks_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The group given, all processes where none is, or None where there is one process."""
-    if group is not None or not (dist.is_available() and dist.is_initialized()):
-        return group
-    return dist.group.WORLD
+    """The group given, all processes where none is; None where there is one, or this one is none of the group."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) <= 1:  # -1 outside of it
+        return None
+    return dist.group.WORLD if group is None else group

@@ -91,9 +91,9 @@ class Moments:
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
         """Of the values of all ranks of the group, one collective; every rank ends with the same, to the bit.
 
-        Where torch.distributed is not initialised there is one rank.
+        Where torch.distributed is not initialised, and outside of the group, there is one rank.
         """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) <= 1:
             return self
         packed = torch.cat((self.count.reshape(1), self.mean, self.m2))
         gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]

@@ -77,7 +77,7 @@ def pool_running_stats(model: nn.Module, group: dist.ProcessGroup | None = None,
     if samples is not None and samples < 0:
         raise InputError(f"samples must be None or at least 0; got {samples!r}")
     sets = _sets(unwrapped(model))
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) <= 1:  # -1 outside of it
         return
     given, *columns = _gathered(sets, samples, group)
     if given.min() != given.max():

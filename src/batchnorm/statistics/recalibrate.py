@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm.errors import InputError
 from batchnorm.statistics.changes import LayerChange, changes, table
-from batchnorm.statistics.forwards import Forward, kept_variance, statistics_layers, unwrapped
-from batchnorm.statistics.measuring import Measuring, Statistics, check_passes, put_back_on_error, ranks_of
+from batchnorm.statistics.forwards import Forward, Statistics, kept_variance, statistics_layers, unwrapped
+from batchnorm.statistics.measuring import Measuring, check_passes, put_back_on_error, ranks_of
 from batchnorm.statistics.moments import Moments
 
 __all__ = ["Recalibration", "recalibrate"]
@@ -85,8 +85,8 @@ def recalibrate(
         End a pass after as many samples, on each process; 1,000 to 10,000 are usually enough. A batch has as many as
         its first tensor has rows, and counts as one where there is no tensor to be seen.
     tolerance : float or None
-        End a pass when the standard error of every channel's mean, found from how the batches differ, is below this
-        part of its standard deviation.
+        End a pass when the standard errors of every channel's mean and variance, found from how the batches differ, are
+        below this part of its standard deviation and of its variance. Batches must come in random order.
     progress : bool
         Show a progress bar on stderr; needs rich.
     group : ProcessGroup or None
@@ -131,8 +131,8 @@ def recalibrate(
     )
     with put_back_on_error(model, layers) as before:
         found = run.at_once(layers) if mode == "at_once" else run.layerwise(layers)
-    moved = changes(layers, found, before)
-    return Recalibration(moved, run.samples, run.passes, run.converged if tolerance is not None else None)
+        moved = changes(layers, found, before)
+        return Recalibration(moved, run.samples, run.passes, run.converged if tolerance is not None else None)
 
 
 def _measured(path: str, layer: TorchBatchNorm, moments: Moments, samples: int) -> Statistics:
@@ -150,9 +150,9 @@ def _check(
 ) -> None:
     if mode not in MODES:
         raise InputError(f"mode must be {' or '.join(map(repr, MODES))}; got {mode!r}")
-    if max_samples is not None and max_samples < 1:
-        raise InputError(f"max_samples must be None or at least 1; got {max_samples!r}")
-    if tolerance is not None and not 0 < tolerance < 1:
+    if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
+        raise InputError(f"max_samples must be None or a whole number of at least 1; got {max_samples!r}")
+    if tolerance is not None and not (isinstance(tolerance, float) and 0 < tolerance < 1):
         raise InputError(f"tolerance must be None or between 0 and 1; got {tolerance!r}")
     if mode == "layerwise":
         check_passes(loader, len(layers), AT_ONCE)

@@ -21,6 +21,7 @@ from batchnorm.statistics.forwards import (
     samples_of,
     uncompiled,
 )
+from batchnorm.statistics.interrupts import held_back, let_through
 
 __all__ = ["Seen", "Units", "scaled_statistics", "seen_by"]
 
@@ -112,7 +113,7 @@ def seen_by(
                 found = Units(found.sums + batch_units[path].sums, found.counts + batch_units[path].counts)
             batch_units[path] = found
 
-    with torch.no_grad(), uncompiled(), restored(model), inputs_of(layers, add):
+    with held_back(), torch.no_grad(), uncompiled(), restored(model), inputs_of(layers, add), let_through():
         model.eval()
         for batch in loader:
             batch_units.clear()
