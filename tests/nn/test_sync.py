@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import pickle
 import runpy
+import subprocess
+import sys
 import warnings
 from datetime import timedelta
 
@@ -50,15 +52,11 @@ def on_ranks(case, world, folder, *given, seconds=60, expected=0):
 
 
 def run_rank(name, rank, world, folder, given):
+    """As a task of `on_ranks`, or of torchrun, which gives rank and world, and a store of its own."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(f"{folder}/store", world),
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=30),
-    )
+    store = None if "TORCHELASTIC_RUN_ID" in os.environ else dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
     try:
         result = globals()[name](rank, *given)
     except Exception as error:  # noqa: BLE001 (handed to the test)
@@ -233,9 +231,13 @@ def hundred_steps(rank, world):
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_a_hundred_steps_on_ragged_parts_train_as_one_process_does(world, tmp_path):
+def test_under_torchrun_a_hundred_steps_on_ragged_parts_train_as_one_process_does(world, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    done = subprocess.run([*torchrun, __file__, tmp_path], timeout=120, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     expected = on_one_process(world, 100, torch.float64)
-    for found in on_ranks(hundred_steps, world, tmp_path, world):
+    for rank in range(world):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         # In float32 training itself makes 1e-5 of a rounding in 100 steps, 100 times the rounding: here 1e-14.
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
@@ -409,6 +411,46 @@ def test_ranks_at_different_layers_are_told_which(tmp_path):
         assert "rank 1 of the group is at '1: 4 channels" in str(error)
 
 
+def other_order(rank):
+    one, other = bn.BatchNorm1d(C, sync=True), bn.BatchNorm1d(C, sync=True, eps=1e-3)
+    x = torch.ones(3, C)
+    for layer in (one, other) if rank else (other, one):
+        layer(x)
+
+
+def test_ranks_that_use_layers_in_another_order_are_told_which(tmp_path):
+    for error in on_ranks(other_order, 2, tmp_path, expected=2):
+        assert isinstance(error, bn.errors.InputError)
+        assert "rank 0 of the group is at '3 channels of torch.float32, eps=0.001'" in str(error)
+
+
+def one_layer_more(rank):
+    dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=2))
+    norms = [bn.BatchNorm1d(C, sync=True) for _ in range(2 - rank)]
+    nn.Sequential(*norms)(torch.ones(3, C, requires_grad=True)).sum().backward()
+
+
+def test_a_rank_with_a_layer_more_is_told_that_it_is_alone(tmp_path):
+    alone, other = on_ranks(one_layer_more, 2, tmp_path, expected=2)
+    assert isinstance(alone, bn.errors.InputError)
+    assert "rank 1 of the group has come to no such layer within the timeout, while this one is at '1: 3" in str(alone)
+    assert isinstance(other, RuntimeError)
+
+
+def eager_after_compiled(rank):
+    warnings.simplefilter("ignore", DeprecationWarning)  # torch.compile itself uses what torch deprecates
+    layer = bn.BatchNorm1d(C, sync=True)
+    compiled = torch.compile(layer, backend="aot_eager", dynamic=False)
+    x = numbers(4, C).float()
+    compiled(x)
+    return [(layer if rank else compiled)(x) for _ in range(2)][-1]
+
+
+def test_a_rank_that_falls_back_from_compiled_to_eager_stays_in_step(tmp_path):
+    first, second = on_ranks(eager_after_compiled, 2, tmp_path)
+    torch.testing.assert_close(first, second, **CLOSE)
+
+
 def one_leaves(rank):
     layer, x = bn.BatchNorm1d(C, sync=True), numbers(4, C).float()
     y = layer(x.requires_grad_())
@@ -503,3 +545,6 @@ def test_a_copy_and_a_pickle_keep_the_option_and_agree_anew():
 
 if __name__ == "rank":
     run_rank(*globals()["TASK"])
+elif __name__ == "__main__":
+    world = int(os.environ["WORLD_SIZE"])
+    run_rank("hundred_steps", int(os.environ["RANK"]), world, sys.argv[1], (world,))

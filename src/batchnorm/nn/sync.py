@@ -19,6 +19,7 @@ the others an error within the group's timeout.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -93,7 +94,9 @@ def spread(layer: Layer, x: Tensor, mask: Tensor | None, group: Group) -> Spread
     if torch._C._are_functorch_transforms_active():
         raise InputError("sync=True exchanges statistics with other processes, which torch.func's transforms can't do")
     compiling = torch.compiler.is_compiling()
-    if not compiling and not layer._agreed:  # an exchange of objects is nothing that a graph could hold
+    if compiling:
+        layer._agreed = True  # nothing to be said in a graph; nor later, outside of it, where other ranks say nothing
+    elif not layer._agreed:
         _agree(layer, x, group)
         layer._agreed = True
     own = ops.moments(x, mask)
@@ -109,13 +112,31 @@ def spread(layer: Layer, x: Tensor, mask: Tensor | None, group: Group) -> Spread
     return Spread(reference.pooled(Moments(mean, var, counts[:, 1])), single, group)
 
 
+SAME_LAYERS = "with sync=True all ranks must run the same layers in the same order"
+_MET: Counter[str] = Counter()
+"""How many layers have had their first batch, by group."""
+
+
 def _agree(layer: Layer, x: Tensor, group: Group) -> None:
+    """See that all ranks are at the same layer; through the store, since a collective would meet another layer's."""
     mine = f"{place(layer)}{layer.num_features} channels of {x.dtype}, eps={layer.eps}"
-    said: list[Any] = [None] * group.size
-    dist.all_gather_object(said, mine, group=layer.process_group)
+    store = dist.distributed_c10d.PrefixStore(
+        f"batchnorm/{group.name}/{_MET[group.name]}", dist.distributed_c10d._get_default_store()
+    )
+    _MET[group.name] += 1
+    store.set(str(dist.get_rank(layer.process_group)), mine)
+    said = []
+    for rank in range(group.size):
+        try:
+            said.append(store.get(str(rank)).decode())
+        except (dist.DistStoreError, RuntimeError) as error:
+            raise InputError(
+                f"{SAME_LAYERS}; rank {rank} of the group has come to no such layer within the timeout, while this one "
+                f"is at {mine!r}"
+            ) from error
     if len(set(said)) > 1:
         at = "; ".join(f"rank {rank} of the group is at {text!r}" for rank, text in enumerate(said))
-        raise InputError(f"with sync=True all ranks must run the same layers in the same order; {at}")
+        raise InputError(f"{SAME_LAYERS}; {at}")
 
 
 def _gathered(values: Tensor, group: Group) -> Tensor:
