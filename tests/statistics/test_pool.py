@@ -131,3 +131,20 @@ def test_a_single_process_has_nothing_to_pool():
 def test_what_can_not_be_pooled_is_refused(model, options, rule):
     with pytest.raises(bn.InputError, match=rule):
         bn.pool_running_stats(model, **options)
+
+
+@pytest.mark.parametrize("odd", ["nn.BatchNorm1d(5)", "nn.Tanh()", "bn.freeze(bn.BatchNorm1d(4))"])
+def test_ranks_with_other_layers_are_told_which(on_ranks, odd):
+    code = f"""
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4) if rank == 0 else {odd})
+    try:
+        bn.pool_running_stats(model)
+        said = ""
+    except bn.InputError as error:
+        said = str(error)
+    result = {{"said": said, "mean": model[0].running_mean.tolist()}}
+    """
+    ranks = on_ranks(code, 2)
+    assert all("all ranks must have the same layers with statistics to pool" in rank["said"] for rank in ranks)
+    assert "this one ('1', 4)" in ranks[0]["said"]
+    assert all(rank["mean"] == [0] * 4 for rank in ranks)

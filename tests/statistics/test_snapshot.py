@@ -233,3 +233,33 @@ def test_what_is_no_snapshot_is_refused():
         bn.restore(network(), 3)
     with pytest.raises(bn.InputError, match="Linear has none"):
         bn.snapshot(nn.Linear(2, 2))
+
+
+def test_the_file_keeps_its_mode_a_link_leads_to_it_and_its_name_may_be_long(tmp_path):
+    model, path = trained(network()), tmp_path / f"{'a' * 240}.safetensors"
+    bn.snapshot(model, path)
+    path.chmod(0o600)
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(path)
+    before = path.read_bytes()
+    bn.snapshot(trained(model), link)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.read_bytes() != before
+
+
+def test_parts_that_torch_compile_wraps_have_the_names_of_the_plain_model():
+    model = trained(network())
+    taken = bn.snapshot(model)
+    name = next(name for name, module in model.named_children() if list(module.buffers()))
+    setattr(model, name, torch.compile(getattr(model, name)))
+    assert bn.snapshot(model).tensors.keys() == taken.tensors.keys()
+    bn.restore(model, taken)
+
+
+def test_numbers_that_the_model_can_not_hold_are_refused_and_change_nothing():
+    wide, layer = bn.BatchNorm1d(2).double(), bn.BatchNorm1d(2)
+    wide.running_var.fill_(1e300)
+    with pytest.raises(bn.InputError, match=r"running_var must fit into the model's torch\.float32"):
+        bn.restore(layer, bn.snapshot(wide))
+    assert layer.running_var.tolist() == [1, 1]

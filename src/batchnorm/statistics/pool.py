@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import zip_longest
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,7 +38,7 @@ class _Held(NamedTuple):
 
 
 def pool_running_stats(model: nn.Module, group: dist.ProcessGroup | None = None, *, samples: int | None = None) -> None:
-    """Give every rank the running statistics of all ranks, pooled in one collective; all end with the same bits.
+    """Give every rank the running statistics of all ranks, pooled at once; all end with the same bits.
 
     Each rank counts for its share of the samples since the last pooling. The pooled variance has the spread of the
     ranks' means in it, by the law of total variance: ``var = sum_r share_r (var_r + (mean_r - mean)^2)``. What counts
@@ -59,8 +60,9 @@ def pool_running_stats(model: nn.Module, group: dist.ProcessGroup | None = None,
     Raises
     ------
     InputError
-        No layer to pool, broadcast_buffers=True, samples below 0 or given by some ranks only, statistics that are not
-        finite. Nothing is changed then; the last two are raised on all ranks.
+        No layer to pool, broadcast_buffers=True, samples below 0 or given by some ranks only, ranks with other layers
+        (a frozen one counts for none), statistics that are not finite. Nothing is changed then; the last three are
+        raised on all ranks.
 
     Examples
     --------
@@ -79,6 +81,7 @@ def pool_running_stats(model: nn.Module, group: dist.ProcessGroup | None = None,
     sets = _sets(unwrapped(model))
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) <= 1:  # -1 outside of it
         return
+    _check_same(sets, group)
     given, *columns = _gathered(sets, samples, group)
     if given.min() != given.max():
         raise InputError(
@@ -108,6 +111,19 @@ def _sets(model: nn.Module) -> list[_Held]:
         for path, layer in statistics_layers(model).items()
         for suffix in suffixes_of(layer)
     ]
+
+
+def _check_same(sets: list[_Held], group: dist.ProcessGroup | None) -> None:
+    own = [(held.name, len(held.mean)) for held in sets]
+    ranks: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(ranks, own, group=group)
+    for rank, theirs in enumerate(ranks):
+        if theirs != own:
+            here, there = next((a, b) for a, b in zip_longest(own, theirs, fillvalue="none") if a != b)
+            raise InputError(
+                f"all ranks must have the same layers with statistics to pool; rank {rank} of the group has {there}, "
+                f"this one {here}"
+            )
 
 
 def _gathered(sets: list[_Held], samples: int | None, group: dist.ProcessGroup | None) -> list[Tensor]:

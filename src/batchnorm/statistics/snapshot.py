@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,10 @@ def restore(model: nn.Module, snapshot: Snapshot | str | os.PathLike[str]) -> nn
                 f"{name} must have the model's shape {tuple(values.shape)}; the snapshot's has "
                 f"{tuple(taken[name].shape)}"
             )
+        if not taken[name].to(values.dtype).isfinite().equal(taken[name].isfinite()):
+            raise InputError(
+                f"{name} must fit into the model's {values.dtype}; the snapshot's {taken[name].dtype} does not"
+            )
     with torch.no_grad():
         for name, values in own.items():
             values.copy_(taken[name])
@@ -122,7 +127,7 @@ def restore(model: nn.Module, snapshot: Snapshot | str | os.PathLike[str]) -> nn
 def _statistics(model: nn.Module) -> dict[str, Tensor]:
     """The running statistics themselves, by their names in a state dict."""
     return {
-        f"{path}{path and '.'}{kind}{suffix}": values
+        f"{path}{path and '.'}{kind}{suffix}".replace("_orig_mod.", ""): values  # within torch.compile's wrappers
         for path, layer in running_layers(unwrapped(model)).items()
         for suffix in suffixes_of(layer)
         for kind in STATISTICS
@@ -152,12 +157,15 @@ def _write(path: Path, taken: Snapshot) -> None:
         raise _no_safetensors() from error
     tensors = {name: values.cpu().contiguous() for name, values in taken.tensors.items()}
     content = save(tensors, {"format": FORMAT, "version": VERSION, "sha256": _digest(tensors)})
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    path = path.resolve()  # what a link leads to
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, part)
         part.replace(path)
     except BaseException:  # Ctrl-C too must leave no litter
         part.unlink(missing_ok=True)
