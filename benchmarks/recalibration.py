@@ -1,9 +1,10 @@
 """What recalibration costs beside the forward passes that it takes: python benchmarks/recalibration.py.
 
-Writes benchmarks/results/recalibration.json and prints its table as Markdown. A network of three blocks of convolution,
-batch normalization and ReLU, 64 channels each, reads batches of 64 images of 32 x 32 in float32. What is compared takes
-turns in one process; a number is the median, over the rounds, of the time of a pass of `recalibrate` over the time of
-the same forward passes in eval mode, without gradients. The pass layer by layer is the longest, that of the last layer.
+Writes benchmarks/results/recalibration.json and prints its table as Markdown. Three networks of three layers of batch
+normalization each, with our layers and with torch's. What is compared takes turns in one process; a number is the
+median, over the rounds, of the time of `recalibrate`, of all layers, over the time of the same forward passes in eval
+mode, without gradients: one through the whole network for all layers at once; layer by layer one through the whole
+network, and one up to each of the other layers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm as bn
 from batchnorm.bench.machine import describe
@@ -22,62 +24,78 @@ from batchnorm.bench.timing import interleaved, ratios, sampler, summary
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/recalibration.json"
-SECONDS = 20.0
-BATCHES, SAMPLES, CHANNELS, SIZE = 2, 64, 64, 32
+SECONDS = 10.0
+BATCHES = 4
+CHANNELS, WIDTH = 64, 512
 LAYERS = ("ours", "torch")
+# Name, and the shape of a batch.
+NETWORKS = {
+    "convolutions, 64 channels": (32, 3, 32, 32),
+    "512 wide, 256 rows": (256, WIDTH),
+    "512 wide, 32 rows": (32, WIDTH),
+}
 
 
-def _network(kind: type[nn.BatchNorm2d]) -> nn.Sequential:
+def _network(shape: tuple[int, ...], layers: str) -> nn.Sequential:
     """Training, as recalibration finds it."""
     blocks: list[nn.Module] = []
-    for inputs in (3, CHANNELS, CHANNELS):
-        blocks += [nn.Conv2d(inputs, CHANNELS, 3, padding=1, bias=False), kind(CHANNELS), nn.ReLU()]
+    for number in range(3):
+        if len(shape) == 4:
+            blocks.append(nn.Conv2d(CHANNELS if number else shape[1], CHANNELS, 3, padding=1, bias=False))
+            blocks.append({"ours": bn.BatchNorm2d, "torch": nn.BatchNorm2d}[layers](CHANNELS))
+        else:
+            blocks.append(nn.Linear(WIDTH, WIDTH, bias=False))
+            blocks.append({"ours": bn.BatchNorm1d, "torch": nn.BatchNorm1d}[layers](WIDTH))
+        blocks.append(nn.ReLU())
     return nn.Sequential(*blocks)
 
 
-def _passes(kind: type[nn.BatchNorm2d], batches: list[Tensor]) -> dict[str, Callable[[], object]]:
-    """The pass of eval, and those of recalibration."""
-    evaluated, all_layers, last_layer = (_network(kind) for _ in range(3))
-    evaluated.eval()
-    for layer in list(last_layer.modules())[1:-2]:
-        if isinstance(layer, bn.BatchNorm2d):
-            bn.freeze(layer)
-        elif isinstance(layer, nn.BatchNorm2d):
-            layer.eval()
+def _sides(shape: tuple[int, ...], layers: str, batches: list[Tensor]) -> dict[str, Callable[[], object]]:
+    """Both modes, and the forward passes that each takes."""
+    evaluated, measured = _network(shape, layers).eval(), _network(shape, layers)
+    norms = [i for i, module in enumerate(evaluated) if isinstance(module, _BatchNorm)]
+    parts = [evaluated, *(evaluated[:i] for i in norms[1:])]
 
     @torch.no_grad()
-    def forward() -> None:
-        for batch in batches:
-            evaluated(batch)
+    def forward(parts: list[nn.Sequential]) -> None:
+        for part in parts:
+            for batch in batches:
+                part(batch)
 
     return {
-        "forward": forward,
-        "at once": lambda: bn.recalibrate(all_layers, batches, mode="at_once"),
-        "layer by layer": lambda: bn.recalibrate(last_layer, batches),
+        "at once": lambda: bn.recalibrate(measured, batches, mode="at_once"),
+        "at once, forward": lambda: forward(parts[:1]),
+        "layer by layer": lambda: bn.recalibrate(measured, batches),
+        "layer by layer, forward": lambda: forward(parts),
     }
 
 
 def measure() -> dict[str, Any]:
-    """Times of the passes, with our layers and with torch's."""
+    """Times of both modes over those of their forward passes, by network and layers."""
     bn.tune_allocator()
-    batches = [torch.randn(SAMPLES, 3, SIZE, SIZE) for _ in range(BATCHES)]
     results = []
-    for name, kind in zip(LAYERS, (bn.BatchNorm2d, nn.BatchNorm2d), strict=True):
-        times = interleaved({key: sampler(call) for key, call in _passes(kind, batches).items()}, SECONDS)
-        forward = times.pop("forward")
-        results.append(
-            {
-                "layers": name,
-                "forward_milliseconds": 1e3 * summary(forward)["median"],
-                "rounds": len(forward),
-                "ratios": {key: summary(ratios(values, forward)) for key, values in times.items()},
-            }
-        )
+    for name, shape in NETWORKS.items():
+        batches = [torch.randn(shape) for _ in range(BATCHES)]
+        for layers in LAYERS:
+            sides = _sides(shape, layers, batches)
+            times = interleaved({key: sampler(call) for key, call in sides.items()}, SECONDS)
+            results.append(
+                {
+                    "network": name,
+                    "shape": list(shape),
+                    "layers": layers,
+                    "forward_milliseconds": 1e3 * summary(times["at once, forward"])["median"],
+                    "rounds": len(times["at once"]),
+                    "ratios": {
+                        mode: summary(ratios(times[mode], times[f"{mode}, forward"]))
+                        for mode in ("at once", "layer by layer")
+                    },
+                }
+            )
     return {
         "command": "python benchmarks/recalibration.py",
         "machine": describe(allocator="tuned"),
         "batches": BATCHES,
-        "shape": [SAMPLES, CHANNELS, SIZE, SIZE],
         "seconds": SECONDS,
         "results": results,
     }
@@ -85,10 +103,12 @@ def measure() -> dict[str, Any]:
 
 def table(content: dict[str, Any]) -> str:
     """The ratios as Markdown, with quartiles."""
-    lines = ["| layers | forward, ms | at once | layer by layer |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| network | layers | forward, ms | at once | layer by layer |", "| --- | --- | ---: | ---: | ---: |"]
     for row in content["results"]:
         cells = [f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" for ratio in row["ratios"].values()]
-        lines.append(f"| {row['layers']} | {row['forward_milliseconds']:.0f} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {row['network']} | {row['layers']} | {row['forward_milliseconds']:.1f} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from batchnorm.cli import main
 from batchnorm.lab.claims import CLAIMS
+from batchnorm.lab.tables import BUILT_IN
 
 QUICK = ["--hidden", "8", "--steps", "40", "--search-seeds", "1", "--seeds", "2", "--learning-rates", "0.1,0.3"]
 
@@ -276,3 +277,65 @@ def test_the_installed_command_is_this_one():
     assert (
         subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout == "batchnorm 0.1.0\n"
     )
+
+
+MODEL = """
+import batchnorm as bn
+from sklearn.datasets import load_wine
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+def fitted():
+    classifier = bn.BatchNormMLPClassifier((8,), batch_size=44, random_state=0, tol=1.0, n_iter_no_change=60)
+    return make_pipeline(StandardScaler(), classifier).fit(*load_wine(return_X_y=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def wines(tmp_path_factory):
+    """A folder with a model of wines, their rows as they are and with every alcohol reading 3 higher."""
+    folder = tmp_path_factory.mktemp("wines")
+    (folder / "cellar.py").write_text(MODEL)
+    frame = BUILT_IN["wine"]()
+    frame.write_csv(folder / "same.csv")
+    frame.with_columns(pl.col("alcohol") + 3).write_csv(folder / "shifted.csv")
+    return folder
+
+
+def test_shift_shows_distances_a_verdict_and_what_would_mend_it(wines):
+    said = batchnorm("shift", "cellar:fitted", "shifted.csv", "--target", "target", cwd=wines).stdout
+    assert "hidden.0.norm" in said
+    assert "shifted: 178 samples against the stored statistics, p at most 0.001" in said
+    assert [line.split()[0] for line in said.splitlines()[-3:]] == ["as", "adapted", "retrained"]
+    assert max(map(len, said.splitlines())) <= 80
+    same = batchnorm("shift", "cellar:fitted", "same.csv", "--target", "target", cwd=wines).stdout
+    assert "no shift shown" in same
+
+
+def test_shift_as_json_compared_with_clean_rows_fails_where_asked_to(wines):
+    arguments = ["shift", "cellar:fitted", "shifted.csv", "--target", "target", "--clean", "same.csv", "--json"]
+    content = json.loads(batchnorm(*arguments, "--fail-on-shift", cwd=wines, status=1).stdout)
+    assert content["shift"]["clean"] is True
+    assert content["scores"]["rows"] == 89
+    batchnorm("shift", "cellar:fitted", "same.csv", "--target", "target", "--fail-on-shift", cwd=wines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nothing", "same.csv"], "error: MODEL must be MODULE:NAME, as in train:make_model; got 'nothing'"),
+        (["cellar:none", "same.csv"], "has no attribute 'none'"),
+        (["cellar:fitted", "none.csv"], "there is no file 'none.csv'"),
+        (
+            ["cellar:fitted", "same.csv", "--target", "target", "--alpha", "2"],
+            "error: alpha must be between 0 and 1; got 2.0",
+        ),
+        (["cellar:fitted", "same.csv", "--target", "target", "--prior", "-1"], "prior must be a finite number"),
+    ],
+)
+def test_shift_refuses_in_one_sentence(wines, arguments, said):
+    assert said in refused("shift", *arguments, cwd=wines)
+
+
+def test_rows_that_the_model_does_not_take_are_refused(wines):
+    assert "StandardScaler" in refused("shift", "cellar:fitted", "same.csv", "--columns", "alcohol,ash", cwd=wines)

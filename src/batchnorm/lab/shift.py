@@ -130,6 +130,7 @@ def examine(
     InputError
         The model does not take such rows, or has no output that could be scored.
     """
+    _check_takes(served, rows.features[:2])
     shift = detect_shift(
         served.model,
         _batches(served, rows.features),
@@ -148,6 +149,15 @@ def examine(
     if served.estimator is not None:
         retrained = float(clone(served.estimator).fit(rows.features[given], rows.target[given]).score(x, y))
     return ShiftReport(shift, Scores(as_is, adapted, retrained, len(kept), len(given), prior))
+
+
+def _check_takes(served: Served, rows: NDArray[np.float64]) -> None:
+    try:
+        with torch.no_grad():
+            served.model(served.to_input(rows))
+    except Exception as error:  # of torch or of a pipeline's step, whatever they raise
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"the model must take rows of {rows.shape[1]} features; it raises {said}") from error
 
 
 def _batches(served: Served, features: NDArray[np.float64]) -> list[torch.Tensor]:

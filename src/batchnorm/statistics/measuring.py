@@ -76,10 +76,11 @@ class _Enough(BaseException):
 
 
 class _Pass(NamedTuple):
-    """Moments of the layers' inputs in the order of their use, how often a batch uses each, and the samples."""
+    """What a pass saw: moments, in which orders batches used the layers, how often, and the samples."""
 
     moments: dict[str, Moments]
-    uses: dict[str, int]
+    orders: list[tuple[str, ...]]
+    uses: Counter[str]
     samples: int
 
 
@@ -88,6 +89,9 @@ class _Pooled:
 
     def __init__(self) -> None:
         self._parts: list[Moments] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
 
     def add(self, moments: Moments) -> None:
         self._parts.append(moments)
@@ -170,21 +174,22 @@ class Measuring:
     def layerwise(self, layers: dict[str, TorchBatchNorm]) -> dict[str, Moments]:
         """One pass a layer, each in the network with the layers before it settled; moments by path, in their order.
 
-        The first pass finds the order of the layers, and how often each is used; the first one's input is right.
+        The first pass finds the order, and how often each layer is used. What begins every batch is measured in it, as
+        nothing before that can change its input.
         """
-        begun = self._pass(layers)
-        first, *others = begun.moments
-        found = {first: begun.moments[first]}
-        if begun.uses[first] > 1:
-            others = list(begun.moments)
-        else:
-            self._commit(first, layers[first], begun)
-        check_passes(self.loader, 1 + len(others), self.instead)
-        for path in others:
+        begun = self._pass(layers, begin=True)
+        order = _in_order(begun.orders)
+        found = {}
+        if begun.uses[order[0]] == 1 and all(each[0] == order[0] for each in begun.orders if each):
+            found[order[0]] = begun.moments[order[0]]
+            self._commit(order[0], layers[order[0]], begun)
+        check_passes(self.loader, 1 + len(order) - len(found), self.instead)
+        for path in order[len(found) :]:
             # What a layer's first use gives its second is normalised with the batch's own statistics.
             again = self._pass({path: layers[path]}, until=begun.uses[path], own=begun.uses[path] > 1)
-            found[path] = again.moments[path]
-            self._commit(path, layers[path], again)
+            if path in again.moments:
+                found[path] = again.moments[path]
+                self._commit(path, layers[path], again)
         return found
 
     def _commit(self, path: str, layer: TorchBatchNorm, found: _Pass) -> None:
@@ -198,26 +203,35 @@ class Measuring:
                     f"in {len(channels)} of {len(values)} channels"
                 )
 
-    def _pass(self, layers: dict[str, TorchBatchNorm], *, until: int | None = None, own: bool = False) -> _Pass:
-        """Measure layers, each until a batch has used it so often; with ``own`` a batch's statistics normalise it."""
-        pooled: defaultdict[str, _Pooled] = defaultdict(_Pooled)
+    def _pass(
+        self, layers: dict[str, TorchBatchNorm], *, begin: bool = False, until: int | None = None, own: bool = False
+    ) -> _Pass:
+        """Measure layers, or the one alone that begins; each until a batch has used it so often.
+
+        With ``own`` a batch is normalised with its own statistics.
+        """
+        domains = {path: running_names(layer) for path, layer in layers.items()}
+        pooled = {path: _Pooled() for path in (() if begin else layers)}
         settled: defaultdict[str, _Settled] = defaultdict(_Settled)
         in_batch: Counter[str] = Counter()
         orders: dict[tuple[str, ...], None] = {}  # a set that keeps its order
         uses: Counter[str] = Counter()
         samples, done, failed = 0, False, None
-        domains = {path: running_names(layer) for path, layer in layers.items()}
 
         def add(path: str, x: Tensor, mask: Tensor | None) -> Statistics | None:
             if running_names(layers[path]) != domains[path]:
                 raise InputError(
                     f"{named(path)} must keep its domain; have batchnorm.domain around the call, not within"
                 )
+            in_batch[path] += 1
+            if not pooled:
+                pooled[path] = _Pooled()
+            if path not in pooled:
+                return None
             moments = Moments.of_batch(ops.moments(x, mask))
             pooled[path].add(moments)
             if self.tolerance is not None and moments.count > 0:
                 settled[path].add(moments)
-            in_batch[path] += 1
             if until is not None and in_batch[path] >= until:
                 raise _Enough
             return (moments.mean, moments.var()) if own and x.shape[0] > 1 else None
@@ -233,18 +247,24 @@ class Measuring:
                         samples += samples_of(batch)
                         orders[tuple(in_batch)] = None
                         uses |= in_batch
-                        done = self.tolerance is not None and all(
-                            settled[path].within(self.tolerance, each.whole(), layers[path].eps)
-                            for path, each in pooled.items()
-                        )
+                        done = self._settled(settled, pooled, layers)
                         if done or (self.max_samples is not None and samples >= self.max_samples):
                             break
             except Exception as error:  # noqa: BLE001 (the other ranks must hear of it; then it is raised)
                 failed = error
         self.samples = samples if self.passes == 1 else self.samples
         self.converged = self.converged and done
-        own_share = _Share({path: each.whole() for path, each in pooled.items()}, list(orders), uses, samples)
-        return _of_all_ranks(own_share, layers, self.ranks, failed)
+        moments = {path: each.whole() for path, each in pooled.items() if each}
+        return _of_all_ranks(_Pass(moments, list(orders), uses, samples), layers, self.ranks, failed)
+
+    def _settled(
+        self, settled: dict[str, _Settled], pooled: dict[str, _Pooled], layers: dict[str, TorchBatchNorm]
+    ) -> bool:
+        """Whether the moments of every layer seen are within the tolerance."""
+        tolerance = self.tolerance
+        if tolerance is None or not settled:
+            return False
+        return all(each.within(tolerance, pooled[path].whole(), layers[path].eps) for path, each in settled.items())
 
     @contextmanager
     def _batches(self) -> Iterator[Iterable[Any]]:
@@ -260,42 +280,34 @@ class Measuring:
             yield bar.track(self.loader, description=f"{self.task}, pass {self.passes}")
 
 
-class _Share(NamedTuple):
-    """What a pass saw on this process: moments, in which orders batches used the layers, how often, and samples."""
-
-    moments: dict[str, Moments]
-    orders: list[tuple[str, ...]]
-    uses: Counter[str]
-    samples: int
-
-
 def _of_all_ranks(
-    own: _Share, layers: dict[str, TorchBatchNorm], ranks: dist.ProcessGroup | None, failed: Exception | None
+    own: _Pass, layers: dict[str, TorchBatchNorm], ranks: dist.ProcessGroup | None, failed: Exception | None
 ) -> _Pass:
     """What the pass saw on all processes; where it failed on one it fails on all."""
-    orders, uses, samples, pooled = own.orders, own.uses, own.samples, own.moments
+    moments, orders, uses, samples = own
     if ranks is not None:
         told: list[Any] = [None] * dist.get_world_size(ranks)
-        dist.all_gather_object(told, (orders, uses, samples, None if failed is None else repr(failed)), group=ranks)
+        said = None if failed is None else repr(failed)
+        dist.all_gather_object(told, (list(moments), orders, uses, samples, said), group=ranks)
         for rank, (*_, error) in enumerate(told):
             if failed is None and error is not None:
                 raise BatchNormError(f"rank {rank} of the group failed, and so nothing was changed: {error}")
-        orders = [order for each in told for order in each[0]]
-        uses = functools.reduce(operator.or_, (each[1] for each in told))
-        samples = sum(each[2] for each in told)
+        measured = dict.fromkeys(path for each in told for path in each[0])
+        orders = [order for each in told for order in each[1]]
+        uses = functools.reduce(operator.or_, (each[2] for each in told))
+        samples = sum(each[3] for each in told)
     if failed is not None:
         raise failed
-    order = _in_order(orders)
     if ranks is not None:
         device = running_statistics(next(iter(layers.values())))[0].device
-        pooled = {
-            path: (pooled.get(path) or Moments.empty(layers[path].num_features, device)).all_reduce(ranks)
-            for path in order
+        moments = {
+            path: (moments.get(path) or Moments.empty(layers[path].num_features, device)).all_reduce(ranks)
+            for path in measured
         }
-    pooled = {path: pooled[path] for path in order if pooled[path].count > 0}
-    if not pooled:
+    moments = {path: moments[path] for path in _in_order(orders) if path in moments and moments[path].count > 0}
+    if not moments:
         raise InputError("the loader must give at least one sample to a layer that can be measured; got none")
-    return _Pass(pooled, uses, samples)
+    return _Pass(moments, orders, uses, samples)
 
 
 def _in_order(orders: list[tuple[str, ...]]) -> list[str]:
