@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import batchnorm as bn
+from batchnorm.bench.markdown import placed
 from batchnorm.kernels import native, reference
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/accuracy.json"
 PAGE = ROOT / "docs/accuracy.md"
-BEGIN, END = "<!-- table -->\n", "<!-- /table -->"
 SEEDS = range(3)
 LAYOUTS = ("contiguous", "channels last")
 SHAPE = (16, 8, 28, 28)
@@ -132,16 +132,10 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def filled(page: str, content: dict[str, Any]) -> str:
-    """The page with the table in its place."""
-    before, _, rest = page.partition(BEGIN)
-    return before + BEGIN + "\n" + table(content) + "\n" + END + rest.partition(END)[2]
-
-
 if __name__ == "__main__":
     if native.reason() is not None or bn.kernels().cpu.name != "native":
         raise SystemExit(f"the native kernels must run; got {bn.kernels().cpu}")
     content = measure()
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    PAGE.write_text(filled(PAGE.read_text(), content))
+    PAGE.write_text(placed(PAGE.read_text(), "table", table(content)))
     print(table(content), end="")  # noqa: T201

@@ -26,6 +26,7 @@ from scipy.optimize import nnls
 from torch import multiprocessing
 
 from batchnorm.bench.machine import describe
+from batchnorm.bench.markdown import placed
 from batchnorm.bench.timing import quiet, summary
 from batchnorm.errors import RunError
 
@@ -41,7 +42,6 @@ SECONDS = {2: 10.0, 4: 25.0, 8: 50.0}
 PATIENCE = 90.0
 STEPS = (0.1, 0.4)
 SHARE = 0.1
-BEGIN, END = "<!-- {} -->\n", "<!-- /{} -->"
 
 
 def _resnet50() -> list[int]:
@@ -389,9 +389,7 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
 def filled(page: str, content: dict[str, Any]) -> str:
     """The page with each table between its marks."""
     for name, table in tables(content).items():
-        begin, end = BEGIN.format(name), END.format(name)
-        before, _, rest = page.partition(begin)
-        page = before + begin + "\n" + table + "\n" + end + rest.partition(end)[2]
+        page = placed(page, name, table)
     return page
 
 

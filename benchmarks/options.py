@@ -18,12 +18,12 @@ from torch import Tensor
 
 import batchnorm as bn
 from batchnorm.bench.machine import describe
+from batchnorm.bench.markdown import placed
 from batchnorm.bench.timing import interleaved, ratios, sampler, summary
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/options.json"
 PAGE = ROOT / "docs/layers.md"
-BEGIN, END = "<!-- table -->\n", "<!-- /table -->"
 SECONDS = 1.0
 SHAPES = ((64, 64, 56, 56), (64, 256, 28, 28), (4096, 512), (256, 1024), (32, 64))
 LAYOUTS = ("contiguous", "channels last")
@@ -95,16 +95,10 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def filled(page: str, content: dict[str, Any]) -> str:
-    """The page with the table in its place."""
-    before, _, rest = page.partition(BEGIN)
-    return before + BEGIN + "\n" + table(content) + "\n" + END + rest.partition(END)[2]
-
-
 if __name__ == "__main__":
     if bn.kernels().cpu.name != "native":
         raise SystemExit(f"the native kernels must run; got {bn.kernels().cpu}")
     content = measure()
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    PAGE.write_text(filled(PAGE.read_text(), content))
+    PAGE.write_text(placed(PAGE.read_text(), "table", table(content)))
     print(table(content), end="")  # noqa: T201

@@ -1,9 +1,9 @@
 """What recalibration costs beside the forward passes that it takes: python benchmarks/recalibration.py.
 
-Writes benchmarks/results/recalibration.json and prints its table as Markdown. Three networks of three layers of batch
-normalization each, with our layers and with torch's. What is compared takes turns in one process; a number is the
-median, over the rounds, of the time of `recalibrate`, of all layers, over the time of the same forward passes in eval
-mode, without gradients: one through the whole network for all layers at once; layer by layer one through the whole
+Writes benchmarks/results/recalibration.json and puts its table into docs/statistics.md. Three networks of three layers
+of batch normalization each, with our layers and with torch's. What is compared takes turns in one process; a number is
+the median, over the rounds, of the time of `recalibrate`, of all layers, over the time of the same forward passes in
+eval mode, without gradients: one through the whole network for all layers at once; layer by layer one through the whole
 network, and one up to each of the other layers.
 """
 
@@ -20,10 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm as bn
 from batchnorm.bench.machine import describe
+from batchnorm.bench.markdown import placed
 from batchnorm.bench.timing import interleaved, ratios, sampler, summary
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/recalibration.json"
+PAGE = ROOT / "docs/statistics.md"
 SECONDS = 10.0
 BATCHES = 4
 CHANNELS, WIDTH = 64, 512
@@ -117,4 +119,5 @@ if __name__ == "__main__":
         raise SystemExit(f"the native kernels must run; got {bn.kernels().cpu}")
     content = measure()
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    PAGE.write_text(placed(PAGE.read_text(), RESULTS.name, table(content)))
     print(table(content), end="")  # noqa: T201

@@ -38,6 +38,11 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm.bench.machine import describe
+from batchnorm.bench.markdown import placed
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/shift.json"
+PAGE = ROOT / "docs/statistics.md"
 
 STEPS, BATCH, LEARNING_RATE = 400, 60, 0.1
 PRIOR, ALPHA = 16, 0.05
@@ -221,6 +226,8 @@ def main() -> None:
         "seconds": round(time.perf_counter() - started, 1),
     }
     arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+    if arguments.out.resolve() == RESULTS:
+        PAGE.write_text(placed(PAGE.read_text(), RESULTS.name, table(content)))
     print(table(content), end="")  # noqa: T201
 
 

@@ -12,7 +12,7 @@ from batchnorm.bench.run import read
 from batchnorm.bench.summary import LARGE, geometric_means, timed
 from batchnorm.bench.table import duration
 
-__all__ = ["filled", "markdown"]
+__all__ = ["filled", "markdown", "placed"]
 
 HEADINGS = {"train": "Forward and backward", "forward": "Forward alone", "eval": "Eval"}
 
@@ -100,3 +100,13 @@ def filled(page: str, folder: Path) -> str:
         return f"<!-- {path.name} -->\n{markdown(read(path))}<!-- end -->" if path.exists() else found[0]
 
     return re.sub(r"<!-- (?P<name>\S+\.json) -->\n.*?<!-- end -->", place, page, flags=re.DOTALL)
+
+
+def placed(page: str, name: str, table: str) -> str:
+    """The page with a table between ``<!-- NAME -->`` and ``<!-- /NAME -->``, in the place of what was there."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"the page must have {begin.strip()} and {end}")
+    return f"{before}{begin}\n{table}\n{end}{after}"

@@ -1,0 +1,69 @@
+"""docs/statistics.md shows the committed measurements, and these keep what the page promises."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from batchnorm.bench.markdown import placed
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs/statistics.md").read_text()
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def content(name):
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+def cases(kind):
+    return [case for case in content("shift")["cases"] if case["shift"] == kind]
+
+
+@pytest.mark.parametrize("name", ["recalibration", "shift"])
+def test_the_tables_of_the_page_are_those_of_the_committed_files(name):
+    assert placed(PAGE, f"{name}.json", script(name).table(content(name))) == PAGE
+
+
+def test_on_clean_digits_adapting_costs_no_network_more_than_a_point_in_the_median():
+    (clean,) = cases("none")
+    for images in ("16", "32", "128"):
+        assert clean["accuracy"][images] > clean["accuracy"]["as is"] - 0.01
+
+
+def test_at_alpha_of_a_twentieth_at_most_a_twentieth_of_the_clean_draws_is_reported():
+    settings = content("shift")["settings"]
+    assert (settings["alpha"], settings["draws"]) == (0.05, 200)
+    (clean,) = cases("none")
+    assert all(share <= 0.05 for share in clean["reported"]["stored statistics"].values())
+
+
+def test_every_kind_is_there_in_five_severities_and_the_strongest_is_noticed_in_16_images():
+    for kind in ("brightness", "contrast", "blur", "noise"):
+        assert [case["severity"] for case in cases(kind)] == [1, 2, 3, 4, 5]
+        assert cases(kind)[-1]["reported"]["stored statistics"]["16"] > 0.95
+
+
+def test_adapting_is_as_good_as_retraining_for_brightness_and_contrast_and_nothing_for_noise():
+    for kind in ("brightness", "contrast"):
+        worst = cases(kind)[-1]["accuracy"]
+        assert worst["128"] > worst["as is"] + 0.1
+        assert worst["128"] > worst["retrained"] - 0.01
+    worst = cases("noise")[-1]["accuracy"]
+    assert worst["128"] < worst["as is"] + 0.05
+
+
+def test_a_small_study_measures_what_the_committed_one_does():
+    study = script("shift").study(seeds=1, repeats=1, jobs=1)
+    assert [(case["shift"], case["severity"]) for case in study] == [
+        (case["shift"], case["severity"]) for case in content("shift")["cases"]
+    ]
+    assert study[0]["accuracy"]["as is"] > 0.9
+    assert study[5]["accuracy"]["128"] > study[5]["accuracy"]["as is"]
