@@ -85,12 +85,13 @@ INLINE Vector<float> numbers(const Half *from) { return widen(from); }
 // Stream tells the processor not to keep the line in its cache: right where the whole output would not fit anyway.
 template <bool Stream, class Stored> INLINE void write(void *to, Stored values) {
 #if defined(__SSE2__)
-    if constexpr (Stream && sizeof(Stored) % 16 == 0) {
-        __m128i parts[sizeof(Stored) / 16];
-        memcpy(parts, &values, sizeof values);
-        for (size_t i = 0; i < sizeof(Stored) / 16; ++i) _mm_stream_si128((__m128i *)to + i, parts[i]);
-        return;
-    }
+    if constexpr (Stream && sizeof(Stored) == 16) return _mm_stream_si128((__m128i *)to, cast<__m128i>(values));
+#endif
+#if W >= 32
+    if constexpr (Stream && sizeof(Stored) == 32) return _mm256_stream_si256((__m256i *)to, cast<__m256i>(values));
+#endif
+#if W >= 64
+    if constexpr (Stream && sizeof(Stored) == 64) return _mm512_stream_si512((__m512i *)to, cast<__m512i>(values));
 #endif
     memcpy(to, &values, sizeof values);
 }
