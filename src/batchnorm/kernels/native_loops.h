@@ -5,7 +5,7 @@
 // K::put writes what comes out. Two ways of walking lead over the values: planes, where a channel of a sample is one run
 // of memory (contiguous tensors), and rows, where a position's channels are (channels last, and (N, C)).
 
-#include "native.h"
+#include "native_channels.h"
 
 namespace batchnorm {
 namespace {
@@ -606,8 +606,15 @@ template <class T, bool Planes> Loops backward_of(const Call &call, bool stream)
     return general<Backward, T, Planes>(call.mask != nullptr);
 }
 template <class T> Loops of_dtype(const Call &call, bool gradients, bool stream) {
-    if (gradients) return call.rows ? backward_of<T, false>(call, stream) : backward_of<T, true>(call, stream);
-    return call.rows ? forward_of<T, false>(call, stream) : forward_of<T, true>(call, stream);
+    Loops loops;
+    if (gradients)
+        loops = call.rows ? backward_of<T, false>(call, stream) : backward_of<T, true>(call, stream);
+    else
+        loops = call.rows ? forward_of<T, false>(call, stream) : forward_of<T, true>(call, stream);
+    loops.shifts = with_shifts<T>;
+    loops.moments = with_moments<T>;
+    loops.finish = gradients ? finish_backward<T> : finish_forward<T>;
+    return loops;
 }
 
 }  // namespace
