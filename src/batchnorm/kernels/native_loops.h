@@ -79,7 +79,15 @@ template <class H> INLINE Vector<float> widen(const H *from) {
 #endif
     return cast<Vector<float>>(H::template to_float_bits<Words, Vector<float>>(words));
 }
-INLINE Vector<float> numbers(const BFloat16 *from) { return widen(from); }
+INLINE Vector<float> numbers(const BFloat16 *from) {
+#if defined(WIDEN_UP)
+    Halves halves;
+    memcpy(&halves, from, sizeof halves);
+    return cast<Vector<float>>(WIDEN_UP(halves));
+#else
+    return widen(from);
+#endif
+}
 INLINE Vector<float> numbers(const Half *from) { return widen(from); }
 
 // Stream tells the processor not to keep the line in its cache: right where the whole output would not fit anyway.
@@ -101,6 +109,11 @@ template <bool Stream, class H> INLINE void store(H *to, Vector<float> values) {
     Words words = H::template from_float_bits<Words, Vector<float>>(cast<Words>(values));
     write<Stream>(to, __builtin_convertvector(words, Halves));
 }
+#if defined(NARROW_UP)
+template <bool Stream> INLINE void store(BFloat16 *to, Vector<float> values) {
+    write<Stream>(to, NARROW_UP(BFloat16::rounded<Words>(cast<Words>(values))));
+}
+#endif
 
 // How many values: a vector; the first n, where fewer are there, the other lanes reading as 0; or two vectors.
 enum Group : int { ONE, PART, PAIR };
