@@ -9,12 +9,13 @@ namespace batchnorm {
 namespace {
 
 constexpr int64_t BLOCK = 64;
+#define SHARED __attribute__((noinline))  // a small batch finds little of its code in the cache
 #define CHANNELWISE _Pragma("omp simd") for (int64_t i = 0; i < n; ++i)
 
 template <class T> INLINE void read_as(const void *from, int64_t c, int64_t n, double *to) {
     CHANNELWISE to[i] = number(((const T *)from)[c + i]);
 }
-INLINE void read(const void *from, int64_t dtype, int64_t c, int64_t n, double otherwise, double *to) {
+SHARED inline void read(const void *from, int64_t dtype, int64_t c, int64_t n, double otherwise, double *to) {
     if (!from) {
         CHANNELWISE to[i] = otherwise;
         return;
@@ -105,7 +106,7 @@ struct Channels {
     // inverse: 1 / sqrt(var + eps); shift is for x - mean
     double mean[BLOCK], inverse[BLOCK], gain[BLOCK], shift[BLOCK], r[BLOCK], d[BLOCK];
 };
-INLINE void of_block(const Call &call, int64_t c, int64_t n, Channels &ch) {
+SHARED inline void of_block(const Call &call, int64_t c, int64_t n, Channels &ch) {
     double weight[BLOCK];
     read(call.weight, call.weight_dtype, c, n, 1, weight);
     read(call.bias, call.bias_dtype, c, n, 0, ch.shift);
@@ -143,7 +144,7 @@ template <class A> INLINE void repeat(const Job &job, A *table, int64_t c, int64
         memcpy(table + at, table + c, n * sizeof(A));
 }
 template <class A>
-INLINE void fill(const Job &job, int64_t c, int64_t n, const Channels &ch, const double *slope, const double *level) {
+SHARED void fill(const Job &job, int64_t c, int64_t n, const Channels &ch, const double *slope, const double *level) {
     const Tables<A> t = tables<A>(job);
     CHANNELWISE {
         const A rounded = plain_nan((A)ch.mean[i]);
@@ -157,7 +158,7 @@ INLINE void fill(const Job &job, int64_t c, int64_t n, const Channels &ch, const
     A *const all[] = {t.mean, t.gain, t.shift, t.slope, t.level};
     for (A *table : all) repeat(job, table, c, n);
 }
-INLINE void sums_of(const Job &job, int64_t c, int64_t n, double *first, double *second) {
+SHARED inline void sums_of(const Job &job, int64_t c, int64_t n, double *first, double *second) {
     CHANNELWISE first[i] = second[i] = 0;
     for (int64_t split = 0; split < job.splits; ++split)
         for (int64_t at = split * job.width + c; at < (split + 1) * job.width; at += job.call->channels)
