@@ -7,7 +7,7 @@
 // whose sums, variance or factors do not fit a float (values near 1e30, subnormal ones) is computed again, carefully:
 // in double, value by value.
 
-#include "native.h"
+#include "native_channels.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -63,7 +63,7 @@ void work(int64_t begin, int64_t end, void *argument) {
             if (whole) job.start(job, u.c0, u.c1);
             if (job.phase & SUM)
                 do job.loops.sum(job, u);
-                while (whole && job.finish(job, u.c0, u.c1));
+                while (whole && job.loops.finish(job, u.c0, u.c1));
             if (job.phase & PUT) job.loops.put(job, u);
         }
     }
@@ -72,221 +72,6 @@ void run(Job &job, int phase) {
     job.phase = phase;
     // Where the threads fail the work is done here: every unit gives the same when it is done twice.
     if (job.parts < 2 || parallel_for(0, job.parts, 1, work, &job) != 0) work(0, job.parts, &job);
-}
-
-INLINE double parameter(const void *from, int64_t dtype, int64_t i, double otherwise) {
-    if (!from) return otherwise;
-    switch (dtype) {
-    case FLOAT64: return ((const double *)from)[i];
-    case BFLOAT16: return number(((const BFloat16 *)from)[i]);
-    case FLOAT16: return number(((const Half *)from)[i]);
-    default: return ((const float *)from)[i];
-    }
-}
-INLINE void set_parameter(void *to, int64_t dtype, int64_t i, double value) {
-    if (!to) return;
-    switch (dtype) {
-    case FLOAT64: return assign(((double *)to)[i], value);
-    case BFLOAT16: return assign(((BFloat16 *)to)[i], value);
-    case FLOAT16: return assign(((Half *)to)[i], value);
-    default: return assign(((float *)to)[i], value);
-    }
-}
-
-// Value by value, in double.
-template <class T> struct Slow {
-    const Call &call;
-    int64_t place(int64_t position, int64_t c) const {
-        if (call.rows) return position * call.channels + c;
-        return (position / call.length * call.channels + c) * call.length + position % call.length;
-    }
-    int64_t positions() const { return call.samples * call.length; }
-    bool counts(int64_t position) const { return !call.mask || call.mask[position]; }
-    double at(const void *from, int64_t position, int64_t c) const { return number(((const T *)from)[place(position, c)]); }
-
-    void moments(int64_t c, double count, double &mean, double &var) const {
-        double sum = 0, squares = 0, rest = 0;
-        for (int64_t p = 0; p < positions(); ++p)
-            if (counts(p)) sum += at(call.x, p, c);
-        mean = sum / count;
-        for (int64_t p = 0; p < positions(); ++p) {
-            if (!counts(p)) continue;
-            const double d = at(call.x, p, c) - mean;
-            rest += d;
-            squares += d * d;
-        }
-        var = squares / count - (rest / count) * (rest / count);
-        if (isfinite(rest)) mean += rest / count;
-    }
-    double argument(int64_t p, int64_t c, double mean, double gain, double shift) const {
-        return (at(call.x, p, c) - mean) * gain + shift;
-    }
-    void forward(int64_t c, double mean, double gain, double shift) const {
-        for (int64_t p = 0; p < positions(); ++p) {
-            double z = argument(p, c, mean, gain, shift);
-            if (call.other) z += at(call.other, p, c);
-            if (call.activation != NONE && z < 0) z = call.activation == RELU ? 0 : z * LEAKY_SLOPE;
-            assign(((T *)call.out)[place(p, c)], counts(p) ? z : 0);
-        }
-    }
-    double gradient(int64_t p, int64_t c, double mean, double gain, double shift) const {
-        const double dy = at(call.dy, p, c);
-        if (call.activation == NONE) return dy;
-        const double z = call.other ? at(call.other, p, c) : argument(p, c, mean, gain, shift);
-        return z > 0 ? dy : call.activation == RELU ? 0 : dy * LEAKY_SLOPE;
-    }
-    void sums(int64_t c, double mean, double gain, double shift, double &dbias, double &products) const {
-        dbias = products = 0;
-        for (int64_t p = 0; p < positions(); ++p) {
-            if (!counts(p)) continue;
-            const double dz = gradient(p, c, mean, gain, shift);
-            dbias += dz;
-            products += dz * (at(call.x, p, c) - mean);
-        }
-    }
-    void backward(int64_t c, double mean, double gain, double shift, double slope, double level) const {
-        for (int64_t p = 0; p < positions(); ++p) {
-            const double dz = counts(p) ? gradient(p, c, mean, gain, shift) : 0;
-            double dx = dz * gain;
-            if (call.batch_statistics) dx -= (at(call.x, p, c) - mean) * slope + level;
-            if (call.out) assign(((T *)call.out)[place(p, c)], counts(p) ? dx : 0);
-            if (call.dresidual) assign(((T *)call.dresidual)[place(p, c)], dz);
-        }
-    }
-};
-
-struct Channel {
-    double mean, inverse, gain, shift, r, d;  // inverse: 1 / sqrt(var + eps); shift is for x - mean
-};
-INLINE Channel channel(const Call &call, int64_t c) {
-    const double inverse = 1 / sqrt(call.var[c] + call.eps), weight = parameter(call.weight, call.weight_dtype, c, 1);
-    const double r = call.renorm ? call.renorm[c] : 1, d = call.renorm ? call.renorm[call.chunks * call.channels + c] : 0;
-    return {call.mean[c], inverse, inverse * weight * r, parameter(call.bias, call.bias_dtype, c, 0) + weight * d, r, d};
-}
-double clamp(double value, double low, double high) { return value < low ? low : value > high ? high : value; }
-// Batch renormalization: how far the batch is from the running statistics.
-void renormalise(const Call &call, int64_t c) {
-    const double sigma = sqrt(parameter(call.running_var, call.running_var_dtype, c, 1) + call.eps);
-    const double away = (call.mean[c] - parameter(call.running_mean, call.running_mean_dtype, c, 0)) / sigma;
-    call.renorm[c] = clamp(sqrt(call.var[c] + call.eps) / sigma, 1 / call.r_max, call.r_max);
-    call.renorm[call.chunks * call.channels + c] = clamp(away, -call.d_max, call.d_max);
-}
-bool fits(double factor) { return factor == 0 || (fabs(factor) < 1e37 && fabs(factor) > 1e-37); }
-bool finite(const Channel &ch) { return isfinite(ch.mean) && isfinite(ch.inverse); }
-
-// The tables of a channel; the mean is split in two there. Rows hold a channel as often as they hold positions.
-template <class A> INLINE void fill(const Job &job, int64_t c, double mean, double gain, double shift, double slope, double level) {
-    const Tables<A> t = tables<A>(job);
-    const A rounded = plain_nan((A)mean);
-    const double rest = mean - (double)rounded;
-    for (int64_t i = c; i < job.width; i += job.call->channels) {
-        t.mean[i] = rounded;
-        t.gain[i] = plain_nan((A)gain);
-        t.shift[i] = plain_nan((A)(shift - gain * rest));
-        t.slope[i] = plain_nan((A)slope);
-        t.level[i] = plain_nan((A)(level - slope * rest));
-    }
-}
-INLINE void sums_of(const Job &job, int64_t c, double &first, double &second) {
-    first = second = 0;
-    for (int64_t split = 0; split < job.splits; ++split)
-        for (int64_t i = split * job.width + c; i < (split + 1) * job.width; i += job.call->channels) {
-            first += job.first[i];
-            second += job.second[i];
-        }
-}
-
-template <class T> void with_moments(const Job &job, int64_t c0, int64_t c1) {
-    using A = Arithmetic<T>;
-    for (int64_t c = c0; c < c1 && c < job.call->channels; ++c) {
-        const Channel ch = channel(*job.call, c);
-        const bool small = sizeof(A) == sizeof(float);
-        job.careful[c] = small && finite(ch) && !(fits(ch.gain) && fabs(ch.mean) < 1e37);
-        fill<A>(job, c, ch.mean, ch.gain, ch.shift, 0, 0);
-    }
-}
-// The shift that forward sums are taken about: a value of the batch plus how far 8 are from it in the mean. Of a
-// constant it is that constant.
-template <class T> void with_shifts(const Job &job, int64_t c0, int64_t c1) {
-    using A = Arithmetic<T>;
-    constexpr int64_t looks = 8;
-    const Call &call = *job.call;
-    const Slow<T> slow{call};
-    int64_t at[looks], found = 0, first = 0;
-    while (first < job.places && !slow.counts(first)) ++first;
-    for (int64_t i = 0; i < looks; ++i) {
-        const int64_t sample = i * call.samples / looks, place = i * call.length / looks;
-        const int64_t position = i ? sample * call.length + place : first;
-        if (position < job.places && slow.counts(position)) at[found++] = slow.place(position, 0);
-    }
-    const T *x = (const T *)call.x;
-    A *means = tables<A>(job).mean;
-    for (int64_t c = c0; c < c1 && c < call.channels; ++c) {
-        const int64_t offset = call.rows ? c : c * call.length;
-        const double base = found ? number(x[at[0] + offset]) : 0;
-        double sum = 0;
-        for (int64_t i = 1; i < found; ++i) sum += number(x[at[i] + offset]) - base;
-        const A shift = (A)(base + sum / looks);
-        for (int64_t i = c; i < job.width; i += call.channels) means[i] = shift;
-        job.again[c] = 0;
-    }
-}
-template <class T> bool finish_forward(const Job &job, int64_t c0, int64_t c1) {
-    using A = Arithmetic<T>;
-    const Call &call = *job.call;
-    const double m = (double)(job.count > 0 ? job.count : 1), share = 1 / m;
-    bool any = false;
-    for (int64_t c = c0; c < c1 && c < call.channels; ++c) {
-        const Tables<A> t = tables<A>(job);
-        double first, second;
-        sums_of(job, c, first, second);
-        const double away = first * share, var = second * share - away * away;
-        const bool tiny = sizeof(A) == sizeof(float) && second < m * 1e-30 && call.eps < 1e-20;
-        if (!isfinite(first) || !isfinite(second) || tiny) {
-            Slow<T>{call}.moments(c, m, call.mean[c], call.var[c]);
-            continue;
-        }
-        if (!job.again[c] && away * away > 8 * var) {
-            job.again[c] = 1;
-            any = true;
-        }
-        call.mean[c] = (double)t.mean[c] + away;
-        call.var[c] = var > 0 ? var : var == var ? 0 : var;
-    }
-    if (any) {
-        for (int64_t c = c0; c < c1 && c < call.channels; ++c)
-            if (isfinite(call.mean[c]))
-                for (int64_t i = c; i < job.width; i += call.channels) tables<A>(job).mean[i] = (A)call.mean[c];
-        return true;
-    }
-    if (call.renorm && !call.renorm_given)
-        for (int64_t c = c0; c < c1 && c < call.channels; ++c) renormalise(call, c);
-    with_moments<T>(job, c0, c1);
-    return false;
-}
-template <class T> bool finish_backward(const Job &job, int64_t c0, int64_t c1) {
-    using A = Arithmetic<T>;
-    const Call &call = *job.call;
-    const double m = (double)(job.count > 0 ? job.count : 1);
-    for (int64_t c = c0; c < c1 && c < call.channels; ++c) {
-        const Channel ch = channel(call, c);
-        double dbias, products;
-        sums_of(job, c, dbias, products);
-        products -= (ch.mean - (double)(A)ch.mean) * dbias;  // they were taken with the rounded mean
-        if (sizeof(A) == sizeof(float) && finite(ch) && (job.careful[c] || !isfinite(dbias) || !isfinite(products))) {
-            job.careful[c] = 1;
-            Slow<T>{call}.sums(c, ch.mean, ch.gain, ch.shift, dbias, products);
-        }
-        const double projection = ch.inverse * products;  // sum of dz * x_hat
-        const double slope = ch.gain * ch.inverse * projection / m, level = ch.gain * dbias / m;
-        // A tiny factor matters only to values that are as large.
-        const bool matters = fabs(slope) > 1e37 || ch.inverse < 1e-12;
-        if (sizeof(A) == sizeof(float) && finite(ch) && matters && !fits(slope)) job.careful[c] = 1;
-        fill<A>(job, c, ch.mean, ch.gain, ch.shift, call.batch_statistics ? slope : 0, call.batch_statistics ? level : 0);
-        job.dweight[c] = ch.r * projection + ch.d * dbias;
-        job.dbias[c] = dbias;
-    }
-    return false;
 }
 
 // How the work is divided. A channel is best summed and then written by one thread, while it is in that thread's cache;
@@ -310,8 +95,9 @@ void divide(Job &job, int64_t size, int64_t tensors_read, int64_t workers) {
     job.repeats = 1;
     job.splits = 1;
     if (!call.rows) {
-        const int64_t fill_run = at_least(1, RUN_BYTES / (call.length * size));
-        const int64_t share = at_least(1, channels / (4 * workers));
+        int64_t fill_run = at_least(1, RUN_BYTES / (call.length * size));
+        if (fill_run > 4) fill_run = (fill_run + 7) / 8 * 8;  // whole vectors of channels
+        const int64_t share = workers == 1 ? channels : at_least(1, channels / (4 * workers));
         job.channels_at_once = at_most(at_most(fill_run, share), CHANNELS_AT_ONCE);
         if (channels < 4 * workers && channels % workers) job.splits = workers;
     } else {
@@ -360,16 +146,15 @@ bool compute_batch(const Call &call, bool gradients, double *sums_of_gradients, 
     }
     count = job.count;
     if (channels == 0) return true;
-    if (!gradients && !call.batch_statistics)
-        for (int64_t c = 0; c < channels; ++c) {
-            call.mean[c] = parameter(call.running_mean, call.running_mean_dtype, c, 0);
-            call.var[c] = parameter(call.running_var, call.running_var_dtype, c, 1);
-        }
+    if (!gradients && !call.batch_statistics) {
+        read(call.running_mean, call.running_mean_dtype, 0, channels, 0, call.mean);
+        read(call.running_var, call.running_var_dtype, 0, channels, 1, call.var);
+    }
     if (positions == 0) {
         for (int64_t c = 0; c < channels; ++c) {
             if (gradients) job.dweight[c] = job.dbias[c] = 0;
             else if (call.batch_statistics) call.mean[c] = call.var[c] = 0;
-            if (!gradients && call.renorm && !call.renorm_given) renormalise(call, c);
+            if (!gradients && call.renorm && !call.renorm_given) renormalise(call, c, 1);
         }
         return true;
     }
@@ -390,30 +175,30 @@ bool compute_batch(const Call &call, bool gradients, double *sums_of_gradients, 
     const bool sums = gradients ? call.batch_statistics || call.dweight || call.dbias : call.batch_statistics;
     const int put = call.out || call.dresidual ? PUT : 0;
     job.loops = set.find(call, gradients, stream);
-    job.start = sums && !gradients ? with_shifts<T> : with_moments<T>;
-    job.finish = gradients ? finish_backward<T> : finish_forward<T>;
+    job.start = sums && !gradients ? job.loops.shifts : job.loops.moments;
     if (job.splits == 1 && put) {
         run(job, START | (sums ? SUM : 0) | put);
     } else {
         job.start(job, 0, channels);
         if (sums)
             do run(job, SUM);
-            while (job.finish(job, 0, channels));
+            while (job.loops.finish(job, 0, channels));
         if (put) run(job, put);
     }
 
     for (int64_t c = 0; c < channels; ++c) {
         if (!job.careful[c] || !put) continue;
         const Slow<T> slow{call};
-        const Channel ch = channel(call, c);
+        Channels ch;
+        of_block(call, c, 1, ch);
+        const double mean = *ch.mean, inverse = *ch.inverse, gain = *ch.gain, shift = *ch.shift;
         if (!gradients) {
-            slow.forward(c, ch.mean, ch.gain, ch.shift);
+            slow.forward(c, mean, gain, shift);
         } else {
             double dbias = 0, products = 0;
-            if (call.batch_statistics) slow.sums(c, ch.mean, ch.gain, ch.shift, dbias, products);
+            if (call.batch_statistics) slow.sums(c, mean, gain, shift, dbias, products);
             const double m = (double)at_least(job.count, 1);
-            slow.backward(c, ch.mean, ch.gain, ch.shift, ch.gain * ch.inverse * ch.inverse * products / m,
-                          ch.gain * dbias / m);
+            slow.backward(c, mean, gain, shift, gain * inverse * inverse * products / m, gain * dbias / m);
         }
     }
     free(memory);
@@ -455,46 +240,59 @@ template <class T> void compute_chunks(int64_t begin, int64_t end, void *argumen
         compute_chunk<T>(all, i, 1);
 }
 
-INLINE bool holds(int64_t dtype, double value) { return isfinite(dtype == FLOAT64 ? value : (float)value); }
+INLINE bool holds(int64_t dtype, double value) { return bounded(dtype == FLOAT64 ? value : (float)value); }
 
+// The moments of all chunks together, with the variance that running statistics keep.
+void pooled(const Call &call, const int64_t *counts, int64_t count, int64_t c, int64_t n, double *mean, double *var) {
+    const double unbiased = call.biased ? 1 : (double)count / (double)at_least(count - 1, 1);
+    CHANNELWISE {
+        mean[i] = call.mean[c + i];
+        var[i] = call.var[c + i] * unbiased;
+    }
+    if (call.chunks == 1) return;
+    const double share = 1 / (double)at_least(count, 1);
+    for (int64_t i = 0; i < n; ++i) {
+        const double *means = call.mean + c + i, *vars = call.var + c + i;
+        double sum = 0, squares = 0;
+        for (int64_t j = 0; j < call.chunks; ++j) sum += (double)counts[j] * (means[j * call.channels] - mean[i]);
+        mean[i] += sum * share;
+        for (int64_t j = 0; j < call.chunks; ++j) {
+            const double away = means[j * call.channels] - mean[i];
+            if (counts[j]) squares += (double)counts[j] * (vars[j * call.channels] + away * away);
+        }
+        var[i] = squares * share * unbiased;
+    }
+}
 // Running statistics take a part of the batch's: momentum of it, or where that is below 0 one over the batches so far.
 // A batch of one value has no unbiased variance, and one of none no mean: neither moves anything. Where skipped is
 // given, a batch with a channel that is not finite moves nothing in any.
 void update(const Call &call, const int64_t *counts) {
+    double mean[BLOCK], var[BLOCK], old_mean[BLOCK], old_var[BLOCK];
     int64_t count = 0;
     for (int64_t i = 0; i < call.chunks; ++i) count += counts[i];
-    const double share = 1 / (double)at_least(count, 1);
-    const double unbiased = call.biased ? 1 : (double)count / (double)at_least(count - 1, 1);
-    // The moments of all chunks together.
-    const auto pooled = [&](int64_t c, double &mean, double &var) {
-        mean = call.mean[c];
-        var = call.var[c] * unbiased;
-        if (call.chunks == 1) return;
-        double sum = 0, squares = 0;
-        for (int64_t i = 0; i < call.chunks; ++i) sum += (double)counts[i] * (call.mean[i * call.channels + c] - mean);
-        mean += sum * share;
-        for (int64_t i = 0; i < call.chunks; ++i) {
-            const double away = call.mean[i * call.channels + c] - mean;
-            if (counts[i]) squares += (double)counts[i] * (call.var[i * call.channels + c] + away * away);
-        }
-        var = squares * share * unbiased;
-    };
-    double mean, var;
-    for (int64_t c = 0; call.skipped && c < call.channels; ++c) {
-        pooled(c, mean, var);
-        if (holds(call.running_mean_dtype, mean) && holds(call.running_var_dtype, var)) continue;
+    for (int64_t c = 0; call.skipped && c < call.channels; c += BLOCK) {
+        const int64_t n = at_most(call.channels - c, BLOCK);
+        pooled(call, counts, count, c, n, mean, var);
+        bool all = true;
+        for (int64_t i = 0; i < n; ++i) all &= holds(call.running_mean_dtype, mean[i]) & holds(call.running_var_dtype, var[i]);
+        if (all) continue;
         ++*call.skipped;
         return;
     }
     if (call.batches) ++*call.batches;
     if (count < 2) return;
     const double weight = call.momentum < 0 ? 1.0 / (double)at_least(call.batches ? *call.batches : 1, 1) : call.momentum;
-    for (int64_t c = 0; c < call.channels; ++c) {
-        const double old_mean = parameter(call.running_mean, call.running_mean_dtype, c, 0);
-        const double old_var = parameter(call.running_var, call.running_var_dtype, c, 0);
-        pooled(c, mean, var);
-        set_parameter(call.running_mean, call.running_mean_dtype, c, weight * mean + (1 - weight) * old_mean);
-        set_parameter(call.running_var, call.running_var_dtype, c, weight * var + (1 - weight) * old_var);
+    for (int64_t c = 0; c < call.channels; c += BLOCK) {
+        const int64_t n = at_most(call.channels - c, BLOCK);
+        pooled(call, counts, count, c, n, mean, var);
+        read(call.running_mean, call.running_mean_dtype, c, n, 0, old_mean);
+        read(call.running_var, call.running_var_dtype, c, n, 0, old_var);
+        CHANNELWISE {
+            mean[i] = weight * mean[i] + (1 - weight) * old_mean[i];
+            var[i] = weight * var[i] + (1 - weight) * old_var[i];
+        }
+        write(call.running_mean, call.running_mean_dtype, c, n, mean);
+        write(call.running_var, call.running_var_dtype, c, n, var);
     }
 }
 
@@ -516,15 +314,11 @@ template <class T> int32_t compute(const Call &call, bool gradients) {
     bool done = true;
     for (int64_t i = 0; i < chunks; ++i) done = done && all.done[i];
     if (done && gradients) {
-        for (int64_t c = 0; c < call.channels; ++c) {
-            double dweight = 0, dbias = 0;
-            for (int64_t i = 0; i < chunks; ++i) {
-                dweight += all.sums[2 * i * call.channels + c];
-                dbias += all.sums[(2 * i + 1) * call.channels + c];
-            }
-            set_parameter(call.dweight, call.weight_dtype, c, dweight);
-            set_parameter(call.dbias, call.bias_dtype, c, dbias);
-        }
+        double *const dweight = all.sums, *const dbias = all.sums + call.channels;
+        for (int64_t i = 1; i < chunks; ++i)
+            for (int64_t c = 0; c < 2 * call.channels; ++c) all.sums[c] += all.sums[2 * i * call.channels + c];
+        write(call.dweight, call.weight_dtype, 0, call.channels, dweight);
+        write(call.dbias, call.bias_dtype, 0, call.channels, dbias);
     } else if (done && call.moving) {
         update(call, all.counts);
     }

@@ -63,6 +63,11 @@ struct Unit {
 struct Loops {
     void (*sum)(const Job &, const Unit &);
     void (*put)(const Job &, const Unit &);
+    // Of channels [c0, c1): ready for forward's sums; ready to be written; what follows from sums, and whether they must
+    // be taken again.
+    void (*shifts)(const Job &, int64_t c0, int64_t c1);
+    void (*moments)(const Job &, int64_t c0, int64_t c1);
+    bool (*finish)(const Job &, int64_t c0, int64_t c1);
 };
 
 struct Job {
@@ -70,7 +75,6 @@ struct Job {
     double *dweight, *dbias;  // of this call's channels
     Loops loops;
     void (*start)(const Job &, int64_t c0, int64_t c1);
-    bool (*finish)(const Job &, int64_t c0, int64_t c1);
     int phase;
     int64_t count, places;         // values that a channel has; those and what the mask leaves out
     int64_t channels_at_once;      // in a unit of work

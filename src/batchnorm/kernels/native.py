@@ -37,6 +37,7 @@ __all__ = [
 
 ABI = 2
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+CONTIGUOUS = torch.contiguous_format
 FUSED: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2}
 HERE = Path(__file__).parent
 _PACK = struct.Struct("=33q4d").pack
@@ -163,16 +164,16 @@ def can_move(running: Running) -> bool:
     )
 
 
-def _format(x: Tensor) -> tuple[torch.memory_format, int, int, int]:
+def _format(x: Tensor, shape: torch.Size) -> tuple[torch.memory_format, int, int, int]:
     """The memory format of a tensor that is `ready`, whether a position's channels are a row, samples, length."""
-    if x.dim() == 2:
-        return torch.contiguous_format, 1, x.shape[0], 1
-    samples, length = x.shape[0], x.shape[2:].numel()
-    if length == 1 or not x.is_contiguous():
-        last = x.dim() > 3 and not x.is_contiguous()
-        kind = (torch.channels_last if x.dim() == 4 else torch.channels_last_3d) if last else torch.contiguous_format
-        return kind, 1, samples * length, 1
-    return torch.contiguous_format, 0, samples, length
+    samples = shape[0]
+    if len(shape) == 2:
+        return CONTIGUOUS, 1, samples, 1
+    contiguous, length = x.is_contiguous(), shape[2:].numel()
+    if contiguous and length != 1:
+        return CONTIGUOUS, 0, samples, length
+    kind = CONTIGUOUS if contiguous else torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    return kind, 1, samples * length, 1
 
 
 def _as(x: Tensor, kind: torch.memory_format, values: Tensor) -> Tensor:
@@ -193,12 +194,17 @@ def _pointer(values: Tensor | None, size: int) -> int:
     raise InputError(f"expected {size} values; got shape {tuple(values.shape)}")
 
 
+def _per_channel(values: Tensor | None, channels: int) -> tuple[int, int]:
+    """Pointer and dtype of numbers of channels, which are contiguous."""
+    return (0, 0) if values is None else (_pointer(values, channels), DTYPES[values.dtype])
+
+
 def _parameter(values: Tensor | None) -> Tensor | None:
-    return values if values is None or (values.is_contiguous() and values.dtype in DTYPES) else values.contiguous()
+    return values if values is None or values.is_contiguous() else values.contiguous()
 
 
-def _mask_bytes(x: Tensor, mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.expand(x.shape[0], *x.shape[2:]).contiguous()
+def _mask_bytes(x: Tensor, mask: Tensor) -> Tensor:
+    return mask.expand(x.shape[0], *x.shape[2:]).contiguous()
 
 
 def _call(name: str, record: bytes) -> None:
@@ -223,19 +229,26 @@ def forward(
     batch renormalization. When training the moments are the batch's own, and the running statistics, which
     `can_move`, do; else those are used.
     """
-    kind, rows, samples, length = _format(x)
-    channels, size = x.shape[1], x.numel()
+    sizes, size = x.shape, x.numel()
+    kind, rows, samples, length = _format(x, sizes)
+    channels = sizes[1]
     eps, activation, training, chunks, chunk, limits, correction = rule
+    mean, var, batches, momentum, skipped, biased, moving = running
     y = torch.empty_like(x) if wanted else x
     shape = (2, channels) if chunks == 1 else (2, chunks, channels)
-    moments = torch.empty(shape, dtype=torch.float64)
+    moments = torch.empty(*shape, dtype=torch.float64)  # a tuple of sizes would take half as long again
     given = correction is not None
     if limits is not None and not given:
-        correction = torch.empty(shape, dtype=torch.float64)
+        correction = torch.empty(*shape, dtype=torch.float64)
     residual = None if residual is None else _as(x, kind, residual)
-    mask = _mask_bytes(x, mask)
+    mask = None if mask is None else _mask_bytes(x, mask)
     weight, bias = _parameter(weight), _parameter(bias)
-    mean, var = (running.mean, running.var) if training else (_parameter(running.mean), _parameter(running.var))
+    if not training:
+        mean, var = _parameter(mean), _parameter(var)
+    weight_at, weight_dtype = _per_channel(weight, channels)
+    bias_at, bias_dtype = _per_channel(bias, channels)
+    mean_at, mean_dtype = _per_channel(mean, channels)
+    var_at, var_dtype = _per_channel(var, channels)
     at = moments.data_ptr()
     record = _PACK(
         DTYPES[x.dtype],
@@ -244,34 +257,34 @@ def forward(
         channels,
         length,
         chunks,
-        chunk * (samples // x.shape[0]) if chunk else 0,
+        chunk * (samples // sizes[0]) if chunk else 0,
         x.data_ptr(),
         _pointer(residual, size),
         _pointer(mask, samples * length),
         0,
         y.data_ptr() if wanted else 0,
         0,
-        _pointer(weight, channels),
-        _pointer(bias, channels),
+        weight_at,
+        bias_at,
         0,
         0,
-        0 if weight is None else DTYPES[weight.dtype],
-        0 if bias is None else DTYPES[bias.dtype],
+        weight_dtype,
+        bias_dtype,
         at,
         at + 8 * chunks * channels,
         _pointer(correction, 2 * chunks * channels),
-        _pointer(mean, channels),
-        _pointer(var, channels),
-        0 if mean is None else DTYPES[mean.dtype],
-        0 if var is None else DTYPES[var.dtype],
-        _pointer(running.batches, 1),
-        _pointer(running.skipped, 1),
+        mean_at,
+        var_at,
+        mean_dtype,
+        var_dtype,
+        _pointer(batches, 1),
+        _pointer(skipped, 1),
         training,
         FUSED[activation],
-        training and running.moving,
-        running.biased,
+        training and moving,
+        biased,
         given,
-        -1.0 if running.momentum is None else running.momentum,
+        -1.0 if momentum is None else momentum,
         eps,
         *(limits or (1.0, 0.0)),
     )
@@ -292,13 +305,16 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dx, dweight, dbias, dresidual) of `forward`, those that are wanted; y is given with a residual."""
-    kind, rows, samples, length = _format(x)
-    channels, size = x.shape[1], x.numel()
+    sizes, size = x.shape, x.numel()
+    kind, rows, samples, length = _format(x, sizes)
+    channels = sizes[1]
     eps, activation, training, chunks, chunk, _, correction = rule
     dy = _as(x, kind, dy)
     y = None if y is None else _as(x, kind, y)
-    mask = _mask_bytes(x, mask)
+    mask = None if mask is None else _mask_bytes(x, mask)
     weight, bias = _parameter(weight), _parameter(bias)
+    weight_at, weight_dtype = _per_channel(weight, channels)
+    bias_at, bias_dtype = _per_channel(bias, channels)
     dx = torch.empty_like(x) if wanted[0] else None
     dweight = torch.empty_like(weight) if wanted[1] and weight is not None else None
     dbias = torch.empty_like(bias) if wanted[2] and bias is not None else None
@@ -311,19 +327,19 @@ def backward(
         channels,
         length,
         chunks,
-        chunk * (samples // x.shape[0]) if chunk else 0,
+        chunk * (samples // sizes[0]) if chunk else 0,
         x.data_ptr(),
         _pointer(y, size),
         _pointer(mask, samples * length),
         _pointer(dy, size),
         0 if dx is None else dx.data_ptr(),
         0 if dresidual is None else dresidual.data_ptr(),
-        _pointer(weight, channels),
-        _pointer(bias, channels),
+        weight_at,
+        bias_at,
         0 if dweight is None else dweight.data_ptr(),
         0 if dbias is None else dbias.data_ptr(),
-        0 if weight is None else DTYPES[weight.dtype],
-        0 if bias is None else DTYPES[bias.dtype],
+        weight_dtype,
+        bias_dtype,
         at,
         at + 8 * chunks * channels,
         _pointer(correction, 2 * chunks * channels),

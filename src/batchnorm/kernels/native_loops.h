@@ -5,7 +5,7 @@
 // K::put writes what comes out. Two ways of walking lead over the values: planes, where a channel of a sample is one run
 // of memory (contiguous tensors), and rows, where a position's channels are (channels last, and (N, C)).
 
-#include "native.h"
+#include "native_channels.h"
 
 namespace batchnorm {
 namespace {
@@ -79,18 +79,27 @@ template <class H> INLINE Vector<float> widen(const H *from) {
 #endif
     return cast<Vector<float>>(H::template to_float_bits<Words, Vector<float>>(words));
 }
-INLINE Vector<float> numbers(const BFloat16 *from) { return widen(from); }
+INLINE Vector<float> numbers(const BFloat16 *from) {
+#if defined(WIDEN_UP)
+    Halves halves;
+    memcpy(&halves, from, sizeof halves);
+    return cast<Vector<float>>(WIDEN_UP(halves));
+#else
+    return widen(from);
+#endif
+}
 INLINE Vector<float> numbers(const Half *from) { return widen(from); }
 
 // Stream tells the processor not to keep the line in its cache: right where the whole output would not fit anyway.
 template <bool Stream, class Stored> INLINE void write(void *to, Stored values) {
 #if defined(__SSE2__)
-    if constexpr (Stream && sizeof(Stored) % 16 == 0) {
-        __m128i parts[sizeof(Stored) / 16];
-        memcpy(parts, &values, sizeof values);
-        for (size_t i = 0; i < sizeof(Stored) / 16; ++i) _mm_stream_si128((__m128i *)to + i, parts[i]);
-        return;
-    }
+    if constexpr (Stream && sizeof(Stored) == 16) return _mm_stream_si128((__m128i *)to, cast<__m128i>(values));
+#endif
+#if W >= 32
+    if constexpr (Stream && sizeof(Stored) == 32) return _mm256_stream_si256((__m256i *)to, cast<__m256i>(values));
+#endif
+#if W >= 64
+    if constexpr (Stream && sizeof(Stored) == 64) return _mm512_stream_si512((__m512i *)to, cast<__m512i>(values));
 #endif
     memcpy(to, &values, sizeof values);
 }
@@ -100,6 +109,11 @@ template <bool Stream, class H> INLINE void store(H *to, Vector<float> values) {
     Words words = H::template from_float_bits<Words, Vector<float>>(cast<Words>(values));
     write<Stream>(to, __builtin_convertvector(words, Halves));
 }
+#if defined(NARROW_UP)
+template <bool Stream> INLINE void store(BFloat16 *to, Vector<float> values) {
+    write<Stream>(to, NARROW_UP(BFloat16::rounded<Words>(cast<Words>(values))));
+}
+#endif
 
 // How many values: a vector; the first n, where fewer are there, the other lanes reading as 0; or two vectors.
 enum Group : int { ONE, PART, PAIR };
@@ -605,8 +619,15 @@ template <class T, bool Planes> Loops backward_of(const Call &call, bool stream)
     return general<Backward, T, Planes>(call.mask != nullptr);
 }
 template <class T> Loops of_dtype(const Call &call, bool gradients, bool stream) {
-    if (gradients) return call.rows ? backward_of<T, false>(call, stream) : backward_of<T, true>(call, stream);
-    return call.rows ? forward_of<T, false>(call, stream) : forward_of<T, true>(call, stream);
+    Loops loops;
+    if (gradients)
+        loops = call.rows ? backward_of<T, false>(call, stream) : backward_of<T, true>(call, stream);
+    else
+        loops = call.rows ? forward_of<T, false>(call, stream) : forward_of<T, true>(call, stream);
+    loops.shifts = with_shifts<T>;
+    loops.moments = with_moments<T>;
+    loops.finish = gradients ? finish_backward<T> : finish_forward<T>;
+    return loops;
 }
 
 }  // namespace
