@@ -38,11 +38,36 @@ def test_on_clean_digits_adapting_costs_no_network_more_than_a_point_in_the_medi
         assert clean["accuracy"][images] > clean["accuracy"]["as is"] - 0.01
 
 
+def test_no_network_loses_more_than_a_point_on_clean_digits():
+    (clean,) = cases("none")
+    losses = [seed["as is"] - seed[images] for seed in clean["accuracy_by_seed"] for images in ("16", "32", "128")]
+    assert max(losses) < 0.004
+    assert "no network lost more than 0.4" in PAGE
+
+
 def test_at_alpha_of_a_twentieth_at_most_a_twentieth_of_the_clean_draws_is_reported():
     settings = content("shift")["settings"]
     assert (settings["alpha"], settings["draws"]) == (0.05, 200)
     (clean,) = cases("none")
     assert all(share <= 0.05 for share in clean["reported"]["stored statistics"].values())
+    shares = [100 * share for share in clean["reported"]["clean images"].values()]
+    text = " ".join(PAGE.split())
+    assert "false alarms were {:.1f}, {:.1f}, {:.1f} and {:.1f}% of 200 draws".format(*shares) in text
+    assert max(shares) <= 9  # 18 of 200 or fewer, at 5%, in 99 of 100 studies
+
+
+def test_what_readme_says_of_shifted_digits_is_in_the_committed_study():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for kind, words in (
+        ("brightness", "found {:.0f}% of the labels finds {:.0f}%"),
+        ("contrast", "from {:.0f}% to {:.0f}%"),
+    ):
+        accuracy = cases(kind)[-1]["accuracy"]
+        assert words.format(100 * accuracy["as is"], 100 * accuracy["16"]) in text
+    (clean,) = cases("none")
+    shares = [100 * share for share in clean["reported"]["stored statistics"].values()]
+    assert f"in {min(shares):.0f} to {max(shares):.1f}% of 200 draws of clean digits" in text
+    assert all(share == 1 for share in cases("brightness")[-1]["reported"]["stored statistics"].values())
 
 
 def test_every_kind_is_there_in_five_severities_and_the_strongest_is_noticed_in_16_images():
@@ -51,17 +76,19 @@ def test_every_kind_is_there_in_five_severities_and_the_strongest_is_noticed_in_
         assert cases(kind)[-1]["reported"]["stored statistics"]["16"] > 0.95
 
 
-def test_adapting_is_as_good_as_retraining_for_brightness_and_contrast_and_nothing_for_noise():
+def test_adapting_comes_near_to_retraining_for_brightness_and_contrast_and_does_nothing_for_noise():
     for kind in ("brightness", "contrast"):
         worst = cases(kind)[-1]["accuracy"]
         assert worst["128"] > worst["as is"] + 0.1
-        assert worst["128"] > worst["retrained"] - 0.01
+        assert worst["128"] > worst["retrained"] - 0.015
     worst = cases("noise")[-1]["accuracy"]
     assert worst["128"] < worst["as is"] + 0.05
 
 
 def test_a_small_study_measures_what_the_committed_one_does():
-    study = script("shift").study(seeds=1, repeats=1, jobs=1)
+    shift = script("shift")
+    shift.STEPS = 100
+    study = shift.study(seeds=1, repeats=1, jobs=1)
     assert [(case["shift"], case["severity"]) for case in study] == [
         (case["shift"], case["severity"]) for case in content("shift")["cases"]
     ]

@@ -187,9 +187,8 @@ class Measuring:
         for path in order[len(found) :]:
             # What a layer's first use gives its second is normalised with the batch's own statistics.
             again = self._pass({path: layers[path]}, until=begun.uses[path], own=begun.uses[path] > 1)
-            if path in again.moments:
-                found[path] = again.moments[path]
-                self._commit(path, layers[path], again)
+            found[path] = again.moments[path]
+            self._commit(path, layers[path], again)
         return found
 
     def _commit(self, path: str, layer: TorchBatchNorm, found: _Pass) -> None:
