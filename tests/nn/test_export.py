@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import batchnorm as bn
 
@@ -268,6 +269,13 @@ def test_script_within_a_domain_has_that_domains_statistics():
     with bn.domain(layer, "drawn"):
         trained(layer, (8, 3))
         torch.testing.assert_close(torch.jit.script(layer)(x), layer(x), **CLOSE)
+
+
+def test_script_takes_the_gamma_that_pruning_has_left():
+    layer = bn.BatchNorm1d(4)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    layer, x = layer.eval(), torch.randn(6, 4)
+    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
 
 
 def test_script_of_a_bfloat16_layer_with_float32_statistics_equals_it():

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
 
@@ -134,6 +135,29 @@ def test_a_frozen_layer_is_deaf_to_poison():
     before = bits(layer)
     layer(torch.full((4, 2), torch.nan))
     assert changed(before, layer) == []
+
+
+class Exponential(nn.Module):
+    def forward(self, weight):
+        return weight.exp()
+
+
+def test_a_gamma_behind_a_parametrization_is_frozen_and_learns_again():
+    layer = bn.BatchNorm1d(4)
+    parametrize.register_parametrization(layer, "weight", Exponential())
+    bn.freeze(layer, affine=True)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    bn.unfreeze(layer)
+    assert all(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_a_gamma_whose_pruning_ended_while_it_was_frozen_learns_again():
+    layer = bn.BatchNorm1d(4)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    bn.freeze(layer, affine=True)
+    prune.remove(layer, "weight")
+    bn.unfreeze(layer)
+    assert all(parameter.requires_grad for parameter in layer.parameters())
 
 
 def test_every_layer_of_the_model_is_frozen_and_the_model_is_returned():

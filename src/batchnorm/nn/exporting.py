@@ -59,7 +59,7 @@ def in_torchs_operators(layer: Layer, x: Tensor, residual: Tensor | None, mask: 
     dim = layer.dimension(x)
     x = x if dim == 1 else x.movedim(dim, 1)
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    weight, bias = (v if v is None or v.dtype == wide else v.to(wide) for v in (layer.weight, layer.bias))
+    weight, bias = (v if v is None or v.dtype == wide else v.to(wide) for v in layer.weight_and_bias())
     moving = learning and layer.track_running_stats
     momentum = 0.0
     if moving:
@@ -106,7 +106,9 @@ class Scriptable(TorchBatchNorm):
     def __init__(self, layer: Layer) -> None:
         stock = layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
         super().__init__(*stock, device="meta")
-        self._parameters.update(layer._parameters)
+        for name, value in zip(("weight", "bias"), layer.weight_and_bias(), strict=True):
+            taken = None if value is None else nn.Parameter(value.detach())  # pruned values are no parameter
+            self._parameters[name] = value if isinstance(value, nn.Parameter) else taken
         held = zip(("running_mean", "running_var", "num_batches_tracked"), layer.held(layer.active_domain), strict=True)
         self._buffers.update(held)
         self.activation = layer.activation or ""

@@ -100,8 +100,7 @@ class Layer(State):
     ) -> Tensor:
         """Normalise x (N, C, *), or the rows (N * L, C) of so many samples; shape is the input's, to speak of."""
         check(x, residual, mask)
-        parameters, buffers = self._parameters, self._buffers  # without the search that an attribute of a module takes
-        weight, bias = parameters["weight"], parameters["bias"]
+        weight, bias = self.weight_and_bias()
         mean, var, batches = self.held(self.active_domain)
         compiling = torch.compiler.is_compiling()
         learning = self.training and not self.frozen_statistics
@@ -120,10 +119,8 @@ class Layer(State):
         again = not compiling and torch._C._current_graph_task_id() != -1
         pool = self._pool
         moving = learning and self.track_running_stats and not again and pool is None
-        rule = Rule(self.eps, self.activation, own)
-        running = Running(
-            mean, var, batches, self.momentum, buffers["skipped_batches"], self.running_var_kind == "biased", moving
-        )
+        rule, skipped = Rule(self.eps, self.activation, own), self._buffers["skipped_batches"]
+        running = Running(mean, var, batches, self.momentum, skipped, self.running_var_kind == "biased", moving)
         if not learning or (
             self.virtual_batch_size is None and self.renorm is None and pool is None and spread is None
         ):

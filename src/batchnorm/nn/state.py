@@ -37,7 +37,7 @@ class State(TorchBatchNorm):
         self.channel_dim = options.channel_dim
         self.running_var_kind = options.running_var  # the buffer has the option's name
         self.frozen_statistics = self.frozen_affine = False
-        self._learned: list[str] = []  # what took a gradient before it was frozen
+        self._untrained: list[str] = []  # what took no gradient before it was frozen
         self.active_domain: str | None = None
         self._pool: dict[str | None, list[Moments]] | None = None  # of each domain
         self._first_runs = FirstRuns()
@@ -53,6 +53,13 @@ class State(TorchBatchNorm):
                     self._buffers[name] = UninitializedBuffer(device=device, dtype=kept)  # type: ignore[call-arg]
                 else:
                     self._buffers[name] = buffer.to(kept)
+
+    def weight_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
+        """Parameters, or what pruning, parametrizations and the like have put in their place."""
+        parameters = self._parameters  # without the search that an attribute of a module takes
+        if "weight" in parameters and "bias" in parameters:
+            return parameters["weight"], parameters["bias"]
+        return self.weight, self.bias
 
     def held(self, domain: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Running mean, variance and count of batches of a domain."""
@@ -124,8 +131,8 @@ class State(TorchBatchNorm):
             self.frozen_statistics = True
         if affine and not self.frozen_affine:
             self.frozen_affine = True
-            given = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
-            self._learned = [name for name, parameter in given.items() if parameter.requires_grad]
+            given = dict(self.named_parameters())  # also of parametrizations
+            self._untrained = [name for name, parameter in given.items() if not parameter.requires_grad]
             for parameter in given.values():
                 parameter.requires_grad_(False)
                 parameter.grad = None  # or an optimizer would still use it
@@ -136,10 +143,8 @@ class State(TorchBatchNorm):
             self.frozen_statistics = False
         if affine and self.frozen_affine:
             self.frozen_affine = False
-            for name in self._learned:
-                parameter = self._parameters[name]
-                assert parameter is not None
-                parameter.requires_grad_(True)
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(name not in self._untrained)
 
     # What belongs to the step at hand is in no copy.
 
