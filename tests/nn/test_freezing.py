@@ -137,6 +137,17 @@ def test_a_frozen_layer_is_deaf_to_poison():
     assert changed(before, layer) == []
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_asking_the_whole_model_for_gradients_moves_no_frozen_gamma_or_beta(name):
+    model = bn.freeze(network(), affine=True).requires_grad_(True)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    before = bits(model[1])
+    for seed in range(5):
+        step(model, optimizer, seed)
+    assert changed(before, model[1]) == []
+    assert model[1].weight.grad is None
+
+
 class Exponential(nn.Module):
     def forward(self, weight):
         return weight.exp()

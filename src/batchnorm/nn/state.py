@@ -22,6 +22,11 @@ HALF = (torch.float16, torch.bfloat16)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+def _constant(values: Tensor | None) -> Tensor | None:
+    """The values without a gradient, which a model's requires_grad_(True) would ask for again."""
+    return values.detach() if values is not None and values.requires_grad else values
+
+
 class State(TorchBatchNorm):
     """Torch's parameters and running statistics, and beside them our options and what belongs to the step at hand."""
 
@@ -58,8 +63,10 @@ class State(TorchBatchNorm):
         """Parameters, or what pruning, parametrizations and the like have put in their place."""
         parameters = self._parameters  # without the search that an attribute of a module takes
         if "weight" in parameters and "bias" in parameters:
-            return parameters["weight"], parameters["bias"]
-        return self.weight, self.bias
+            weight, bias = parameters["weight"], parameters["bias"]
+        else:
+            weight, bias = self.weight, self.bias
+        return (_constant(weight), _constant(bias)) if self.frozen_affine else (weight, bias)
 
     def held(self, domain: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Running mean, variance and count of batches of a domain."""
