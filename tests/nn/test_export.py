@@ -304,6 +304,25 @@ def test_trace_in_training_gives_the_layers_outputs_and_statistics():
     torch.testing.assert_close(found, dict(layer.state_dict()), **CLOSE)  # to a trace every buffer is persistent
 
 
+@pytest.mark.parametrize(
+    "layer", [bn.BatchNorm1d(3), bn.BatchNorm1d(3, track_running_stats=False).eval()], ids=["train", "eval"]
+)
+def test_trace_refuses_a_mask_that_would_not_keep_padding_out_of_the_batchs_statistics(layer):
+    x, mask = torch.randn(4, 3), torch.tensor([True, True, True, False])
+    with pytest.raises(ValueError, match=r"takes no mask .* got a mask"):
+        torch.jit.trace(layer, (x, x, mask))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `:DeprecationWarning")
+def test_onnx_in_training_refuses_a_mask():
+    x, mask = torch.randn(4, 3), torch.tensor([True, True, True, False])
+    training = torch.onnx.TrainingMode.TRAINING
+    with pytest.raises(ValueError, match="takes no mask"):
+        torch.onnx.export(
+            bn.BatchNorm1d(3), (x, x, mask), io.BytesIO(), dynamo=False, training=training, do_constant_folding=False
+        )
+
+
 def test_trace_in_eval_warns_of_nothing_that_torchs_layer_does_not():
     def warned(layer, *inputs):
         with warnings.catch_warnings(record=True) as caught:

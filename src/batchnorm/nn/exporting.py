@@ -50,12 +50,19 @@ def in_torchs_operators(layer: Layer, x: Tensor, residual: Tensor | None, mask: 
     Raises
     ------
     InputError
-        The layer is in training mode and has an option that torch's has not.
+        The layer is in training mode and has an option that torch's has not, or there is a mask, and the batch's own
+        statistics are used.
     """
     mean, var, batches = layer.held(layer.active_domain)
     learning = layer.training and not layer.frozen_statistics
     if learning:
         _refuse(layer, "torch.jit.trace")
+    own = learning or mean is None
+    if own and mask is not None:
+        raise InputError(
+            "a trace or export is made of torch's batch normalization, which takes no mask where it uses the batch's "
+            "own statistics; got a mask"
+        )
     dim = layer.dimension(x)
     x = x if dim == 1 else x.movedim(dim, 1)
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
@@ -70,7 +77,7 @@ def in_torchs_operators(layer: Layer, x: Tensor, residual: Tensor | None, mask: 
         mean = var = None
     else:
         mean, var = (v if v is None or v.dtype == wide else v.to(wide) for v in (mean, var))
-    y = F.batch_norm(x, mean, var, weight, bias, learning or mean is None, momentum, layer.eps)
+    y = F.batch_norm(x, mean, var, weight, bias, own, momentum, layer.eps)
     if residual is not None:
         y = y + (residual if dim == 1 else residual.movedim(dim, 1))
     if layer.activation is not None:
