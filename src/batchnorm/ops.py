@@ -450,7 +450,7 @@ def _composed(
             used = _unpacked(packed, part, part_mask)
         outputs.append(y)
         moments.append(used)
-    whole = moments[0] if len(moments) == 1 else reference.pooled(_stacked(moments))
+    whole = moments[0] if len(moments) == 1 else reference.pooled(reference.stacked(moments))
     if rule.training:
         move(running, whole)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -487,13 +487,6 @@ def corrected(
         return weight, bias
     scale, shift = (r, d) if weight is None else (weight.to(r.dtype) * r, weight.to(d.dtype) * d)
     return scale, shift if bias is None else shift + bias.to(shift.dtype)
-
-
-def _stacked(parts: Sequence[Moments]) -> Moments:
-    """Moments (K, C), and their counts (K,)."""
-    mean, var = torch.stack([part.mean for part in parts]), torch.stack([part.var for part in parts])
-    counts = [torch.as_tensor(part.count, dtype=mean.dtype, device=mean.device) for part in parts]
-    return Moments(mean, var, torch.stack(counts))
 
 
 def _pooled(moments: Tensor, x: Tensor, mask: Tensor | None, rule: Rule) -> Moments:

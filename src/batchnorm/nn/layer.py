@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from batchnorm import ops
 from batchnorm.errors import InputError
 from batchnorm.functional import check
-from batchnorm.nn import exporting, sync
+from batchnorm.nn import accumulated, exporting, sync
 from batchnorm.nn.options import Options, check_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
 from batchnorm.nn.small_batch import single_value_error, warn_of_one_sample
@@ -163,7 +163,7 @@ class Layer(State):
             self._first_runs.keep(batch, correction)
         if batch is not None and pooling:
             assert self._pool is not None
-            self._pool.setdefault(self.active_domain, []).append(batch)
+            accumulated.add(self._pool.setdefault(self.active_domain, []), batch, running)
         return y
 
     def dimension(self, x: Tensor) -> int:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
-from batchnorm import ops
 from batchnorm.errors import InputError
-from batchnorm.kernels import reference
-from batchnorm.kernels.reference import Moments
-from batchnorm.nn.layer import Layer, layers_of
+from batchnorm.nn import accumulated
+from batchnorm.nn.layer import layers_of
 from batchnorm.ops import Running
 
 __all__ = ["accumulate", "no_stat_updates"]
@@ -85,26 +82,6 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             layer._pool = None
     for layer, pool in pools:
-        for domain, batches in (pool or {}).items():
-            _commit(layer, domain, batches)
-
-
-@torch.no_grad()
-def _commit(layer: Layer, domain: str | None, pool: list[Moments]) -> None:
-    mean, var, batches = layer.held(domain)
-    assert mean is not None
-    assert var is not None
-    mean_of = torch.stack([batch.mean for batch in pool])
-    var_of = torch.stack([batch.var for batch in pool])
-    counts = torch.stack([torch.as_tensor(batch.count, device=mean_of.device) for batch in pool])
-    skipped = layer._buffers["skipped_batches"]
-    if skipped is not None:
-        finite = mean_of.to(mean.dtype).isfinite().all(1) & var_of.to(var.dtype).isfinite().all(1)
-        counts = torch.where(finite, counts, 0)
-    whole = reference.pooled(Moments(mean_of, var_of, counts))
-    if skipped is not None:
-        # Where no micro-batch is finite, the update that they make is none, and counted as the last of the skipped.
-        none = ~finite.any()
-        whole = Moments(torch.where(none, torch.nan, whole.mean), whole.var, whole.count)
-        skipped.add_((~finite).sum() - none.long())
-    ops.move(Running(mean, var, batches, layer.momentum, skipped, layer.running_var_kind == "biased"), whole)
+        for domain, seen in (pool or {}).items():
+            kept, biased = layer._buffers["skipped_batches"], layer.running_var_kind == "biased"
+            accumulated.commit(seen, Running(*layer.held(domain), layer.momentum, kept, biased))
