@@ -14,7 +14,7 @@ from batchnorm.functional import check
 from batchnorm.nn import accumulated, exporting, sync
 from batchnorm.nn.options import Options, check_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
-from batchnorm.nn.small_batch import single_value_error, warn_of_one_sample
+from batchnorm.nn.small_batch import refuse_single_value, warn_of_one_sample
 from batchnorm.nn.state import State
 from batchnorm.nn.sync import Spread
 from batchnorm.ops import Rule, Running
@@ -109,7 +109,7 @@ class Layer(State):
         spread = None if group is None else sync.spread(self, x, mask, group)
         if own and (x.numel() == self.num_features > 0 if spread is None else spread.single):
             if not (learning and self.small_batch == "running"):
-                raise single_value_error(self, shape)
+                refuse_single_value(self, shape)
             learning = own = False
             spread = None
         if learning and not compiling and samples == 1 and spread is None and not self._warned_of_one_sample:
