@@ -67,7 +67,7 @@ def in_torchs_operators(layer: Layer, x: Tensor, residual: Tensor | None, mask: 
     x = x if dim == 1 else x.movedim(dim, 1)
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     weight, bias = (v if v is None or v.dtype == wide else v.to(wide) for v in layer.weight_and_bias())
-    moving = learning and layer.track_running_stats
+    moving = learning and layer.track_running_stats and not layer._held
     momentum = 0.0
     if moving:
         assert batches is not None

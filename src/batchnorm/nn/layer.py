@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm import ops
 from batchnorm.errors import InputError
 from batchnorm.functional import check
+from batchnorm.kernels.reference import Moments
 from batchnorm.nn import accumulated, exporting, sync
 from batchnorm.nn.options import Options, check_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
@@ -19,7 +21,7 @@ from batchnorm.nn.state import State
 from batchnorm.nn.sync import Spread
 from batchnorm.ops import Rule, Running
 
-__all__ = ["Layer", "layers_of"]
+__all__ = ["Layer", "layers_of", "stock_layers_of"]
 
 ATTRIBUTES = {"running_var": "running_var_kind"}
 
@@ -117,15 +119,16 @@ class Layer(State):
             warn_of_one_sample(self, shape)
         # Activation checkpointing runs forward again within the backward; compiled it counts once by itself.
         again = not compiling and torch._C._current_graph_task_id() != -1
-        pool = self._pool
-        moving = learning and self.track_running_stats and not again and pool is None
+        counts = learning and self.track_running_stats and not again and not self._held
+        pool = self._pool if counts else None
+        moving = counts and pool is None
         rule, skipped = Rule(self.eps, self.activation, own), self._buffers["skipped_batches"]
         running = Running(mean, var, batches, self.momentum, skipped, self.running_var_kind == "biased", moving)
         if not learning or (
             self.virtual_batch_size is None and self.renorm is None and pool is None and spread is None
         ):
             return ops.batch_norm(x, weight, bias, residual, mask, running, rule)
-        return self._with_options(x, weight, bias, residual, mask, running, rule, samples, again, spread)
+        return self._with_options(x, weight, bias, residual, mask, running, rule, samples, again, spread, pool)
 
     def _with_options(
         self,
@@ -139,6 +142,7 @@ class Layer(State):
         samples: int,
         again: bool,
         spread: Spread | None,
+        pool: dict[str | None, list[Moments]] | None,
     ) -> Tensor:
         """Train over processes, in virtual batches, with batch renormalization, or while several batches are pooled."""
         if self.virtual_batch_size is not None:
@@ -152,18 +156,16 @@ class Layer(State):
                 rule = rule._replace(correction=self._first_runs.find(seen))
             else:
                 keeps = _may_run_again()
-        pooling = self._pool is not None and self.track_running_stats and not again
         if spread is None:
-            found = ops.normalise(x, weight, bias, residual, mask, running, rule, moments=keeps or pooling)
+            found = ops.normalise(x, weight, bias, residual, mask, running, rule, moments=keeps or pool is not None)
         else:
             found = sync.normalise(x, weight, bias, residual, mask, running, rule, spread)
         y, batch, correction = found
         if batch is not None and keeps:
             assert correction is not None
             self._first_runs.keep(batch, correction)
-        if batch is not None and pooling:
-            assert self._pool is not None
-            accumulated.add(self._pool.setdefault(self.active_domain, []), batch, running)
+        if batch is not None and pool is not None:
+            accumulated.add(pool.setdefault(self.active_domain, []), batch, running)
         return y
 
     def dimension(self, x: Tensor) -> int:
@@ -223,3 +225,9 @@ def _may_run_again() -> bool:
 def layers_of(model: nn.Module) -> dict[str, Layer]:
     """The layers of ours in a model, by path; a layer used in several places once."""
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, Layer)}
+
+
+def stock_layers_of(model: nn.Module) -> dict[str, TorchBatchNorm]:
+    """Torch's own layers in a model, by path."""
+    layers = model.named_modules()
+    return {path: layer for path, layer in layers if isinstance(layer, TorchBatchNorm) and not isinstance(layer, Layer)}

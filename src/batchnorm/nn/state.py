@@ -44,6 +44,7 @@ class State(TorchBatchNorm):
         self.frozen_statistics = self.frozen_affine = False
         self._untrained: list[str] = []  # what took no gradient before it was frozen
         self.active_domain: str | None = None
+        self._held = False  # whether no_stat_updates holds the running statistics
         self._pool: dict[str | None, list[Moments]] | None = None  # of each domain
         self._first_runs = FirstRuns()
         self._warned_of_one_sample = False
@@ -156,7 +157,7 @@ class State(TorchBatchNorm):
     # What belongs to the step at hand is in no copy.
 
     def __getstate__(self) -> dict[str, Any]:
-        step = {"_pool": None, "_first_runs": FirstRuns(), "active_domain": None, "_agreed": False}
+        step = {"_held": False, "_pool": None, "_first_runs": FirstRuns(), "active_domain": None, "_agreed": False}
         group = None if self.process_group is None else Shared(self.process_group)
         return self.__dict__ | step | {"process_group": group}
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm.errors import InputError
 from batchnorm.nn import accumulated
-from batchnorm.nn.layer import layers_of
+from batchnorm.nn.layer import layers_of, stock_layers_of
 from batchnorm.ops import Running
 
 __all__ = ["accumulate", "no_stat_updates"]
@@ -20,7 +19,8 @@ __all__ = ["accumulate", "no_stat_updates"]
 def no_stat_updates(model: nn.Module) -> Iterator[None]:
     """Leave the running statistics and counts of every batch normalization layer as they are.
 
-    All else goes on as it does: in training mode the batch's own statistics are used. torch's layers are held too.
+    All else goes on as it does: in training mode the batch's own statistics are used. torch's layers are held too, by
+    their ``track_running_stats``; a copy made within goes on without in them, but moves its statistics in ours.
 
     Examples
     --------
@@ -31,14 +31,19 @@ def no_stat_updates(model: nn.Module) -> Iterator[None]:
     >>> layer.running_mean
     tensor([0., 0.])
     """
-    held = [layer for layer in model.modules() if isinstance(layer, TorchBatchNorm) and layer.track_running_stats]
-    for layer in held:
-        layer.track_running_stats = False  # torch's forward, and ours, then leaves the buffers out
+    ours = [layer for layer in layers_of(model).values() if not layer._held]
+    stock = [layer for layer in stock_layers_of(model).values() if layer.track_running_stats]
+    for layer in ours:
+        layer._held = True
+    for other in stock:
+        other.track_running_stats = False  # torch's forward then leaves the buffers out
     try:
         yield
     finally:
-        for layer in held:
-            layer.track_running_stats = True
+        for layer in ours:
+            layer._held = False
+        for other in stock:
+            other.track_running_stats = True
 
 
 @contextmanager
