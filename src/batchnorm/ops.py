@@ -29,6 +29,7 @@ __all__ = [
     "Running",
     "batch_norm",
     "corrected",
+    "may_write",
     "moments",
     "move",
     "moved",
@@ -512,7 +513,7 @@ def move(running: Running, batch: Moments) -> None:
     """
     mean, var, batches, momentum, skipped, biased, moving = running
     held = [(old, new) for old, new in ((mean, batch.mean), (var, _kept(batch, biased))) if old is not None]
-    if not moving or not (held or batches is not None) or not _may_move(running):
+    if not moving or not (held or batches is not None) or not may_write(batches if mean is None else mean):
         return
     finite: Tensor | None = None
     if skipped is not None and held:
@@ -561,8 +562,8 @@ def _kept(batch: Moments, biased: bool) -> Tensor:
     return batch.var if biased else batch.var * (batch.count / at_least_one(batch.count - 1))
 
 
-def _may_move(running: Running) -> bool:
-    """Whether the running statistics may be written: under a transform those that it has been given.
+def may_write(values: Tensor | None) -> bool:
+    """Whether what is kept of a batch may be written to the values: under a transform those that it has been given.
 
     Raises
     ------
@@ -571,8 +572,7 @@ def _may_move(running: Running) -> bool:
     """
     if torch.compiler.is_compiling() or not _transformed():
         return True
-    given = running.batches if running.mean is None else running.mean
-    if given is None or torch._C._functorch.is_functorch_wrapped_tensor(given):
+    if values is not None and torch._C._functorch.is_functorch_wrapped_tensor(values):
         return True
     levels = torch._C._functorch.get_interpreter_stack() or []
     if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
@@ -587,7 +587,7 @@ def _may_move(running: Running) -> bool:
 @functools.cache
 def _warn_of_captured() -> None:
     warnings.warn(
-        "under torch.func.grad or jvp the layer's running statistics are left as they are; batchnorm.normalize returns "
-        "them moved",
+        "under torch.func.grad or jvp running statistics that are no argument of the transformed function are left as "
+        "they are; batchnorm.normalize returns them moved",
         stacklevel=2,
     )

@@ -11,11 +11,22 @@ from batchnorm.kernels import reference
 from batchnorm.kernels.reference import Moments
 from batchnorm.ops import Running
 
-__all__ = ["add", "commit"]
+__all__ = ["Pool", "add", "commit"]
+
+Pool = dict[str | None, list[Moments]]  # of each domain
 
 
-def add(seen: list[Moments], batch: Moments, running: Running) -> None:
-    """Remember a micro-batch."""
+def add(pool: Pool, domain: str | None, batch: Moments, running: Running) -> None:
+    """Remember a micro-batch; under a transform, with which its numbers end, it is left out.
+
+    Raises
+    ------
+    InputError
+        Under vmap, where it would be many.
+    """
+    if not ops.may_write(None):
+        return
+    seen = pool.setdefault(domain, [])
     if torch.compiler.is_compiling():  # a graph holds for a list of one length alone
         seen[:] = [_together([*seen, batch], running)]
     else:

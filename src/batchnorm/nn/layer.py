@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from batchnorm import ops
 from batchnorm.errors import InputError
 from batchnorm.functional import check
-from batchnorm.kernels.reference import Moments
 from batchnorm.nn import accumulated, exporting, sync
+from batchnorm.nn.accumulated import Pool
 from batchnorm.nn.options import Options, check_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
 from batchnorm.nn.small_batch import refuse_single_value, warn_of_one_sample
@@ -142,7 +142,7 @@ class Layer(State):
         samples: int,
         again: bool,
         spread: Spread | None,
-        pool: dict[str | None, list[Moments]] | None,
+        pool: Pool | None,
     ) -> Tensor:
         """Train over processes, in virtual batches, with batch renormalization, or while several batches are pooled."""
         if self.virtual_batch_size is not None:
@@ -165,7 +165,7 @@ class Layer(State):
             assert correction is not None
             self._first_runs.keep(batch, correction)
         if batch is not None and pool is not None:
-            accumulated.add(pool.setdefault(self.active_domain, []), batch, running)
+            accumulated.add(pool, self.active_domain, batch, running)
         return y
 
     def dimension(self, x: Tensor) -> int:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.errors import InputError
-from batchnorm.kernels.reference import Moments
+from batchnorm.nn.accumulated import Pool
 from batchnorm.nn.options import Options
 from batchnorm.nn.renorm import FirstRuns
 from batchnorm.nn.sync import Shared
@@ -45,7 +45,7 @@ class State(TorchBatchNorm):
         self._untrained: list[str] = []  # what took no gradient before it was frozen
         self.active_domain: str | None = None
         self._held = False  # whether no_stat_updates holds the running statistics
-        self._pool: dict[str | None, list[Moments]] | None = None  # of each domain
+        self._pool: Pool | None = None
         self._first_runs = FirstRuns()
         self._warned_of_one_sample = False
         self._agreed = False  # whether all ranks were seen at this layer together
