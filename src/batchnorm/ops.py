@@ -548,7 +548,10 @@ def _moves(batch: Moments) -> Tensor:
 
 def _share(momentum: float | None, batches: Tensor | None) -> Tensor | float:
     """The weight of the batch in the running statistics; batches has counted it."""
-    return (1.0 / (1 if batches is None else batches)) if momentum is None else momentum
+    if momentum is not None:
+        return momentum
+    # In float64, since a quotient of whole numbers is a float32.
+    return 1.0 if batches is None else 1.0 / batches.to(reference.statistics_dtype(batches))
 
 
 def _between(old: Tensor, new: Tensor, share: Tensor | float) -> Tensor:
@@ -559,7 +562,8 @@ def _between(old: Tensor, new: Tensor, share: Tensor | float) -> Tensor:
 
 def _kept(batch: Moments, biased: bool) -> Tensor:
     """The variance that running statistics keep."""
-    return batch.var if biased else batch.var * (batch.count / at_least_one(batch.count - 1))
+    count = batch.count.to(batch.var.dtype) if isinstance(batch.count, Tensor) else batch.count
+    return batch.var if biased else batch.var * (count / at_least_one(count - 1))
 
 
 def may_write(values: Tensor | None) -> bool:
