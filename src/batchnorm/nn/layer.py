@@ -210,7 +210,7 @@ def _virtual(rule: Rule, x: Tensor, samples: int, size: int) -> Rule:
         return rule
     rows = x.shape[0] // samples
     chunks, left = -(-samples // size), samples % size
-    if left and left * (x.numel() // (samples * x.shape[1])) == 1:
+    if left * (x.numel() // (samples * x.shape[1])) == 1:
         chunks -= 1
     return rule if chunks == 1 else rule._replace(chunks=chunks, chunk=size * rows)
 
