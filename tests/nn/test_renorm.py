@@ -1,5 +1,6 @@
 """Batch renormalization: r and d, their schedule, and what they do to the disagreement of training and eval."""
 
+import functools
 import importlib.util
 import json
 import statistics
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import batchnorm as bn
 
@@ -407,6 +408,23 @@ def test_while_accumulating_a_recomputed_forward_uses_its_first_runs(mode):
 
     wanted = steps(Network(RENORMS["wide"]), accumulating(nn.Module.__call__))
     assert_same(steps(Network(RENORMS["wide"]), accumulating(segmented(mode))), wanted)
+
+
+def selective(model, x):
+    """A checkpoint that keeps the outputs of linear layers alone."""
+
+    def policy(_, operator, *args, **kwargs):
+        kept = operator == torch.ops.aten.addmm.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    context = functools.partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(model, x, use_reentrant=False, context_fn=context)
+
+
+@pytest.mark.parametrize("chunk", [None, 3], ids=["", "virtual"])
+def test_recomputation_in_a_selective_checkpoint_uses_the_first_run(chunk):
+    wanted = steps(Network(RENORMS["wide"], virtual_batch_size=chunk), nn.Module.__call__)
+    assert_same(steps(Network(RENORMS["wide"], virtual_batch_size=chunk), selective), wanted)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=["reentrant", ""])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
+from torch.utils._python_dispatch import _disable_current_modes
 
 from batchnorm import ops
 from batchnorm.errors import InputError
@@ -152,8 +153,9 @@ class Layer(State):
             assert running.batches is not None
             rule = rule._replace(limits=self.renorm.limits(running.batches))
             if again:
-                seen = ops.moments(x, mask) if spread is None else spread.moments
-                rule = rule._replace(correction=self._first_runs.find(seen))
+                with _disable_current_modes():  # selective checkpoints know the operators of the first run alone
+                    seen = ops.moments(x, mask) if spread is None else spread.moments
+                    rule = rule._replace(correction=self._first_runs.find(seen))
             else:
                 keeps = _may_run_again()
         if spread is None:
