@@ -493,6 +493,8 @@ def test_a_loaded_count_is_where_the_schedule_goes_on():
 @pytest.mark.parametrize(
     ("r_max", "d_max", "said"),
     [
+        ("3", 1.0, "r_max must be finite and at least 1; got '3'"),
+        (1.0, None, "d_max must be finite and at least 0; got None"),
         (0.99, 1.0, "r_max must be finite and at least 1; got 0.99"),
         (float("inf"), 1.0, "r_max must be finite and at least 1; got inf"),
         (float("nan"), 1.0, "r_max must be finite and at least 1; got nan"),
@@ -512,6 +514,13 @@ def test_a_schedule_that_ends_before_it_starts_raises(ends):
     start, r_end, d_end = ends
     with pytest.raises(bn.InputError, match=f"got start={start}, r_end={r_end}, d_end={d_end}"):
         bn.RenormSchedule(start=start, r_end=r_end, d_end=d_end)
+
+
+@pytest.mark.parametrize("name", ["start", "r_end", "d_end"])
+def test_a_schedule_by_parts_of_batches_raises(name):
+    given = {"start": 1, "r_end": 5, "d_end": 6} | {name: 2.5}
+    with pytest.raises(bn.InputError, match=rf"{name} must be a whole number of batches; got 2\.5"):
+        bn.RenormSchedule(**given)
 
 
 def test_renorm_without_running_statistics_raises():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,14 @@ from batchnorm.errors import InputError
 from batchnorm.functional import check
 from batchnorm.nn import accumulated, exporting, sync
 from batchnorm.nn.accumulated import Pool
-from batchnorm.nn.options import Options, check_options
+from batchnorm.nn.options import ATTRIBUTES, Options, checked_numbers, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
-from batchnorm.nn.small_batch import refuse_single_value, warn_of_one_sample
+from batchnorm.nn.small_batch import place, refuse_single_value, warn_of_one_sample
 from batchnorm.nn.state import State
 from batchnorm.nn.sync import Spread
 from batchnorm.ops import Rule, Running
 
 __all__ = ["Layer", "layers_of", "stock_layers_of"]
-
-ATTRIBUTES = {"running_var": "running_var_kind"}
 
 
 class Layer(State):
@@ -64,7 +62,8 @@ class Layer(State):
             channel_dim,
             running_var,
         )
-        check_options(options, eps=eps, momentum=momentum, track_running_stats=track_running_stats)
+        num_features, eps, momentum = checked_numbers(num_features, eps, momentum)
+        options = checked_options(options, track_running_stats=track_running_stats)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)  # not passed on, since older torch has no such argument
@@ -82,11 +81,11 @@ class Layer(State):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         dim = 1 if self.channel_dim == 1 else self.dimension(input)
         if input.shape[dim] != self.num_features:
-            raise self._features_error(input, dim)
+            self._refuse_features(input, dim)
         if dim == 1:
             return self._normalised(input, residual, mask, input.shape[0], input.shape)
-        if residual is not None and residual.shape != input.shape:
-            raise InputError(f"residual must have the input's shape {tuple(input.shape)}; got {tuple(residual.shape)}")
+        if residual is not None:
+            check(input, residual, None)
         samples = input.shape[1 if dim == 0 else 0]
         if dim == input.dim() - 1 and input.is_contiguous():  # rows of channels, as they are
             features = self.num_features
@@ -178,10 +177,11 @@ class Layer(State):
             )
         return self.channel_dim % x.dim()
 
-    def _features_error(self, x: Tensor, dim: int) -> InputError:
+    def _refuse_features(self, x: Tensor, dim: int) -> NoReturn:
         shape = tuple(x.shape)
+        at = "" if torch.compiler.is_compiling() else place(self)  # as where a single value is refused
         message = (
-            f"input must have num_features={self.num_features} channels in dimension {dim}; got {shape[dim]}, "
+            f"{at}input must have num_features={self.num_features} channels in dimension {dim}; got {shape[dim]}, "
             f"in shape {shape}"
         )
         elsewhere = [i for i, size in enumerate(shape) if size == self.num_features and i not in (0, dim)]
@@ -189,14 +189,11 @@ class Layer(State):
             axes = "(N, L, C)" if len(shape) == 3 and elsewhere == [2] else f"channels in dimension {elsewhere[-1]}"
             given = -1 if elsewhere[-1] == len(shape) - 1 else elsewhere[-1]
             message += f". For {axes}, build the layer with channel_dim={given}"
-        return InputError(message)
+        raise InputError(message)
 
     def extra_repr(self) -> str:
         """Torch's settings, then those of ours that differ from its behaviour."""
-        settings = {
-            field.name: (getattr(self, ATTRIBUTES.get(field.name, field.name)), field.default)
-            for field in fields(Options)
-        }
+        settings = {field.name: (getattr(self, ATTRIBUTES[field.name]), field.default) for field in fields(Options)}
         settings |= {name: (getattr(self, name), False) for name in ("frozen_statistics", "frozen_affine")}
         settings["domains"] = (self.domain_names, [])
         said = "".join(f", {name}={value!r}" for name, (value, default) in settings.items() if value != default)

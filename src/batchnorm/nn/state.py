@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.errors import InputError
 from batchnorm.nn.accumulated import Pool
-from batchnorm.nn.options import Options
-from batchnorm.nn.renorm import FirstRuns
+from batchnorm.nn.options import ATTRIBUTES, Options, checked_options
+from batchnorm.nn.renorm import FirstRuns, Renorm, RenormSchedule
 from batchnorm.nn.sync import Shared
 
 __all__ = ["STATISTICS", "State"]
@@ -30,17 +31,19 @@ def _constant(values: Tensor | None) -> Tensor | None:
 class State(TorchBatchNorm):
     """Torch's parameters and running statistics, and beside them our options and what belongs to the step at hand."""
 
+    activation: str | None
+    small_batch: str
+    nonfinite: str
+    virtual_batch_size: int | None
+    renorm: Renorm | RenormSchedule | None
+    sync: bool
+    process_group: Any
+    channel_dim: int
+    running_var_kind: str  # the buffer has the option's name
+
     def _take(self, options: Options, device: torch.device | str | None) -> None:
         """Set what our layers have beside torch's attributes."""
-        self.activation = options.activation
-        self.small_batch = options.small_batch
-        self.nonfinite = options.nonfinite
-        self.virtual_batch_size = options.virtual_batch_size
-        self.renorm = options.renorm
-        self.sync = options.sync
-        self.process_group: Any = options.process_group
-        self.channel_dim = options.channel_dim
-        self.running_var_kind = options.running_var  # the buffer has the option's name
+        self.__dict__.update({attribute: getattr(options, name) for name, attribute in ATTRIBUTES.items()})
         self.frozen_statistics = self.frozen_affine = False
         self._untrained: list[str] = []  # what took no gradient before it was frozen
         self.active_domain: str | None = None
@@ -49,9 +52,7 @@ class State(TorchBatchNorm):
         self._first_runs = FirstRuns()
         self._warned_of_one_sample = False
         self._agreed = False  # whether all ranks were seen at this layer together
-        counts = self.track_running_stats and options.nonfinite == "skip"
-        skipped = torch.zeros((), dtype=torch.int64, device=device) if counts else None
-        self.register_buffer("skipped_batches", skipped, persistent=False)
+        self.register_buffer("skipped_batches", self._no_skipped(device), persistent=False)
         for name, buffer in self._buffers.items():
             if buffer is not None and buffer.dtype in HALF:
                 kept = torch.float32
@@ -59,6 +60,22 @@ class State(TorchBatchNorm):
                     self._buffers[name] = UninitializedBuffer(device=device, dtype=kept)  # type: ignore[call-arg]
                 else:
                     self._buffers[name] = buffer.to(kept)
+
+    def _no_skipped(self, device: torch.device | str | None) -> Tensor | None:
+        """A count of skipped batches that begins, where they are to be skipped."""
+        counts = self.track_running_stats and self.nonfinite == "skip"
+        return torch.zeros((), dtype=torch.int64, device=device) if counts else None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check an option that is set on a layer that has been built as if it were built so."""
+        if name in ATTRIBUTES.values():
+            options = Options(**{option: getattr(self, attribute) for option, attribute in ATTRIBUTES.items()})
+            option = next(option for option, attribute in ATTRIBUTES.items() if attribute == name)
+            options = checked_options(replace(options, **{option: value}), track_running_stats=self.track_running_stats)
+            value = getattr(options, option)
+        super().__setattr__(name, value)
+        if name == "nonfinite":
+            self.skipped_batches = self._no_skipped(None if self.running_mean is None else self.running_mean.device)
 
     def weight_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
         """Parameters, or what pruning, parametrizations and the like have put in their place."""
