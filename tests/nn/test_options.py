@@ -80,6 +80,33 @@ def test_other_momenta_do_not_warn(momentum):
     assert bn.BatchNorm1d(3, momentum=momentum).momentum == momentum
 
 
+# By which kernels.
+
+NATIVE = {
+    "plain": {},
+    "activation": {"activation": "leaky_relu"},
+    "virtual batches": {"virtual_batch_size": 3},
+    "renorm": {"renorm": bn.Renorm(2.0, 1.0)},
+    "a schedule": {"renorm": bn.RenormSchedule(start=0)},
+    "all": {"virtual_batch_size": 3, "renorm": bn.Renorm(2.0, 1.0), "activation": "relu", "momentum": None},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
+@pytest.mark.parametrize("channel_dim", [1, -1])
+@pytest.mark.parametrize("options", NATIVE.values(), ids=NATIVE)
+def test_options_and_masks_run_on_the_native_kernels_directly(options, channel_dim, masked):
+    assert cpu_kernel() == "native"
+    layer, x = bn.BatchNorm1d(4, channel_dim=channel_dim, **options), torch.randn(8, 4, 4)
+    mask = torch.arange(4) < torch.arange(8).unsqueeze(1) if masked else None
+    with bn.accumulate(layer):
+        node = layer(x, x, mask).grad_fn
+    while node is not None and node.name() != "_PlainBackward":  # the last may be a view
+        assert node.name() == "ViewBackward0"
+        node = node.next_functions[0][0]
+    assert node is not None
+
+
 # What NumPy has counted or calculated.
 
 
