@@ -370,6 +370,7 @@ def test_captured_statistics_are_left_alone_with_one_warning(transform, options)
         transform(layer, x, v)
     assert len(caught) == 1
     assert "batchnorm.normalize" in str(caught[0].message)
+    assert caught[0].filename == __file__
     assert all(torch.equal(values, before[name]) for name, values in layer.named_buffers())
 
 

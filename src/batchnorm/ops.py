@@ -10,14 +10,13 @@ reference, which is made of differentiable operations.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from batchnorm.errors import InputError
+from batchnorm.errors import InputError, warn
 from batchnorm.kernels import native, reference
 from batchnorm.kernels.chosen import cpu_kernel
 from batchnorm.kernels.native import Limits, Rule, Running
@@ -662,8 +661,7 @@ def may_write(values: Tensor | None) -> bool:
 
 @functools.cache
 def _warn_of_captured() -> None:
-    warnings.warn(
+    warn(
         "under torch.func.grad or jvp running statistics that are no argument of the transformed function are left as "
-        "they are; batchnorm.normalize returns them moved",
-        stacklevel=2,
+        "they are; batchnorm.normalize returns them moved"
     )

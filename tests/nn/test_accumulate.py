@@ -461,6 +461,12 @@ def test_a_model_without_layers_that_keep_statistics_raises(model):
         pass
 
 
+def test_a_model_with_torchs_layers_too_raises_with_the_path_of_one():
+    model = nn.Sequential(bn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3)))
+    with pytest.raises(bn.InputError, match=r"torch's would move .* 1\.0"), bn.accumulate(model):
+        pass
+
+
 def test_each_domain_moves_by_the_micro_batches_seen_in_it():
     layer = bn.domains(bn.BatchNorm1d(4), ["real", "drawn"])
     real, drawn, none = micro_batches(4, 5, 6)

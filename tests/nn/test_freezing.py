@@ -308,6 +308,14 @@ def test_a_lazy_layer_can_be_frozen_once_it_has_seen_a_batch():
     assert changed(before, layer) == []
 
 
+def test_gamma_and_beta_of_a_lazy_layer_can_be_frozen_before_its_first_batch():
+    layer = bn.freeze(bn.LazyBatchNorm1d(), affine=True)
+    layer(torch.randn(8, 3))
+    assert flags(layer) == (True, True)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert all(parameter.requires_grad for parameter in bn.unfreeze(layer).parameters())
+
+
 # What is refused.
 
 

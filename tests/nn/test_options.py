@@ -73,6 +73,7 @@ def test_a_lazy_layer_warns_of_keras_once():
     with pytest.warns(UserWarning, match="Keras") as said:
         bn.LazyBatchNorm1d(momentum=0.99)(torch.randn(4, 3))
     assert len(said) == 1
+    assert said[0].filename == __file__
 
 
 @pytest.mark.parametrize("momentum", [0, 0.0, 0.1, 0.89, None])

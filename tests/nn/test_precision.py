@@ -43,6 +43,13 @@ def test_statistics_come_bitwise_through_a_cast_of_the_layer(cast):
     assert layer.num_batches_tracked.dtype == torch.int64
 
 
+def test_statistics_stay_float32_in_a_cast_to_8_bits():
+    layer = fine_layer().to(torch.float8_e4m3fn)
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    assert dtypes(layer) == (torch.float32, torch.float32)
+    assert bool((layer.running_mean == FINE).all())
+
+
 def test_statistics_come_bitwise_through_a_cast_there_and_back():
     layer = fine_layer().bfloat16().float()
     assert layer.weight.dtype == torch.float32

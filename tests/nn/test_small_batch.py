@@ -276,6 +276,13 @@ def test_a_batch_of_one_sample_warns_once_of_its_shape_and_the_way_out(layer, sh
     assert str(shape) in message
 
 
+def test_the_warning_is_of_the_line_that_called_the_model():
+    model = nn.Sequential(nn.Identity(), bn.BatchNorm1d(3))
+    with pytest.warns(UserWarning, match="one sample") as said:
+        model(torch.randn(1, 3, 4))
+    assert said[0].filename == __file__
+
+
 def test_each_layer_warns_once_and_names_its_path():
     model = nn.Sequential(nn.Conv1d(2, 3, 1), bn.BatchNorm1d(3), nn.Sequential(bn.BatchNorm1d(3)))
     messages = said_by(lambda: [model(torch.randn(1, 2, 7)) for _ in range(3)])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, fields, replace
 
 import torch.distributed as dist
 
-from batchnorm.errors import InputError
+from batchnorm.errors import InputError, warn
 from batchnorm.functional import check_activation, check_momentum, is_real, is_whole
 from batchnorm.nn.renorm import Renorm, RenormSchedule
 
@@ -109,8 +108,7 @@ def _check_sync(options: Options) -> None:
 
 
 def _warn_of_keras(momentum: float) -> None:
-    warnings.warn(
+    warn(
         f"momentum={momentum} gives the newest batch {momentum:.0%} of the running statistics, as in torch; Keras "
-        f"weighs the old value: its {momentum} is momentum={1 - momentum:.4g} here",
-        stacklevel=4,
+        f"weighs the old value: its {momentum} is momentum={1 - momentum:.4g} here"
     )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import nn
 
-from batchnorm.errors import InputError
+from batchnorm.errors import InputError, warn
 
 __all__ = ["place", "refuse_single_value", "warn_of_one_sample"]
 
@@ -32,10 +31,9 @@ def refuse_single_value(layer: nn.Module, shape: Sequence[int]) -> NoReturn:
 
 def warn_of_one_sample(layer: nn.Module, shape: Sequence[int]) -> None:
     """Say that the statistics are those of one sample: with such a last batch training can diverge."""
-    warnings.warn(
+    warn(
         f"{place(layer)}a training batch of one sample, shape {tuple(shape)}, has the statistics of its positions "
-        "alone, far from those of a batch: drop the last incomplete batch (DataLoader's drop_last=True)",
-        stacklevel=2,
+        "alone, far from those of a batch: drop the last incomplete batch (DataLoader's drop_last=True)"
     )
 
 

@@ -19,8 +19,12 @@ from batchnorm.nn.sync import Shared
 
 __all__ = ["STATISTICS", "State"]
 
-HALF = (torch.float16, torch.bfloat16)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _is_narrow(values: Tensor) -> bool:
+    """Whether the values are of a dtype in which running statistics would stop moving."""
+    return values.is_floating_point() and values.dtype.itemsize < 4
 
 
 def _constant(values: Tensor | None) -> Tensor | None:
@@ -54,7 +58,7 @@ class State(TorchBatchNorm):
         self._agreed = False  # whether all ranks were seen at this layer together
         self.register_buffer("skipped_batches", self._no_skipped(device), persistent=False)
         for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.dtype in HALF:
+            if buffer is not None and _is_narrow(buffer):
                 kept = torch.float32
                 if isinstance(buffer, UninitializedBuffer):
                     self._buffers[name] = UninitializedBuffer(device=device, dtype=kept)  # type: ignore[call-arg]
@@ -108,13 +112,13 @@ class State(TorchBatchNorm):
     # Statistics keep their precision.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> State:
-        """Apply fn as torch's modules do, but leave running statistics out of a cast to half precision."""
+        """Apply fn as torch's modules do, but leave running statistics out of a cast to fewer than 32 bits."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             assert new is not None
-            if new.dtype in HALF and old.dtype not in HALF:
+            if _is_narrow(new) and not _is_narrow(old):
                 self._buffers[name] = old.to(new.device)
             if name == "skipped_batches" and not new.is_meta:  # to_empty leaves it what no state dict would put right
                 new.fill_(0) if old.is_meta else new.copy_(old)
@@ -135,7 +139,7 @@ class State(TorchBatchNorm):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
         for name, buffer in self._buffers.items():  # with assign=True they are the state dict's own
-            if buffer is not None and buffer.dtype in HALF:
+            if buffer is not None and _is_narrow(buffer):
                 self._buffers[name] = buffer.float()
         skipped, mean = self._buffers["skipped_batches"], self._buffers["running_mean"]
         if skipped is not None and skipped.is_meta and mean is not None and not mean.is_meta:  # with assign=True
@@ -159,7 +163,7 @@ class State(TorchBatchNorm):
             given = dict(self.named_parameters())  # also of parametrizations
             self._untrained = [name for name, parameter in given.items() if not parameter.requires_grad]
             for parameter in given.values():
-                parameter.requires_grad_(False)
+                parameter.requires_grad = False  # which a lazy layer's may be told too
                 parameter.grad = None  # or an optimizer would still use it
 
     def unfreeze(self, *, statistics: bool = True, affine: bool = True) -> None:
@@ -169,7 +173,7 @@ class State(TorchBatchNorm):
         if affine and self.frozen_affine:
             self.frozen_affine = False
             for name, parameter in self.named_parameters():
-                parameter.requires_grad_(name not in self._untrained)
+                parameter.requires_grad = name not in self._untrained
 
     # What belongs to the step at hand is in no copy.
 

@@ -60,7 +60,8 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     Raises
     ------
     InputError
-        The model has no layer of ours that keeps running statistics, or is within such a context already.
+        The model has no layer of ours that keeps running statistics, or one of torch's that does, or is within such a
+        context already.
 
     Examples
     --------
@@ -75,6 +76,12 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     if not layers:
         raise InputError(
             f"accumulate needs a batchnorm layer that keeps running statistics; {type(model).__name__} has none"
+        )
+    stock = [path for path, layer in stock_layers_of(model).items() if layer.track_running_stats]
+    if stock:
+        raise InputError(
+            "accumulate needs batchnorm's layers: torch's would move at each micro-batch; got "
+            f"{len(stock)} of torch's, the first {stock[0]}"
         )
     if any(layer._pool is not None for layer in layers):
         raise InputError("accumulate is at work on this model already, and can't be nested")
