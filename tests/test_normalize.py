@@ -125,6 +125,12 @@ def test_a_dimension_that_the_input_lacks_is_refused(dim):
         bn.normalize(numbers(6, C, 4), fresh_stats(), channel_dim=dim)
 
 
+@pytest.mark.parametrize(("name", "value"), [("momentum", 5), ("eps", -1), ("residual", 3.0), ("mask", "x")])
+def test_what_is_out_of_range_is_refused_by_name_and_value(name, value):
+    with pytest.raises(bn.InputError, match=rf"^{name} must be .*got ({value}|float|str)$"):
+        bn.normalize(numbers(6, C), fresh_stats(), **{name: value})
+
+
 def test_stats_of_other_channels_are_refused():
     with pytest.raises(bn.InputError, match="mean must have one number for each of the input's 4 channels"):
         bn.normalize(numbers(6, 4), fresh_stats())
@@ -364,7 +370,43 @@ def test_captured_statistics_are_left_alone_with_one_warning(transform, options)
         transform(layer, x, v)
     assert len(caught) == 1
     assert "batchnorm.normalize" in str(caught[0].message)
+    assert caught[0].filename == __file__
     assert all(torch.equal(values, before[name]) for name, values in layer.named_buffers())
+
+
+def test_buffers_that_functional_call_takes_from_around_a_transform_are_left_alone_with_a_warning_of_how_to_move_them():
+    layer, x = bn.BatchNorm1d(C), numbers(6, C)
+    parameters, buffers = dict(layer.named_parameters()), state_of(layer)
+    before = state_of(layer)
+
+    def run(parameters, buffers):
+        return functional_call(layer, (parameters, buffers), (x,)).square().sum()
+
+    with pytest.warns(UserWarning, match="no argument of the transformed function"):
+        grad(lambda parameters: run(parameters, buffers))(parameters)
+    assert all(torch.equal(values, before[name]) for name, values in buffers.items())
+    grad(run)(parameters, buffers)
+    assert buffers["num_batches_tracked"] == 1
+
+
+@uses_jvp
+@pytest.mark.filterwarnings("ignore:under torch.func.grad:UserWarning")
+@capturing
+def test_what_an_accumulation_keeps_is_left_alone_by_a_transform(transform):
+    layer, x, v = bn.BatchNorm1d(C), numbers(6, C), numbers(6, C, seed=1)
+    before = state_of(layer)
+    with bn.accumulate(layer):
+        transform(layer, x, v)
+    assert all(torch.equal(values, before[name]) for name, values in layer.named_buffers())
+
+
+def test_under_vmap_an_accumulation_is_refused_and_what_it_has_seen_stays():
+    layer, x = bn.BatchNorm1d(C), numbers(4, 6, C)
+    with bn.accumulate(layer):
+        layer(x[0])
+        with pytest.raises(bn.InputError, match=r"vmap.*batchnorm\.normalize"):
+            vmap(layer)(x)
+    torch.testing.assert_close(layer.running_mean, 0.1 * x[0].mean(0), rtol=1e-5, atol=1e-6)
 
 
 @uses_jvp

@@ -12,6 +12,7 @@ import batchnorm as bn
 from batchnorm.kernels.chosen import cpu_kernel
 
 FORWARD, BACKWARD = torch.ops.batchnorm.forward.default, torch.ops.batchnorm.backward.default
+MOMENTS = torch.ops.batchnorm.moments.default
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +74,43 @@ def test_backward_passes_torchs_own_check_of_operators(with_y, wanted, training,
     weight, bias = torch.ones(5), torch.zeros(5, dtype=torch.float64)
     arguments = (dy, x, moments, weight, bias, y, None, 1e-5, "relu", training, wanted)
     torch.library.opcheck(BACKWARD, arguments)
+
+
+def test_operators_of_virtual_batches_pass_torchs_own_check():
+    x, dy, mask = numbers(5, 3, 4), numbers(5, 3, 4, seed=1), numbers(5, 4, seed=2) < 1
+    moments, correction = MOMENTS(x, mask, 2, 3), numbers(2, 2, 3, seed=3, dtype=torch.float64)
+    torch.library.opcheck(MOMENTS, (x, mask, 2, 3))
+    torch.library.opcheck(FORWARD, (x, None, None, None, None, None, mask, 1e-5, "relu", correction, 2, 3))
+    wanted = [True, False, False, False]
+    arguments = (dy, x, moments, None, None, None, mask, 1e-5, "relu", True, wanted, correction, 2, 3)
+    torch.library.opcheck(BACKWARD, arguments)
+
+
+def test_operators_of_virtual_batches_give_the_same_by_the_native_kernels_and_by_the_reference():
+    x, dy, mask = (numbers(5, 3, 4, seed=seed, dtype=torch.float64) for seed in range(3))
+    mask, correction = mask[:, 0] < 1, numbers(2, 2, 3, seed=3, dtype=torch.float64).abs()
+    weight, bias = (numbers(3, seed=seed, dtype=torch.float64) for seed in (4, 5))
+    found = []
+    for other in (torch.float64, torch.float32):  # the native kernels take no residual of another dtype
+        residual = numbers(5, 3, 4, seed=6).to(other)
+        chunks = (correction, 2, 3)
+        y, moments = FORWARD(x, None, None, weight, bias, residual, mask, 1e-5, "relu", *chunks)
+        sign = y.to(other)
+        found.append([y, *BACKWARD(dy, x, moments, weight, bias, sign, mask, 1e-5, "relu", True, [True] * 4, *chunks)])
+    # float64 sums of 20 numbers of order 1
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("chunks", "chunk"), [(3, 3), (2, 0), (2, 5), (0, 2)])
+def test_chunks_that_do_not_use_up_the_samples_are_refused(chunks, chunk):
+    with pytest.raises(bn.InputError, match="must use up those of x"):
+        MOMENTS(numbers(5, 3), None, chunks, chunk)
+
+
+def test_moments_of_another_shape_are_refused():
+    x = numbers(5, 3)
+    with pytest.raises(bn.InputError, match=r"moments must be of shape \(2, 3\); got \(2, 2\)"):
+        BACKWARD(x, x, torch.ones(2, 2), None, None, None, None, 1e-5, None, True, [True] * 4)
 
 
 # torch.compile. Its own use of what torch deprecates is torch's affair.

@@ -1,7 +1,10 @@
-"""The errors of the library: one root, and a child for each kind of cause.
+"""The errors of the library: one root, and a child for each kind of cause; and its warnings.
 
 Each message names the rule and the value received.
 """
+
+import sys
+import warnings
 
 
 class BatchNormError(Exception):
@@ -22,3 +25,11 @@ class RunError(BatchNormError):
 
 class KernelError(BatchNormError, RuntimeError):
     """Kernels asked for by name that can't be had here."""
+
+
+def warn(message: str) -> None:
+    """Warn of the line that led here from outside of this library and of torch."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("batchnorm", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -11,13 +13,46 @@ from batchnorm import ops
 from batchnorm.errors import InputError
 from batchnorm.kernels.reference import ACTIVATIONS
 
-__all__ = ["Stats", "batch_norm", "check", "check_activation", "lengths_to_mask", "normalize"]
+__all__ = [
+    "Stats",
+    "batch_norm",
+    "check",
+    "check_activation",
+    "check_momentum",
+    "is_real",
+    "is_whole",
+    "lengths_to_mask",
+    "normalize",
+]
+
+
+def is_real(value: object) -> bool:
+    """Whether the value is a number, of Python or NumPy, and not NaN."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def is_whole(value: object) -> bool:
+    """Whether the value is a whole number, of Python or NumPy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_activation(activation: str | None) -> None:
     """Raise `InputError` unless the activation is None or a known name."""
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
         raise InputError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+
+
+def check_momentum(momentum: float | None) -> None:
+    """Raise `InputError` unless the momentum is None or a weight."""
+    if momentum is not None and not (is_real(momentum) and 0 <= momentum <= 1):
+        raise InputError(f"momentum must be None or from 0 to 1, the weight of the new value; got {momentum!r}")
+
+
+def _check_numbers(momentum: float | None, eps: float, activation: str | None) -> None:
+    check_momentum(momentum)
+    if not is_real(eps) or not 0 <= eps < math.inf:
+        raise InputError(f"eps must be finite and at least 0; got {eps!r}")
+    check_activation(activation)
 
 
 def check(x: Tensor, residual: Tensor | None, mask: Tensor | None, **per_channel: Tensor | None) -> None:
@@ -32,9 +67,14 @@ def check(x: Tensor, residual: Tensor | None, mask: Tensor | None, **per_channel
                 f"{name} must have one number for each of the input's {x.shape[1]} channels (dimension 1); "
                 f"got {values.numel()} for input of shape {tuple(x.shape)}"
             )
-    if residual is not None and residual.shape != x.shape:
-        raise InputError(f"residual must have the input's shape {tuple(x.shape)}; got {tuple(residual.shape)}")
+    if residual is not None:
+        if not isinstance(residual, Tensor):
+            raise InputError(f"residual must be a tensor; got {type(residual).__name__}")
+        if residual.shape != x.shape:
+            raise InputError(f"residual must have the input's shape {tuple(x.shape)}; got {tuple(residual.shape)}")
     if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise InputError(f"mask must be a tensor; got {type(mask).__name__}")
         whole = (x.shape[0], *x.shape[2:])
         fits = mask.dim() == len(whole) and all(size in (1, of) for size, of in zip(mask.shape, whole, strict=True))
         if mask.dtype != torch.bool or not fits:
@@ -96,8 +136,8 @@ def batch_norm(
     Raises
     ------
     InputError
-        A shape, dtype or activation that does not fit; one value a channel when training; no running
-        statistics when not training.
+        A shape, dtype or activation that does not fit, a momentum or eps out of range; one value a channel when
+        training; no running statistics when not training.
 
     Examples
     --------
@@ -107,7 +147,7 @@ def batch_norm(
             [ 1.,  1.]])
     """
     check(x, residual, mask, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    check_activation(activation)
+    _check_numbers(momentum, eps, activation)
     if training:
         check_count(x)
     elif running_mean is None or running_var is None:
@@ -182,10 +222,10 @@ def normalize(
     if not -x.dim() <= channel_dim < x.dim():
         raise InputError(f"channel_dim={channel_dim} must be a dimension of the input; got shape {tuple(x.shape)}")
     x = x.movedim(channel_dim, 1)
-    residual = None if residual is None else residual.movedim(channel_dim, 1)
+    residual = residual.movedim(channel_dim, 1) if isinstance(residual, Tensor) else residual
     mean, var, count = stats
     check(x, residual, mask, mean=mean, var=var, weight=weight, bias=bias)
-    check_activation(activation)
+    _check_numbers(momentum, eps, activation)
     if training:
         check_count(x)
     used = ops.Running(mean, var, None, momentum, moving=False)
@@ -217,7 +257,7 @@ def lengths_to_mask(lengths: Tensor, size: int | None = None) -> Tensor:
     Raises
     ------
     InputError
-        Lengths of another shape or dtype, below 0 or above ``size``.
+        Lengths that are no tensor, of another shape or dtype, below 0 or above ``size``.
 
     Examples
     --------
@@ -225,6 +265,8 @@ def lengths_to_mask(lengths: Tensor, size: int | None = None) -> Tensor:
     tensor([[ True, False, False],
             [ True,  True,  True]])
     """
+    if not isinstance(lengths, Tensor):
+        raise InputError(f"lengths must be a tensor of whole numbers; got {type(lengths).__name__}")
     if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise InputError(f"lengths must be whole numbers of shape (N,); got {lengths.dtype} {tuple(lengths.shape)}")
     greatest = int(lengths.max()) if lengths.numel() else 0

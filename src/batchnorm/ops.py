@@ -2,21 +2,21 @@
 
 In plain eager mode a CPU batch goes straight to the native kernels, which also move the running statistics. Under
 torch.compile, export, fake tensors and dispatch modes, and on other devices, it goes through the operators
-``batchnorm::forward`` and ``batchnorm::backward``, so that a compiled graph keeps each as one node. Transforms of
-torch.func, and second derivatives, take the reference, which is made of differentiable operations.
+``batchnorm::forward`` and ``batchnorm::backward``, so that a compiled graph keeps each as one node, virtual batches and
+all; batch renormalization also needs ``batchnorm::moments``. Transforms of torch.func, and second derivatives, take the
+reference, which is made of differentiable operations.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from batchnorm.errors import InputError
+from batchnorm.errors import InputError, warn
 from batchnorm.kernels import native, reference
 from batchnorm.kernels.chosen import cpu_kernel
 from batchnorm.kernels.native import Limits, Rule, Running
@@ -29,6 +29,7 @@ __all__ = [
     "Running",
     "batch_norm",
     "corrected",
+    "may_write",
     "moments",
     "move",
     "moved",
@@ -38,9 +39,12 @@ __all__ = [
 _LIBRARY = torch.library.Library("batchnorm", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (
     "forward(Tensor x, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
-    "float eps, str? activation) -> (Tensor y, Tensor moments)",
+    "float eps, str? activation, Tensor? correction=None, SymInt chunks=1, SymInt chunk=0) -> "
+    "(Tensor y, Tensor moments)",
     "backward(Tensor dy, Tensor x, Tensor moments, Tensor? weight, Tensor? bias, Tensor? y, Tensor? mask, float eps, "
-    "str? activation, bool training, bool[] wanted) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+    "str? activation, bool training, bool[] wanted, Tensor? correction=None, SymInt chunks=1, SymInt chunk=0) -> "
+    "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+    "moments(Tensor x, Tensor? mask, SymInt chunks=1, SymInt chunk=0) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
@@ -49,12 +53,19 @@ def _is_native(x: Tensor, residual: Tensor | None) -> bool:
     return native.supports(x) and (residual is None or residual.dtype == x.dtype) and cpu_kernel() == "native"
 
 
-def _packed(moments: Moments) -> Tensor:
-    return torch.stack((moments.mean, moments.var))
+def _packed(batches: Sequence[Moments]) -> Tensor:
+    """Mean and variance as the native kernels give them: (2, C), or (2, chunks, C) of virtual batches."""
+    each = batches[0] if len(batches) == 1 else reference.stacked(batches)
+    return torch.stack((each.mean, each.var))
 
 
-def _unpacked(moments: Tensor, x: Tensor, mask: Tensor | None) -> Moments:
-    return Moments(moments[0], moments[1], reference.count_of(x, mask))
+def _unpacked(moments: Tensor, x: Tensor, mask: Tensor | None, rule: Rule) -> list[Moments]:
+    if rule.chunks == 1:
+        return [Moments(moments[0], moments[1], reference.count_of(x, mask))]
+    return [
+        Moments(moments[0, i], moments[1, i], reference.count_of(_of_chunk(x, at), _mask_of_chunk(mask, at)))
+        for i, at in enumerate(_chunks(x, rule))
+    ]
 
 
 def _forward(
@@ -67,24 +78,50 @@ def _forward(
     mask: Tensor | None,
     eps: float,
     activation: str | None,
+    correction: Tensor | None = None,
+    chunks: int = 1,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The operator: with mean and var given they are used, else the batch's own."""
     _check_sizes(x, mean, var, weight, bias)
     if (mean is None) != (var is None):
         raise InputError("mean and var must be given both or neither; got one")
     x = native.ready(x)
+    rule = Rule(eps, activation, mean is None, chunks, chunk, None, correction)
+    _check_chunks(x, rule)
     if _is_native(x, residual):
-        running = Running(mean, var, None, 0.0)
-        y, moments, _ = native.forward(x, weight, bias, residual, mask, running, Rule(eps, activation, mean is None))
+        y, moments, _ = native.forward(x, weight, bias, residual, mask, Running(mean, var, None, 0.0), rule)
         return y, moments
-    used = reference.moments(x, mask) if mean is None or var is None else _given(x, mean, var)
-    return reference.forward(x, used, weight, bias, eps, activation, residual, mask), _packed(used)
+    batches = _moments_of_chunks(x, mask, rule) if mean is None or var is None else [_given(x, mean, var)]
+    return _reference_forward(x, batches, weight, bias, residual, mask, rule), _packed(batches)
+
+
+def _moments(x: Tensor, mask: Tensor | None, chunks: int = 1, chunk: int = 0) -> Tensor:
+    """The operator: mean and biased variance (2, C), or (2, chunks, C)."""
+    x, rule = native.ready(x), Rule(1.0, None, True, chunks, chunk)
+    _check_chunks(x, rule)
+    if not _is_native(x, None):
+        return _packed(_moments_of_chunks(x, mask, rule))
+    nothing = Running(None, None, None, 0.0, moving=False)
+    return native.forward(x, None, None, None, mask, nothing, rule, wanted=False)[1]
 
 
 def _check_sizes(x: Tensor, *per_channel: Tensor | None) -> None:
     for values in per_channel:
         if values is not None and values.shape != x.shape[1:2]:
             raise InputError(f"each channel of x, {tuple(x.shape)}, must have one number; got {tuple(values.shape)}")
+
+
+def _check_chunks(x: Tensor, rule: Rule) -> None:
+    if rule.chunks != 1 and not 0 < rule.chunk * (rule.chunks - 1) < x.shape[0]:
+        raise InputError(
+            f"chunks={rule.chunks} of chunk={rule.chunk} samples must use up those of x, the last what is left; "
+            f"got {tuple(x.shape)}"
+        )
+
+
+def _shape_of_moments(x: Tensor, chunks: int) -> tuple[int, ...]:
+    return (2, x.shape[1]) if chunks == 1 else (2, chunks, x.shape[1])
 
 
 def _given(x: Tensor, mean: Tensor, var: Tensor) -> Moments:
@@ -104,21 +141,24 @@ def _backward(
     activation: str | None,
     training: bool,
     wanted: list[bool],
+    correction: Tensor | None = None,
+    chunks: int = 1,
+    chunk: int = 0,
 ) -> tuple[Tensor, ...]:
     """The operator: what is not wanted comes back empty."""
-    _check_sizes(x, moments[0], weight, bias)
+    _check_sizes(x, weight, bias)
     if dy.shape != x.shape:
         raise InputError(f"dy must have x's shape {tuple(x.shape)}; got {tuple(dy.shape)}")
     x = native.ready(x)
+    rule = Rule(eps, activation, training, chunks, chunk, None, correction)
+    _check_chunks(x, rule)
+    if moments.shape != _shape_of_moments(x, chunks):
+        raise InputError(f"moments must be of shape {_shape_of_moments(x, chunks)}; got {tuple(moments.shape)}")
     found: tuple[Tensor | None, ...]
     if _is_native(x, y):
-        rule = Rule(eps, activation, training)
         found = native.backward(dy, x, moments, weight, bias, y, mask, rule, wanted=wanted)
     else:
-        used = _unpacked(moments, x, mask)
-        found = reference.backward(
-            dy, x, used, weight, bias, eps, activation, mask=mask, y=y, batch_statistics=training
-        )
+        found = _reference_backward(dy, x, _unpacked(moments, x, mask, rule), weight, bias, y, mask, rule)
         found = tuple(
             None if like is None or not want else gradient.to(like.dtype)
             for gradient, like, want in zip(found, (x, weight, bias, x), wanted, strict=True)
@@ -137,8 +177,16 @@ def _fake_forward(
     mask: Tensor | None,
     eps: float,
     activation: str | None,
+    correction: Tensor | None = None,
+    chunks: int = 1,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(native.ready(x)), x.new_empty((2, x.shape[1]), dtype=reference.statistics_dtype(x))
+    return torch.empty_like(native.ready(x)), _fake_moments(x, mask, chunks, chunk)
+
+
+@torch.library.register_fake("batchnorm::moments", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _fake_moments(x: Tensor, mask: Tensor | None, chunks: int = 1, chunk: int = 0) -> Tensor:
+    return x.new_empty(_shape_of_moments(x, chunks), dtype=reference.statistics_dtype(x))
 
 
 @torch.library.register_fake("batchnorm::backward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
@@ -154,6 +202,9 @@ def _fake_backward(
     activation: str | None,
     training: bool,
     wanted: list[bool],
+    correction: Tensor | None = None,
+    chunks: int = 1,
+    chunk: int = 0,
 ) -> tuple[Tensor, ...]:
     x = native.ready(x)
     return tuple(
@@ -162,7 +213,7 @@ def _fake_backward(
     )
 
 
-for _name, _function in (("forward", _forward), ("backward", _backward)):
+for _name, _function in (("forward", _forward), ("backward", _backward), ("moments", _moments)):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
@@ -226,12 +277,14 @@ def _gradients(
         or _transformed()
         or torch._C._functorch.is_legacy_batchedtensor(dy)  # torch.autograd.grad(..., is_grads_batched=True)
     ):
-        found = _differentiable_backward(dy, x, moments, weight, bias, y, mask, rule)
+        # A second derivative also runs through the batch's moments, so they are taken again where it can see them.
+        batches = _moments_of_chunks(x, mask, rule) if rule.training else _unpacked(moments, x, mask, rule)
+        found = _reference_backward(dy, x, batches, weight, bias, y, mask, rule)
     elif plain:
         found = native.backward(dy, x, moments, weight, bias, y, mask, rule, wanted=wanted)
     else:
-        arguments = (dy, x, moments, weight, bias, y, mask, rule.eps, rule.activation, rule.training, wanted)
-        found = torch.ops.batchnorm.backward(*arguments)
+        how = (rule.eps, rule.activation, rule.training, wanted, rule.correction, rule.chunks, rule.chunk)
+        found = torch.ops.batchnorm.backward(dy, x, moments, weight, bias, y, mask, *how)
     dresidual = found[3] if wanted[3] else None
     if needs[3] and y is None:
         dresidual = dy if mask is None else torch.where(mask.unsqueeze(1), dy, 0.0)
@@ -248,35 +301,53 @@ def _as(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     return gradient if same else gradient.to(like.dtype)  # type: ignore[union-attr]
 
 
-def _differentiable_backward(
+def _moments_of_chunks(x: Tensor, mask: Tensor | None, rule: Rule) -> list[Moments]:
+    return [reference.moments(_of_chunk(x, at), _mask_of_chunk(mask, at)) for at in _chunks(x, rule)]
+
+
+def _reference_forward(
+    x: Tensor,
+    batches: Sequence[Moments],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    rule: Rule,
+) -> Tensor:
+    """The output made of differentiable operations, chunk by chunk, with the moments of each."""
+    outputs = []
+    for i, at in enumerate(_chunks(x, rule)):
+        scale, shift = corrected(weight, bias, *_correction_of(rule, i))
+        part_residual = None if residual is None else _of_chunk(residual, at)
+        how = (rule.eps, rule.activation, part_residual, _mask_of_chunk(mask, at))
+        outputs.append(reference.forward(_of_chunk(x, at), batches[i], scale, shift, *how))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _reference_backward(
     dy: Tensor,
     x: Tensor,
-    moments: Tensor,
+    batches: Sequence[Moments],
     weight: Tensor | None,
     bias: Tensor | None,
     y: Tensor | None,
     mask: Tensor | None,
     rule: Rule,
-) -> tuple[Tensor | None, ...]:
-    """The gradients made of differentiable operations, chunk by chunk.
-
-    A second derivative also runs through the batch's moments, so they are taken again where it can see them.
-    """
+) -> tuple[Tensor, ...]:
+    """The gradients made of differentiable operations, chunk by chunk, with the moments of each."""
     parts = []
     for i, at in enumerate(_chunks(x, rule)):
-        part, part_mask = _of_chunk(x, at), _mask_of_chunk(mask, at)
-        used = reference.moments(part, part_mask) if rule.training else _unpacked(moments, x, mask)
-        r, d = (None, None) if rule.correction is None else _correction_of(rule, i)
+        r, d = _correction_of(rule, i)
         scale, shift = corrected(weight, bias, r, d)
         dx, dscale, dshift, dresidual = reference.backward(
             _of_chunk(dy, at),
-            part,
-            used,
+            _of_chunk(x, at),
+            batches[i],
             scale,
             shift,
             rule.eps,
             rule.activation,
-            mask=part_mask,
+            mask=_mask_of_chunk(mask, at),
             y=None if y is None else _of_chunk(y, at),
             batch_statistics=rule.training,
         )
@@ -317,7 +388,7 @@ _apply_plain = super(torch.autograd.function._SingleLevelFunction, _Plain).apply
 
 
 class _Dispatched(torch.autograd.Function):
-    """The same by the operators, for one batch; its moments come back, to move the running statistics by."""
+    """The same by the operators; the moments come back, to move the running statistics by."""
 
     @staticmethod
     def forward(
@@ -329,23 +400,30 @@ class _Dispatched(torch.autograd.Function):
         mask: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
+        correction: Tensor | None,
         eps: float,
         activation: str | None,
+        chunks: int,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        y, moments = torch.ops.batchnorm.forward(x, mean, var, weight, bias, residual, mask, eps, activation)
-        ctx.save_for_backward(x, weight, bias, y if _needs_y(residual, activation) else None, mask, moments)
-        ctx.eps, ctx.activation, ctx.training = eps, activation, mean is None
+        how = (eps, activation, correction, chunks, chunk)
+        y, moments = torch.ops.batchnorm.forward(x, mean, var, weight, bias, residual, mask, *how)
+        sign = y if _needs_y(residual, activation) else None
+        ctx.save_for_backward(x, weight, bias, sign, mask, moments, correction)
+        ctx.eps, ctx.activation, ctx.training, ctx.chunks, ctx.chunk = eps, activation, mean is None, chunks, chunk
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.mark_non_differentiable(moments)
         return y, moments
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, y, mask, moments = ctx.saved_tensors  # once: a checkpoint lets them be unpacked no more often
-        rule, needs = Rule(ctx.eps, ctx.activation, ctx.training), ctx.needs_input_grad
+        # Once: a checkpoint lets them be unpacked no more often.
+        x, weight, bias, y, mask, moments, correction = ctx.saved_tensors
+        rule = Rule(ctx.eps, ctx.activation, ctx.training, ctx.chunks, ctx.chunk, None, correction)
+        needs = ctx.needs_input_grad
         *others, dresidual = _gradients(dy, x, moments, weight, bias, y, mask, rule, needs=needs, plain=False)
         dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
-        return (*others, dresidual, *(None,) * 5)
+        return (*others, dresidual, *(None,) * 8)
 
 
 class Normalised(NamedTuple):
@@ -406,12 +484,10 @@ def normalise(
 @torch.no_grad()
 def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     """Mean and biased variance (C,) of x (N, C, *), and the count, without a gradient."""
-    if _transformed() or not _is_plain(x, None):
+    if _transformed():
         return reference.moments(x, mask)
-    x = native.ready(x)
-    nothing = Running(None, None, None, 0.0, moving=False)
-    _, found, _ = native.forward(x, None, None, None, mask, nothing, Rule(1.0, None, True), wanted=False)
-    return _unpacked(found, x, mask)
+    found = (_moments if _is_plain(x, None) else torch.ops.batchnorm.moments)(x, mask)
+    return Moments(found[0], found[1], reference.count_of(x, mask))
 
 
 def _composed(
@@ -423,38 +499,28 @@ def _composed(
     running: Running,
     rule: Rule,
 ) -> Normalised:
-    """By the operators, or under a transform by the reference: chunk by chunk, renormalization outside of both."""
+    """By the operators, or under a transform by the reference; renormalization's r and d outside of both."""
     transformed = _transformed()
-    outputs, moments, corrections = [], [], []
-    for i, at in enumerate(_chunks(x, rule)):
-        part, part_mask = _of_chunk(x, at), _mask_of_chunk(mask, at)
-        part_residual = None if residual is None else _of_chunk(residual, at)
-        scale, shift = weight, bias
-        batch = reference.moments(part, part_mask) if rule.training and (transformed or rule.limits) else None
-        if rule.correction is not None or rule.limits is not None:
-            if rule.correction is not None:
-                r, d = _correction_of(rule, i)
-            else:
-                assert batch is not None
-                r, d = reference.renormalised(batch, *_statistics(running), rule.eps, *(rule.limits or ()))
-            corrections.append(torch.stack((r, d)))
-            scale, shift = corrected(weight, bias, r, d)
-        if transformed:
-            used = _given(part, *_statistics(running)) if batch is None else batch
-            y = reference.forward(part, used, scale, shift, rule.eps, rule.activation, part_residual, part_mask)
-        else:
-            given = (None, None) if rule.training else (running.mean, running.var)
-            y, packed = _Dispatched.apply(  # type: ignore[no-untyped-call]
-                part, scale, shift, part_residual, part_mask, *given, rule.eps, rule.activation
-            )
-            used = _unpacked(packed, part, part_mask)
-        outputs.append(y)
-        moments.append(used)
-    whole = moments[0] if len(moments) == 1 else reference.pooled(_stacked(moments))
+    batches: list[Moments] = []
+    if transformed:
+        training = rule.training
+        batches = _moments_of_chunks(x, mask, rule) if training else [_given(x, *_statistics(running))]
+    if rule.limits is not None and rule.correction is None:
+        found = _packed(batches) if transformed else torch.ops.batchnorm.moments(x.detach(), mask, *rule[3:5])
+        each = Moments(found[0], found[1], 0)
+        r_and_d = reference.renormalised(each, *_statistics(running), rule.eps, *rule.limits)
+        rule = rule._replace(correction=torch.stack(r_and_d))
+    if transformed:
+        y = _reference_forward(x, batches, weight, bias, residual, mask, rule)
+        whole = batches[0] if len(batches) == 1 else reference.pooled(reference.stacked(batches))
+    else:
+        given = (None, None) if rule.training else (running.mean, running.var)
+        how = (rule.correction, rule.eps, rule.activation, rule.chunks, rule.chunk)
+        y, packed = _Dispatched.apply(x, weight, bias, residual, mask, *given, *how)  # type: ignore[no-untyped-call]
+        whole = _pooled(packed, x, mask, rule)
     if rule.training:
         move(running, whole)
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return Normalised(y, whole, torch.stack(corrections, 1) if corrections else None)
+    return Normalised(y, whole, rule.correction)
 
 
 def _chunks(x: Tensor, rule: Rule) -> Sequence[slice | None]:
@@ -473,8 +539,9 @@ def _mask_of_chunk(mask: Tensor | None, at: slice | None) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else _of_chunk(mask, at)
 
 
-def _correction_of(rule: Rule, chunk: int) -> tuple[Tensor, Tensor]:
-    assert rule.correction is not None
+def _correction_of(rule: Rule, chunk: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    if rule.correction is None:
+        return None, None
     of_all = rule.correction.view(2, rule.chunks, -1)
     return of_all[0, chunk], of_all[1, chunk]
 
@@ -489,18 +556,16 @@ def corrected(
     return scale, shift if bias is None else shift + bias.to(shift.dtype)
 
 
-def _stacked(parts: Sequence[Moments]) -> Moments:
-    """Moments (K, C), and their counts (K,)."""
-    mean, var = torch.stack([part.mean for part in parts]), torch.stack([part.var for part in parts])
-    counts = [torch.as_tensor(part.count, dtype=mean.dtype, device=mean.device) for part in parts]
-    return Moments(mean, var, torch.stack(counts))
-
-
 def _pooled(moments: Tensor, x: Tensor, mask: Tensor | None, rule: Rule) -> Moments:
+    """The moments of all of x, from those of its chunks; in a compiled graph their number stays open."""
     if rule.chunks == 1:
-        return _unpacked(moments, x, mask)
-    counts = [reference.count_of(_of_chunk(x, at), _mask_of_chunk(mask, at)) for at in _chunks(x, rule)]
-    return reference.pooled(Moments(moments[0], moments[1], torch.stack([torch.as_tensor(count) for count in counts])))
+        return Moments(moments[0], moments[1], reference.count_of(x, mask))
+    samples = x.shape[0]
+    counted = torch.ones_like(x[:, 0], dtype=torch.bool) if mask is None else mask.expand(samples, *x.shape[2:])
+    of_samples = counted.reshape(samples, -1).sum(1).to(moments.dtype)
+    chunk_of = (torch.arange(samples, device=x.device) // rule.chunk).clamp(max=rule.chunks - 1)
+    counts = moments.new_zeros(rule.chunks).index_add_(0, chunk_of, of_samples)
+    return reference.pooled(Moments(moments[0], moments[1], counts))
 
 
 def _statistics(running: Running) -> tuple[Tensor, Tensor]:
@@ -519,7 +584,7 @@ def move(running: Running, batch: Moments) -> None:
     """
     mean, var, batches, momentum, skipped, biased, moving = running
     held = [(old, new) for old, new in ((mean, batch.mean), (var, _kept(batch, biased))) if old is not None]
-    if not moving or not (held or batches is not None) or not _may_move(running):
+    if not moving or not (held or batches is not None) or not may_write(batches if mean is None else mean):
         return
     finite: Tensor | None = None
     if skipped is not None and held:
@@ -554,7 +619,10 @@ def _moves(batch: Moments) -> Tensor:
 
 def _share(momentum: float | None, batches: Tensor | None) -> Tensor | float:
     """The weight of the batch in the running statistics; batches has counted it."""
-    return (1.0 / (1 if batches is None else batches)) if momentum is None else momentum
+    if momentum is not None:
+        return momentum
+    # In float64, since a quotient of whole numbers is a float32.
+    return 1.0 if batches is None else 1.0 / batches.to(reference.statistics_dtype(batches))
 
 
 def _between(old: Tensor, new: Tensor, share: Tensor | float) -> Tensor:
@@ -565,11 +633,12 @@ def _between(old: Tensor, new: Tensor, share: Tensor | float) -> Tensor:
 
 def _kept(batch: Moments, biased: bool) -> Tensor:
     """The variance that running statistics keep."""
-    return batch.var if biased else batch.var * (batch.count / at_least_one(batch.count - 1))
+    count = batch.count.to(batch.var.dtype) if isinstance(batch.count, Tensor) else batch.count
+    return batch.var if biased else batch.var * (count / at_least_one(count - 1))
 
 
-def _may_move(running: Running) -> bool:
-    """Whether the running statistics may be written: under a transform those that it has been given.
+def may_write(values: Tensor | None) -> bool:
+    """Whether what is kept of a batch may be written to the values: under a transform those that it has been given.
 
     Raises
     ------
@@ -578,8 +647,7 @@ def _may_move(running: Running) -> bool:
     """
     if torch.compiler.is_compiling() or not _transformed():
         return True
-    given = running.batches if running.mean is None else running.mean
-    if given is None or torch._C._functorch.is_functorch_wrapped_tensor(given):
+    if values is not None and torch._C._functorch.is_functorch_wrapped_tensor(values):
         return True
     levels = torch._C._functorch.get_interpreter_stack() or []
     if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
@@ -593,8 +661,7 @@ def _may_move(running: Running) -> bool:
 
 @functools.cache
 def _warn_of_captured() -> None:
-    warnings.warn(
-        "under torch.func.grad or jvp the layer's running statistics are left as they are; batchnorm.normalize returns "
-        "them moved",
-        stacklevel=2,
+    warn(
+        "under torch.func.grad or jvp running statistics that are no argument of the transformed function are left as "
+        "they are; batchnorm.normalize returns them moved"
     )

@@ -1,12 +1,14 @@
 """Micro-batches whose statistics are pooled into one update."""
 
 import copy
+import math
 import pickle
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -371,6 +373,39 @@ def test_micro_batches_of_a_compiled_layer_are_pooled():
     assert_moved_once(layer, torch.cat(parts))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 3}, {"nonfinite": "propagate"}], ids=str)
+def test_a_compiled_layer_is_compiled_for_the_first_micro_batch_and_for_all_others(options):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    layer, eager = bn.BatchNorm1d(4, **options), bn.BatchNorm1d(4, **options)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for seed in range(2):
+        parts = micro_batches(*[5] * 12, seed=seed)
+        parts[0][1, 2] = parts[7][0, 0] = math.nan if seed and not options else 1.0
+        for norm, run in ((layer, compiled), (eager, eager)):
+            with bn.accumulate(norm):
+                for x in parts:
+                    run(x)
+    assert counter.frame_count == 2
+    torch.testing.assert_close(layer.state_dict(), eager.state_dict(), **CLOSE)
+    assert layer.skipped_batches == eager.skipped_batches
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_micro_batches_of_other_sizes_are_one_compilation_more():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    layer, parts = bn.BatchNorm1d(4), micro_batches(5, 3, 9, 4, 6, 7)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for half in (parts[:3], parts[3:]):
+        with bn.accumulate(layer):
+            for x in half:
+                compiled(x)
+    assert counter.frame_count == 3
+    assert int(layer.num_batches_tracked) == 2
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_what_is_pending_is_in_no_copy(copied):
     model = network()
@@ -423,6 +458,12 @@ def test_nesting_raises_and_leaves_the_outer_at_work():
 )
 def test_a_model_without_layers_that_keep_statistics_raises(model):
     with pytest.raises(bn.InputError, match=f"{type(model).__name__} has none"), bn.accumulate(model):
+        pass
+
+
+def test_a_model_with_torchs_layers_too_raises_with_the_path_of_one():
+    model = nn.Sequential(bn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3)))
+    with pytest.raises(bn.InputError, match=r"torch's would move .* 1\.0"), bn.accumulate(model):
         pass
 
 

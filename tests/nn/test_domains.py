@@ -183,6 +183,13 @@ def trained():
     return model
 
 
+def test_a_lazy_layer_that_has_seen_no_batch_is_refused_by_its_path():
+    model = nn.Sequential(bn.BatchNorm1d(3), bn.LazyBatchNorm1d())
+    with pytest.raises(bn.InputError, match="of which 1 has none before its first batch"):
+        bn.domains(model, ["real"])
+    assert model[0].domain_names == []
+
+
 def test_a_state_dict_goes_strictly_into_a_model_with_the_same_domains():
     model, file = trained(), io.BytesIO()
     torch.save(model.state_dict(), file)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import batchnorm as bn
@@ -307,3 +308,54 @@ def test_update_bn_finds_the_statistics_that_torchs_layers_would_have():
     update_bn(batches, theirs)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **CLOSE)
     assert ours.module[1].momentum == 0.1
+
+
+# Tools that put something else in the place of gamma.
+
+
+class Exponential(nn.Module):
+    def forward(self, weight):
+        return weight.exp()
+
+
+def assigned(layer):
+    values = torch.arange(3.0)
+    del layer.weight
+    layer.weight = values
+    return layer
+
+
+def replica(layer):
+    copy = layer._replicate_for_data_parallel()
+    copy.weight, copy.bias = torch.arange(3.0), layer.bias
+    return copy
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+def parametrized(layer):
+    parametrize.register_parametrization(layer, "weight", Exponential())
+    return layer
+
+
+TAKEN = [assigned, replica, pruned, parametrized]
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("tool", TAKEN)
+def test_a_gamma_that_a_tool_has_put_elsewhere_is_used_as_by_torchs_layer(tool, mode):
+    x = torch.randn(6, 3, 4)
+    found = []
+    for kind in (bn.BatchNorm1d, nn.BatchNorm1d):
+        layer = kind(3)
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([0.1, 2.0, 3.0]))
+        changed = tool(layer).train(mode)
+        y = changed(x)
+        y.square().sum().backward()
+        found.append([y, *(parameter.grad for parameter in layer.parameters())])
+    # float32 gradients of 24 values of order 3, some 10 roundings of 24 * 3 * 6e-8 each
+    torch.testing.assert_close(*found, rtol=1e-5, atol=5e-5)

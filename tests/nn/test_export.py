@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import batchnorm as bn
 
@@ -270,6 +271,13 @@ def test_script_within_a_domain_has_that_domains_statistics():
         torch.testing.assert_close(torch.jit.script(layer)(x), layer(x), **CLOSE)
 
 
+def test_script_takes_the_gamma_that_pruning_has_left():
+    layer = bn.BatchNorm1d(4)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    layer, x = layer.eval(), torch.randn(6, 4)
+    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
+
+
 def test_script_of_a_bfloat16_layer_with_float32_statistics_equals_it():
     layer = trained(bn.BatchNorm1d(3, activation="relu"), (8, 3)).bfloat16()
     x = torch.randn(8, 3, dtype=torch.bfloat16)
@@ -294,6 +302,25 @@ def test_trace_in_training_gives_the_layers_outputs_and_statistics():
     torch.testing.assert_close(traced(x), layer(x), **CLOSE)
     found = {name: values for name, values in traced.state_dict().items() if name != "skipped_batches"}
     torch.testing.assert_close(found, dict(layer.state_dict()), **CLOSE)  # to a trace every buffer is persistent
+
+
+@pytest.mark.parametrize(
+    "layer", [bn.BatchNorm1d(3), bn.BatchNorm1d(3, track_running_stats=False).eval()], ids=["train", "eval"]
+)
+def test_trace_refuses_a_mask_that_would_not_keep_padding_out_of_the_batchs_statistics(layer):
+    x, mask = torch.randn(4, 3), torch.tensor([True, True, True, False])
+    with pytest.raises(ValueError, match=r"takes no mask .* got a mask"):
+        torch.jit.trace(layer, (x, x, mask))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `:DeprecationWarning")
+def test_onnx_in_training_refuses_a_mask():
+    x, mask = torch.randn(4, 3), torch.tensor([True, True, True, False])
+    training = torch.onnx.TrainingMode.TRAINING
+    with pytest.raises(ValueError, match="takes no mask"):
+        torch.onnx.export(
+            bn.BatchNorm1d(3), (x, x, mask), io.BytesIO(), dynamo=False, training=training, do_constant_folding=False
+        )
 
 
 def test_trace_in_eval_warns_of_nothing_that_torchs_layer_does_not():

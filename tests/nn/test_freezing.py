@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
 
@@ -134,6 +135,40 @@ def test_a_frozen_layer_is_deaf_to_poison():
     before = bits(layer)
     layer(torch.full((4, 2), torch.nan))
     assert changed(before, layer) == []
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_asking_the_whole_model_for_gradients_moves_no_frozen_gamma_or_beta(name):
+    model = bn.freeze(network(), affine=True).requires_grad_(True)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    before = bits(model[1])
+    for seed in range(5):
+        step(model, optimizer, seed)
+    assert changed(before, model[1]) == []
+    assert model[1].weight.grad is None
+
+
+class Exponential(nn.Module):
+    def forward(self, weight):
+        return weight.exp()
+
+
+def test_a_gamma_behind_a_parametrization_is_frozen_and_learns_again():
+    layer = bn.BatchNorm1d(4)
+    parametrize.register_parametrization(layer, "weight", Exponential())
+    bn.freeze(layer, affine=True)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    bn.unfreeze(layer)
+    assert all(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_a_gamma_whose_pruning_ended_while_it_was_frozen_learns_again():
+    layer = bn.BatchNorm1d(4)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    bn.freeze(layer, affine=True)
+    prune.remove(layer, "weight")
+    bn.unfreeze(layer)
+    assert all(parameter.requires_grad for parameter in layer.parameters())
 
 
 def test_every_layer_of_the_model_is_frozen_and_the_model_is_returned():
@@ -271,6 +306,14 @@ def test_a_lazy_layer_can_be_frozen_once_it_has_seen_a_batch():
     before = bits(layer)
     layer(torch.randn(8, 3))
     assert changed(before, layer) == []
+
+
+def test_gamma_and_beta_of_a_lazy_layer_can_be_frozen_before_its_first_batch():
+    layer = bn.freeze(bn.LazyBatchNorm1d(), affine=True)
+    layer(torch.randn(8, 3))
+    assert flags(layer) == (True, True)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert all(parameter.requires_grad for parameter in bn.unfreeze(layer).parameters())
 
 
 # What is refused.

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -331,3 +332,42 @@ def test_no_stat_updates_holds_a_compiled_model():
         compiled(x)
     compiled(x)
     assert int(layer.num_batches_tracked) == 2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_within_no_stat_updates_moves_its_statistics(copied):
+    layer = bn.BatchNorm1d(4).double()
+    with bn.no_stat_updates(layer):
+        twin = copied(layer)
+        twin(rows())
+    assert counts(twin) == [1]
+
+
+def test_a_lazy_layers_first_forward_within_no_stat_updates_moves_nothing():
+    layer = bn.LazyBatchNorm1d().double()
+    with bn.no_stat_updates(layer):
+        layer(rows())
+    assert counts(layer) == [0]
+    layer(rows())
+    assert counts(layer) == [1]
+
+
+def test_resetting_within_no_stat_updates_resets():
+    layer = bn.BatchNorm1d(4).double()
+    layer(rows())
+    with bn.no_stat_updates(layer):
+        layer.reset_running_stats()
+    assert counts(layer) == [0]
+
+
+def test_a_single_value_within_no_stat_updates_is_told_of_small_batch_too():
+    layer = bn.BatchNorm1d(4)
+    with bn.no_stat_updates(layer), pytest.raises(bn.InputError, match="small_batch='running'"):
+        layer(torch.randn(1, 4))
+
+
+def test_an_accumulation_within_no_stat_updates_moves_nothing():
+    layer = bn.BatchNorm1d(4).double()
+    with bn.no_stat_updates(layer), bn.accumulate(layer):
+        layer(rows())
+    assert counts(layer) == [0]

@@ -265,6 +265,11 @@ def test_a_mask_that_does_not_fit_is_refused(mask, dim):
         layer(torch.zeros(4, C, 9) if dim == 1 else torch.zeros(4, 9, C), None, mask)
 
 
+def test_lengths_that_are_no_tensor_are_refused_by_their_type():
+    with pytest.raises(bn.InputError, match="lengths must be a tensor of whole numbers; got list"):
+        bn.lengths_to_mask([1, 2])
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8], ids=str)
 def test_lengths_make_a_mask_that_begins_with_so_many_true(dtype):
     mask = bn.lengths_to_mask(torch.tensor([0, 2, 4], dtype=dtype), 5)

@@ -22,6 +22,8 @@ REFUSED = {
     "nonfinite": ({"nonfinite": "ignore"}, r"nonfinite must be 'skip' or 'propagate'; got 'ignore'"),
     "running_var": ({"running_var": "population"}, r"running_var must be 'unbiased' or 'biased'; got 'population'"),
     "activation": ({"activation": "swish"}, r"relu, leaky_relu, silu, gelu, tanh, sigmoid; got 'swish'"),
+    "activation=list": ({"activation": ["relu"]}, r"one of relu, .*; got \['relu'\]"),
+    "small_batch=list": ({"small_batch": ["raise"]}, r"small_batch must be 'raise' or 'running'; got \['raise'\]"),
     "momentum=1.1": ({"momentum": 1.1}, r"momentum must be None or from 0 to 1.*; got 1\.1"),
     "momentum=-0.1": ({"momentum": -0.1}, r"momentum must be None or from 0 to 1.*; got -0\.1"),
     "momentum=nan": ({"momentum": float("nan")}, r"momentum must be .*; got nan"),
@@ -71,6 +73,7 @@ def test_a_lazy_layer_warns_of_keras_once():
     with pytest.warns(UserWarning, match="Keras") as said:
         bn.LazyBatchNorm1d(momentum=0.99)(torch.randn(4, 3))
     assert len(said) == 1
+    assert said[0].filename == __file__
 
 
 @pytest.mark.parametrize("momentum", [0, 0.0, 0.1, 0.89, None])
@@ -78,7 +81,100 @@ def test_other_momenta_do_not_warn(momentum):
     assert bn.BatchNorm1d(3, momentum=momentum).momentum == momentum
 
 
+# By which kernels.
+
+NATIVE = {
+    "plain": {},
+    "activation": {"activation": "leaky_relu"},
+    "virtual batches": {"virtual_batch_size": 3},
+    "renorm": {"renorm": bn.Renorm(2.0, 1.0)},
+    "a schedule": {"renorm": bn.RenormSchedule(start=0)},
+    "all": {"virtual_batch_size": 3, "renorm": bn.Renorm(2.0, 1.0), "activation": "relu", "momentum": None},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
+@pytest.mark.parametrize("channel_dim", [1, -1])
+@pytest.mark.parametrize("options", NATIVE.values(), ids=NATIVE)
+def test_options_and_masks_run_on_the_native_kernels_directly(options, channel_dim, masked):
+    assert cpu_kernel() == "native"
+    layer, x = bn.BatchNorm1d(4, channel_dim=channel_dim, **options), torch.randn(8, 4, 4)
+    mask = torch.arange(4) < torch.arange(8).unsqueeze(1) if masked else None
+    with bn.accumulate(layer):
+        node = layer(x, x, mask).grad_fn
+    while node is not None and node.name() != "_PlainBackward":  # the last may be a view
+        assert node.name() == "ViewBackward0"
+        node = node.next_functions[0][0]
+    assert node is not None
+
+
+# What NumPy has counted or calculated.
+
+
+def test_numbers_of_numpy_are_taken_as_those_of_python():
+    given = {"eps": np.float32(0.5), "momentum": np.float64(0.25), "virtual_batch_size": np.int64(4)}
+    layer = bn.BatchNorm(np.int64(3), channel_dim=np.int32(-1), renorm=bn.Renorm(np.float32(3), np.int64(5)), **given)
+    plain = bn.BatchNorm(3, 0.5, 0.25, virtual_batch_size=4, channel_dim=-1, renorm=bn.Renorm(3.0, 5.0))
+    assert repr(layer) == repr(plain)
+    assert {type(v) for v in (layer.eps, layer.momentum, layer.renorm.r_max, layer.renorm.d_max)} == {float}
+    assert {type(v) for v in (layer.num_features, layer.virtual_batch_size, layer.channel_dim)} == {int}
+
+
+@pytest.mark.parametrize("given", [-1, 3.0, "3", None, True], ids=repr)
+def test_a_number_of_features_that_is_none_is_refused(given):
+    with pytest.raises(bn.InputError, match=rf"num_features must be a whole number from 0; got {given!r}"):
+        bn.BatchNorm1d(given)
+
+
+# What is set later.
+
+
+# eps and momentum are torch's, whose own tools set them.
+LATER = {name: refused for name, refused in REFUSED.items() if not {"eps", "momentum"} & refused[0].keys()}
+
+
+@pytest.mark.parametrize(("options", "words"), LATER.values(), ids=LATER)
+def test_an_option_out_of_range_is_refused_when_it_is_set_later(options, words):
+    layer = bn.BatchNorm1d(3, track_running_stats=options.get("track_running_stats", True))
+    (name, value), *_ = options.items()
+    before = repr(layer)
+    with pytest.raises(bn.InputError, match=words):
+        setattr(layer, "running_var_kind" if name == "running_var" else name, value)
+    assert repr(layer) == before
+
+
+def test_options_that_make_no_sense_together_are_refused_when_one_is_set_later():
+    with pytest.raises(bn.InputError, match="can't be had together"):
+        bn.BatchNorm1d(3, sync=True).virtual_batch_size = 4
+
+
+def test_what_becomes_of_batches_that_are_not_finite_may_be_set_later():
+    layer, x = bn.BatchNorm1d(3, nonfinite="propagate"), torch.full((4, 3), torch.inf)
+    layer.nonfinite = "skip"
+    layer(x)
+    assert (int(layer.skipped_batches), int(layer.num_batches_tracked)) == (1, 0)
+    layer.nonfinite = "propagate"
+    layer(x)
+    assert layer.skipped_batches is None
+    assert not layer.running_mean.isfinite().any()
+
+
 # What forward is given.
+
+
+@pytest.mark.parametrize("channel_dim", [1, 0, -1])
+def test_a_residual_or_mask_that_is_no_tensor_is_refused_by_its_type(channel_dim):
+    layer, x = bn.BatchNorm1d(3, channel_dim=channel_dim), torch.randn(3, 3)
+    with pytest.raises(bn.InputError, match="residual must be a tensor; got float"):
+        layer(x, 3.0)
+    with pytest.raises(bn.InputError, match="mask must be a tensor; got str"):
+        layer(x, mask="x")
+
+
+def test_a_wrong_number_of_features_is_refused_with_the_modules_path():
+    model = torch.nn.Sequential(torch.nn.Identity(), bn.BatchNorm1d(3))
+    with pytest.raises(bn.InputError, match=r"^1: input must have num_features=3"):
+        model(torch.randn(2, 4))
 
 
 def test_a_wrong_number_of_features_is_refused_by_both_numbers_and_the_shape():

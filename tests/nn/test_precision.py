@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
 
@@ -40,6 +41,13 @@ def test_statistics_come_bitwise_through_a_cast_of_the_layer(cast):
     assert dtypes(layer) == (torch.float32, torch.float32)
     assert layer.running_mean.tolist() == layer.running_var.tolist() == [FINE] * 3
     assert layer.num_batches_tracked.dtype == torch.int64
+
+
+def test_statistics_stay_float32_in_a_cast_to_8_bits():
+    layer = fine_layer().to(torch.float8_e4m3fn)
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    assert dtypes(layer) == (torch.float32, torch.float32)
+    assert bool((layer.running_mean == FINE).all())
 
 
 def test_statistics_come_bitwise_through_a_cast_there_and_back():
@@ -202,6 +210,27 @@ def test_float32_input_to_a_float64_layer_keeps_its_dtype():
     layer = bn.BatchNorm1d(3).double()
     assert layer(torch.randn(8, 3)).dtype == torch.float32
     assert dtypes(layer) == (torch.float64, torch.float64)
+
+
+class Passing(TorchDispatchMode):
+    """Does nothing, but is there: the layers then go through the operators."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_of_a_float64_layer_have_its_precision_through_the_operators(momentum, masked):
+    direct, dispatched = (bn.BatchNorm1d(3, momentum=momentum).double() for _ in range(2))
+    for seed in range(4):
+        x = torch.randn(7, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 5
+        mask = torch.arange(7) < 6 if masked else None
+        direct(x, mask=mask)
+        with Passing():
+            dispatched(x, mask=mask)
+    # some roundings of numbers of order 10
+    torch.testing.assert_close(dispatched.state_dict(), direct.state_dict(), rtol=1e-14, atol=1e-14)
 
 
 def test_integers_are_refused_by_their_dtype():

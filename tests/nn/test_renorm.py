@@ -1,5 +1,6 @@
 """Batch renormalization: r and d, their schedule, and what they do to the disagreement of training and eval."""
 
+import functools
 import importlib.util
 import json
 import statistics
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import batchnorm as bn
 
@@ -409,6 +410,23 @@ def test_while_accumulating_a_recomputed_forward_uses_its_first_runs(mode):
     assert_same(steps(Network(RENORMS["wide"]), accumulating(segmented(mode))), wanted)
 
 
+def selective(model, x):
+    """A checkpoint that keeps the outputs of linear layers alone."""
+
+    def policy(_, operator, *args, **kwargs):
+        kept = operator == torch.ops.aten.addmm.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    context = functools.partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(model, x, use_reentrant=False, context_fn=context)
+
+
+@pytest.mark.parametrize("chunk", [None, 3], ids=["", "virtual"])
+def test_recomputation_in_a_selective_checkpoint_uses_the_first_run(chunk):
+    wanted = steps(Network(RENORMS["wide"], virtual_batch_size=chunk), nn.Module.__call__)
+    assert_same(steps(Network(RENORMS["wide"], virtual_batch_size=chunk), selective), wanted)
+
+
 @pytest.mark.parametrize("mode", MODES, ids=["reentrant", ""])
 def test_recomputation_through_the_operators_uses_the_first_run(mode):
     wanted = steps(Network(RENORMS["fixed"]), nn.Module.__call__)
@@ -475,6 +493,8 @@ def test_a_loaded_count_is_where_the_schedule_goes_on():
 @pytest.mark.parametrize(
     ("r_max", "d_max", "said"),
     [
+        ("3", 1.0, "r_max must be finite and at least 1; got '3'"),
+        (1.0, None, "d_max must be finite and at least 0; got None"),
         (0.99, 1.0, "r_max must be finite and at least 1; got 0.99"),
         (float("inf"), 1.0, "r_max must be finite and at least 1; got inf"),
         (float("nan"), 1.0, "r_max must be finite and at least 1; got nan"),
@@ -494,6 +514,13 @@ def test_a_schedule_that_ends_before_it_starts_raises(ends):
     start, r_end, d_end = ends
     with pytest.raises(bn.InputError, match=f"got start={start}, r_end={r_end}, d_end={d_end}"):
         bn.RenormSchedule(start=start, r_end=r_end, d_end=d_end)
+
+
+@pytest.mark.parametrize("name", ["start", "r_end", "d_end"])
+def test_a_schedule_by_parts_of_batches_raises(name):
+    given = {"start": 1, "r_end": 5, "d_end": 6} | {name: 2.5}
+    with pytest.raises(bn.InputError, match=rf"{name} must be a whole number of batches; got 2\.5"):
+        bn.RenormSchedule(**given)
 
 
 def test_renorm_without_running_statistics_raises():

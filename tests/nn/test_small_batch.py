@@ -6,9 +6,13 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 
 import batchnorm as bn
+
+# Its own use of what torch deprecates is torch's affair.
+compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class Network(nn.Module):
@@ -64,6 +68,24 @@ def test_the_last_of_101_rows_in_tens_raises_and_names_the_path_the_shape_and_th
         epoch(Network(bn.BatchNorm1d(3)), batches())
     for part in ("(1, 3)", "drop_last=True", "small_batch='running'"):
         assert part in str(caught.value)
+
+
+@compiles
+def test_a_compiled_model_raises_the_same():
+    torch._dynamo.reset()
+    model = torch.compile(Network(bn.BatchNorm1d(3)), backend="eager")
+    with torch.no_grad():
+        model(torch.randn(10, 4))
+        with pytest.raises(bn.InputError, match=r"body\.first\.1: .*more than 1 value per channel.* shape \(1, 3\)"):
+            model(torch.randn(1, 4))
+
+
+@compiles
+def test_a_model_compiled_in_one_graph_gives_torchs_error_with_the_words_in_it():
+    torch._dynamo.reset()
+    model = torch.compile(Network(bn.BatchNorm1d(3)), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"more than 1 value per channel.* shape \(1, 3\)"):
+        model(torch.randn(1, 4))
 
 
 def test_a_layer_by_itself_has_no_path_to_name():
@@ -252,6 +274,13 @@ def test_a_batch_of_one_sample_warns_once_of_its_shape_and_the_way_out(layer, sh
     (message,) = said_by(lambda: [layer(torch.randn(shape)) for _ in range(3)])
     assert re.search(r"batch of one sample.*drop_last=True", message)
     assert str(shape) in message
+
+
+def test_the_warning_is_of_the_line_that_called_the_model():
+    model = nn.Sequential(nn.Identity(), bn.BatchNorm1d(3))
+    with pytest.warns(UserWarning, match="one sample") as said:
+        model(torch.randn(1, 3, 4))
+    assert said[0].filename == __file__
 
 
 def test_each_layer_warns_once_and_names_its_path():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
@@ -378,3 +379,21 @@ def test_a_compiled_layer_in_one_graph_gives_the_same(shape, channel_dim, masked
     found = [y, *torch.autograd.grad(y, [x, *layer.parameters(), residual], normal(shape, 9))]
     assert_equal(found, wanted, torch.float64)
     assert_moved_once_by(layer, x, mask)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", [{}, {"renorm": bn.Renorm(2.0, 1.0)}], ids=str)
+@pytest.mark.parametrize("shape", [(3,), (3, 5)], ids=str)
+def test_batches_of_all_sizes_are_five_compilations_at_most(shape, options, masked):
+    """The first, one of open size, and one each for a batch of one chunk, two of them, and a last one that joins."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    layer, twin = (ready(bn.BatchNorm1d, 3, torch.float64, 4, **options) for _ in range(2))
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for samples in (8, 9, 17, 5, 23, 4, 3, 40, 12, 13, 14, 15):
+        x = normal((samples, *shape), samples).requires_grad_()
+        mask = normal((samples, *shape[1:]), samples + 1) < 0.8 if masked else None
+        assert_equal(run(compiled, x, mask=mask), run(twin, x, mask=mask), torch.float64)
+        torch.testing.assert_close(layer.state_dict(), twin.state_dict())
+    assert counter.frame_count <= 5

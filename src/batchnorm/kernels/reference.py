@@ -25,7 +25,7 @@ differentiable torch operations, so that the backward can itself be differentiat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,7 @@ __all__ = [
     "per_channel",
     "pooled",
     "renormalised",
+    "stacked",
     "statistics_dtype",
     "widened",
 ]
@@ -143,6 +144,19 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     # Squared in the wider type, where values near 1e30 have a variance.
     d = _where(counts, d).to(dtype)
     return Moments(mean, _sum(d * d) / divisor - rest * rest, count)
+
+
+def stacked(parts: Sequence[Moments]) -> Moments:
+    """The moments (K, C) of several batches, and their counts (K,), for `pooled`."""
+    mean, var = torch.stack([part.mean for part in parts]), torch.stack([part.var for part in parts])
+    # torch.full keeps a size open in a compiled graph, which torch.as_tensor would fix.
+    counts = [
+        part.count.to(mean.dtype)
+        if isinstance(part.count, Tensor)
+        else torch.full((), part.count, dtype=mean.dtype, device=mean.device)
+        for part in parts
+    ]
+    return Moments(mean, var, torch.stack(counts))
 
 
 def pooled(parts: Moments) -> Moments:

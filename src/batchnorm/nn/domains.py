@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import InputError
 from batchnorm.nn.layer import Layer, layers_of
@@ -38,7 +39,8 @@ def domains(model: nn.Module, names: Iterable[str]) -> nn.Module:
     Raises
     ------
     InputError
-        A name that is no identifier, a text in the place of several names, or a model without such layers.
+        A name that is no identifier, a text in the place of several names, a model without such layers, or with a lazy
+        one that has seen no batch.
 
     Examples
     --------
@@ -55,7 +57,15 @@ def domains(model: nn.Module, names: Iterable[str]) -> nn.Module:
     for name in wanted:
         if not isinstance(name, str) or not name.isidentifier():
             raise InputError(f"a domain's name must be an identifier, as it becomes part of a buffer's; got {name!r}")
-    for layer in _layers(model).values():
+    layers = _layers(model)
+    for path, layer in layers.items():
+        assert layer.running_mean is not None
+        if is_lazy(layer.running_mean):
+            raise InputError(
+                f"domains copy the running statistics, of which {path or 'the layer'} has none before its first batch: "
+                "give it one"
+            )
+    for layer in layers.values():
         for name in wanted:
             if name in layer.domain_names:
                 continue

@@ -50,17 +50,24 @@ def in_torchs_operators(layer: Layer, x: Tensor, residual: Tensor | None, mask: 
     Raises
     ------
     InputError
-        The layer is in training mode and has an option that torch's has not.
+        The layer is in training mode and has an option that torch's has not, or there is a mask, and the batch's own
+        statistics are used.
     """
     mean, var, batches = layer.held(layer.active_domain)
     learning = layer.training and not layer.frozen_statistics
     if learning:
         _refuse(layer, "torch.jit.trace")
+    own = learning or mean is None
+    if own and mask is not None:
+        raise InputError(
+            "a trace or export is made of torch's batch normalization, which takes no mask where it uses the batch's "
+            "own statistics; got a mask"
+        )
     dim = layer.dimension(x)
     x = x if dim == 1 else x.movedim(dim, 1)
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    weight, bias = (v if v is None or v.dtype == wide else v.to(wide) for v in (layer.weight, layer.bias))
-    moving = learning and layer.track_running_stats
+    weight, bias = (v if v is None or v.dtype == wide else v.to(wide) for v in layer.weight_and_bias())
+    moving = learning and layer.track_running_stats and not layer._held
     momentum = 0.0
     if moving:
         assert batches is not None
@@ -70,7 +77,7 @@ def in_torchs_operators(layer: Layer, x: Tensor, residual: Tensor | None, mask: 
         mean = var = None
     else:
         mean, var = (v if v is None or v.dtype == wide else v.to(wide) for v in (mean, var))
-    y = F.batch_norm(x, mean, var, weight, bias, learning or mean is None, momentum, layer.eps)
+    y = F.batch_norm(x, mean, var, weight, bias, own, momentum, layer.eps)
     if residual is not None:
         y = y + (residual if dim == 1 else residual.movedim(dim, 1))
     if layer.activation is not None:
@@ -106,7 +113,9 @@ class Scriptable(TorchBatchNorm):
     def __init__(self, layer: Layer) -> None:
         stock = layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
         super().__init__(*stock, device="meta")
-        self._parameters.update(layer._parameters)
+        for name, value in zip(("weight", "bias"), layer.weight_and_bias(), strict=True):
+            taken = None if value is None else nn.Parameter(value.detach())  # pruned values are no parameter
+            self._parameters[name] = value if isinstance(value, nn.Parameter) else taken
         held = zip(("running_mean", "running_var", "num_batches_tracked"), layer.held(layer.active_domain), strict=True)
         self._buffers.update(held)
         self.activation = layer.activation or ""

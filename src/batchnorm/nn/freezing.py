@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm.errors import InputError
-from batchnorm.nn.layer import Layer, layers_of
+from batchnorm.nn.layer import Layer, layers_of, stock_layers_of
 
 __all__ = ["freeze", "unfreeze"]
 
@@ -72,11 +71,7 @@ def unfreeze(model: nn.Module, statistics: bool = True, affine: bool = True) -> 
 
 def _layers(model: nn.Module, what: str) -> dict[str, Layer]:
     layers = layers_of(model)
-    stock = [
-        path
-        for path, layer in model.named_modules()
-        if isinstance(layer, TorchBatchNorm) and not isinstance(layer, Layer)
-    ]
+    stock = list(stock_layers_of(model))
     if stock:
         raise InputError(
             f"{what} needs batchnorm's layers: torch's keep no such state; got {len(stock)} of torch's, the first "

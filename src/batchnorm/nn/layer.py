@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
+from torch.utils._python_dispatch import _disable_current_modes
 
 from batchnorm import ops
 from batchnorm.errors import InputError
 from batchnorm.functional import check
-from batchnorm.nn import exporting, sync
-from batchnorm.nn.options import Options, check_options
+from batchnorm.nn import accumulated, exporting, sync
+from batchnorm.nn.accumulated import Pool
+from batchnorm.nn.options import ATTRIBUTES, Options, checked_numbers, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
-from batchnorm.nn.small_batch import single_value_error, warn_of_one_sample
+from batchnorm.nn.small_batch import place, refuse_single_value, warn_of_one_sample
 from batchnorm.nn.state import State
 from batchnorm.nn.sync import Spread
 from batchnorm.ops import Rule, Running
 
-__all__ = ["Layer", "layers_of"]
-
-ATTRIBUTES = {"running_var": "running_var_kind"}
+__all__ = ["Layer", "layers_of", "stock_layers_of"]
 
 
 class Layer(State):
@@ -61,7 +62,8 @@ class Layer(State):
             channel_dim,
             running_var,
         )
-        check_options(options, eps=eps, momentum=momentum, track_running_stats=track_running_stats)
+        num_features, eps, momentum = checked_numbers(num_features, eps, momentum)
+        options = checked_options(options, track_running_stats=track_running_stats)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)  # not passed on, since older torch has no such argument
@@ -79,11 +81,11 @@ class Layer(State):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         dim = 1 if self.channel_dim == 1 else self.dimension(input)
         if input.shape[dim] != self.num_features:
-            raise self._features_error(input, dim)
+            self._refuse_features(input, dim)
         if dim == 1:
             return self._normalised(input, residual, mask, input.shape[0], input.shape)
-        if residual is not None and residual.shape != input.shape:
-            raise InputError(f"residual must have the input's shape {tuple(input.shape)}; got {tuple(residual.shape)}")
+        if residual is not None:
+            check(input, residual, None)
         samples = input.shape[1 if dim == 0 else 0]
         if dim == input.dim() - 1 and input.is_contiguous():  # rows of channels, as they are
             features = self.num_features
@@ -100,8 +102,7 @@ class Layer(State):
     ) -> Tensor:
         """Normalise x (N, C, *), or the rows (N * L, C) of so many samples; shape is the input's, to speak of."""
         check(x, residual, mask)
-        parameters, buffers = self._parameters, self._buffers  # without the search that an attribute of a module takes
-        weight, bias = parameters["weight"], parameters["bias"]
+        weight, bias = self.weight_and_bias()
         mean, var, batches = self.held(self.active_domain)
         compiling = torch.compiler.is_compiling()
         learning = self.training and not self.frozen_statistics
@@ -110,7 +111,7 @@ class Layer(State):
         spread = None if group is None else sync.spread(self, x, mask, group)
         if own and (x.numel() == self.num_features > 0 if spread is None else spread.single):
             if not (learning and self.small_batch == "running"):
-                raise single_value_error(self, shape)
+                refuse_single_value(self, shape)
             learning = own = False
             spread = None
         if learning and not compiling and samples == 1 and spread is None and not self._warned_of_one_sample:
@@ -118,17 +119,16 @@ class Layer(State):
             warn_of_one_sample(self, shape)
         # Activation checkpointing runs forward again within the backward; compiled it counts once by itself.
         again = not compiling and torch._C._current_graph_task_id() != -1
-        pool = self._pool
-        moving = learning and self.track_running_stats and not again and pool is None
-        rule = Rule(self.eps, self.activation, own)
-        running = Running(
-            mean, var, batches, self.momentum, buffers["skipped_batches"], self.running_var_kind == "biased", moving
-        )
+        counts = learning and self.track_running_stats and not again and not self._held
+        pool = self._pool if counts else None
+        moving = counts and pool is None
+        rule, skipped = Rule(self.eps, self.activation, own), self._buffers["skipped_batches"]
+        running = Running(mean, var, batches, self.momentum, skipped, self.running_var_kind == "biased", moving)
         if not learning or (
             self.virtual_batch_size is None and self.renorm is None and pool is None and spread is None
         ):
             return ops.batch_norm(x, weight, bias, residual, mask, running, rule)
-        return self._with_options(x, weight, bias, residual, mask, running, rule, samples, again, spread)
+        return self._with_options(x, weight, bias, residual, mask, running, rule, samples, again, spread, pool)
 
     def _with_options(
         self,
@@ -142,6 +142,7 @@ class Layer(State):
         samples: int,
         again: bool,
         spread: Spread | None,
+        pool: Pool | None,
     ) -> Tensor:
         """Train over processes, in virtual batches, with batch renormalization, or while several batches are pooled."""
         if self.virtual_batch_size is not None:
@@ -151,22 +152,21 @@ class Layer(State):
             assert running.batches is not None
             rule = rule._replace(limits=self.renorm.limits(running.batches))
             if again:
-                seen = ops.moments(x, mask) if spread is None else spread.moments
-                rule = rule._replace(correction=self._first_runs.find(seen))
+                with _disable_current_modes():  # selective checkpoints know the operators of the first run alone
+                    seen = ops.moments(x, mask) if spread is None else spread.moments
+                    rule = rule._replace(correction=self._first_runs.find(seen))
             else:
                 keeps = _may_run_again()
-        pooling = self._pool is not None and self.track_running_stats and not again
         if spread is None:
-            found = ops.normalise(x, weight, bias, residual, mask, running, rule, moments=keeps or pooling)
+            found = ops.normalise(x, weight, bias, residual, mask, running, rule, moments=keeps or pool is not None)
         else:
             found = sync.normalise(x, weight, bias, residual, mask, running, rule, spread)
         y, batch, correction = found
         if batch is not None and keeps:
             assert correction is not None
             self._first_runs.keep(batch, correction)
-        if batch is not None and pooling:
-            assert self._pool is not None
-            self._pool.setdefault(self.active_domain, []).append(batch)
+        if batch is not None and pool is not None:
+            accumulated.add(pool, self.active_domain, batch, running)
         return y
 
     def dimension(self, x: Tensor) -> int:
@@ -177,10 +177,11 @@ class Layer(State):
             )
         return self.channel_dim % x.dim()
 
-    def _features_error(self, x: Tensor, dim: int) -> InputError:
+    def _refuse_features(self, x: Tensor, dim: int) -> NoReturn:
         shape = tuple(x.shape)
+        at = "" if torch.compiler.is_compiling() else place(self)  # as where a single value is refused
         message = (
-            f"input must have num_features={self.num_features} channels in dimension {dim}; got {shape[dim]}, "
+            f"{at}input must have num_features={self.num_features} channels in dimension {dim}; got {shape[dim]}, "
             f"in shape {shape}"
         )
         elsewhere = [i for i, size in enumerate(shape) if size == self.num_features and i not in (0, dim)]
@@ -188,14 +189,11 @@ class Layer(State):
             axes = "(N, L, C)" if len(shape) == 3 and elsewhere == [2] else f"channels in dimension {elsewhere[-1]}"
             given = -1 if elsewhere[-1] == len(shape) - 1 else elsewhere[-1]
             message += f". For {axes}, build the layer with channel_dim={given}"
-        return InputError(message)
+        raise InputError(message)
 
     def extra_repr(self) -> str:
         """Torch's settings, then those of ours that differ from its behaviour."""
-        settings = {
-            field.name: (getattr(self, ATTRIBUTES.get(field.name, field.name)), field.default)
-            for field in fields(Options)
-        }
+        settings = {field.name: (getattr(self, ATTRIBUTES[field.name]), field.default) for field in fields(Options)}
         settings |= {name: (getattr(self, name), False) for name in ("frozen_statistics", "frozen_affine")}
         settings["domains"] = (self.domain_names, [])
         said = "".join(f", {name}={value!r}" for name, (value, default) in settings.items() if value != default)
@@ -211,7 +209,7 @@ def _virtual(rule: Rule, x: Tensor, samples: int, size: int) -> Rule:
         return rule
     rows = x.shape[0] // samples
     chunks, left = -(-samples // size), samples % size
-    if left and left * (x.numel() // (samples * x.shape[1])) == 1:
+    if left * (x.numel() // (samples * x.shape[1])) == 1:
         chunks -= 1
     return rule if chunks == 1 else rule._replace(chunks=chunks, chunk=size * rows)
 
@@ -226,3 +224,9 @@ def _may_run_again() -> bool:
 def layers_of(model: nn.Module) -> dict[str, Layer]:
     """The layers of ours in a model, by path; a layer used in several places once."""
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, Layer)}
+
+
+def stock_layers_of(model: nn.Module) -> dict[str, TorchBatchNorm]:
+    """Torch's own layers in a model, by path."""
+    layers = model.named_modules()
+    return {path: layer for path, layer in layers if isinstance(layer, TorchBatchNorm) and not isinstance(layer, Layer)}

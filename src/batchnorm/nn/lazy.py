@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 
 from batchnorm.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.layer import Layer
-from batchnorm.nn.options import Options, check_options
+from batchnorm.nn.options import Options, checked_numbers, checked_options
 
 __all__ = ["LazyBatchNorm", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
 
@@ -30,8 +30,8 @@ class _Lazy(_LazyNormBase, Layer):
         bias: bool = True,
         **options: Any,
     ) -> None:
-        given = Options(**options)
-        check_options(given, eps=eps, momentum=momentum, track_running_stats=track_running_stats)
+        _, eps, momentum = checked_numbers(0, eps, momentum)
+        given = checked_options(Options(**options), track_running_stats=track_running_stats)
         # torch's class builds the layer as one without parameters and running statistics, which our options may need.
         super().__init__(eps, None, affine, track_running_stats, device, dtype)
         self.momentum = momentum  # checked above, where its warning names the caller

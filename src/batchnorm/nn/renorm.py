@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError
+from batchnorm.functional import is_real, is_whole
 from batchnorm.kernels.reference import Moments, statistics_dtype
 from batchnorm.ops import Limits
 
@@ -48,10 +49,11 @@ class Renorm:
     d_max: float
 
     def __post_init__(self) -> None:
-        if not 1 <= self.r_max < math.inf:
+        if not is_real(self.r_max) or not 1 <= self.r_max < math.inf:
             raise InputError(f"r_max must be finite and at least 1; got {self.r_max!r}")
-        if not 0 <= self.d_max < math.inf:
+        if not is_real(self.d_max) or not 0 <= self.d_max < math.inf:
             raise InputError(f"d_max must be finite and at least 0; got {self.d_max!r}")
+        _set(self, float, "r_max", "d_max")
 
     def limits(self, batches: Tensor) -> Limits:
         """The limits, whatever the number of batches."""
@@ -87,11 +89,16 @@ class RenormSchedule:
 
     def __post_init__(self) -> None:
         Renorm(self.r_max, self.d_max)
+        for name in ("start", "r_end", "d_end"):
+            if not is_whole(getattr(self, name)):
+                raise InputError(f"{name} must be a whole number of batches; got {getattr(self, name)!r}")
         if not 0 <= self.start < min(self.r_end, self.d_end):
             raise InputError(
                 f"a schedule must start at a batch from 0 and before both ends; got start={self.start}, "
                 f"r_end={self.r_end}, d_end={self.d_end}"
             )
+        _set(self, float, "r_max", "d_max")
+        _set(self, int, "start", "r_end", "d_end")
 
     def limits(self, batches: Tensor) -> Limits:
         """The limits after so many batches: numbers, or tensors where reading the count would hold up the device."""
@@ -102,6 +109,12 @@ class RenormSchedule:
             seen = int(batches)
             r, d = (min(max((seen - self.start) / (end - self.start), 0.0), 1.0) for end in (self.r_end, self.d_end))  # type: ignore[assignment]
         return Limits(1 + r * (self.r_max - 1), d * self.d_max)  # type: ignore[arg-type]
+
+
+def _set(limits: Renorm | RenormSchedule, kind: type, *names: str) -> None:
+    """Make Python's numbers of NumPy's, which torch.compile can't take."""
+    for name in names:
+        object.__setattr__(limits, name, kind(getattr(limits, name)))
 
 
 def _is_plain(values: Tensor) -> bool:

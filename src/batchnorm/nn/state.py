@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,48 +12,83 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.errors import InputError
-from batchnorm.kernels.reference import Moments
-from batchnorm.nn.options import Options
-from batchnorm.nn.renorm import FirstRuns
+from batchnorm.nn.accumulated import Pool
+from batchnorm.nn.options import ATTRIBUTES, Options, checked_options
+from batchnorm.nn.renorm import FirstRuns, Renorm, RenormSchedule
 from batchnorm.nn.sync import Shared
 
 __all__ = ["STATISTICS", "State"]
 
-HALF = (torch.float16, torch.bfloat16)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _is_narrow(values: Tensor) -> bool:
+    """Whether the values are of a dtype in which running statistics would stop moving."""
+    return values.is_floating_point() and values.dtype.itemsize < 4
+
+
+def _constant(values: Tensor | None) -> Tensor | None:
+    """The values without a gradient, which a model's requires_grad_(True) would ask for again."""
+    return values.detach() if values is not None and values.requires_grad else values
 
 
 class State(TorchBatchNorm):
     """Torch's parameters and running statistics, and beside them our options and what belongs to the step at hand."""
 
+    activation: str | None
+    small_batch: str
+    nonfinite: str
+    virtual_batch_size: int | None
+    renorm: Renorm | RenormSchedule | None
+    sync: bool
+    process_group: Any
+    channel_dim: int
+    running_var_kind: str  # the buffer has the option's name
+
     def _take(self, options: Options, device: torch.device | str | None) -> None:
         """Set what our layers have beside torch's attributes."""
-        self.activation = options.activation
-        self.small_batch = options.small_batch
-        self.nonfinite = options.nonfinite
-        self.virtual_batch_size = options.virtual_batch_size
-        self.renorm = options.renorm
-        self.sync = options.sync
-        self.process_group: Any = options.process_group
-        self.channel_dim = options.channel_dim
-        self.running_var_kind = options.running_var  # the buffer has the option's name
+        self.__dict__.update({attribute: getattr(options, name) for name, attribute in ATTRIBUTES.items()})
         self.frozen_statistics = self.frozen_affine = False
-        self._learned: list[str] = []  # what took a gradient before it was frozen
+        self._untrained: list[str] = []  # what took no gradient before it was frozen
         self.active_domain: str | None = None
-        self._pool: dict[str | None, list[Moments]] | None = None  # of each domain
+        self._held = False  # whether no_stat_updates holds the running statistics
+        self._pool: Pool | None = None
         self._first_runs = FirstRuns()
         self._warned_of_one_sample = False
         self._agreed = False  # whether all ranks were seen at this layer together
-        counts = self.track_running_stats and options.nonfinite == "skip"
-        skipped = torch.zeros((), dtype=torch.int64, device=device) if counts else None
-        self.register_buffer("skipped_batches", skipped, persistent=False)
+        self.register_buffer("skipped_batches", self._no_skipped(device), persistent=False)
         for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.dtype in HALF:
+            if buffer is not None and _is_narrow(buffer):
                 kept = torch.float32
                 if isinstance(buffer, UninitializedBuffer):
                     self._buffers[name] = UninitializedBuffer(device=device, dtype=kept)  # type: ignore[call-arg]
                 else:
                     self._buffers[name] = buffer.to(kept)
+
+    def _no_skipped(self, device: torch.device | str | None) -> Tensor | None:
+        """A count of skipped batches that begins, where they are to be skipped."""
+        counts = self.track_running_stats and self.nonfinite == "skip"
+        return torch.zeros((), dtype=torch.int64, device=device) if counts else None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check an option that is set on a layer that has been built as if it were built so."""
+        if name in ATTRIBUTES.values():
+            options = Options(**{option: getattr(self, attribute) for option, attribute in ATTRIBUTES.items()})
+            option = next(option for option, attribute in ATTRIBUTES.items() if attribute == name)
+            options = checked_options(replace(options, **{option: value}), track_running_stats=self.track_running_stats)
+            value = getattr(options, option)
+        super().__setattr__(name, value)
+        if name == "nonfinite":
+            self.skipped_batches = self._no_skipped(None if self.running_mean is None else self.running_mean.device)
+
+    def weight_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
+        """Parameters, or what pruning, parametrizations and the like have put in their place."""
+        parameters = self._parameters  # without the search that an attribute of a module takes
+        if "weight" in parameters and "bias" in parameters:
+            weight, bias = parameters["weight"], parameters["bias"]
+        else:
+            weight, bias = self.weight, self.bias
+        return (_constant(weight), _constant(bias)) if self.frozen_affine else (weight, bias)
 
     def held(self, domain: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Running mean, variance and count of batches of a domain."""
@@ -76,13 +112,13 @@ class State(TorchBatchNorm):
     # Statistics keep their precision.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> State:
-        """Apply fn as torch's modules do, but leave running statistics out of a cast to half precision."""
+        """Apply fn as torch's modules do, but leave running statistics out of a cast to fewer than 32 bits."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             assert new is not None
-            if new.dtype in HALF and old.dtype not in HALF:
+            if _is_narrow(new) and not _is_narrow(old):
                 self._buffers[name] = old.to(new.device)
             if name == "skipped_batches" and not new.is_meta:  # to_empty leaves it what no state dict would put right
                 new.fill_(0) if old.is_meta else new.copy_(old)
@@ -103,7 +139,7 @@ class State(TorchBatchNorm):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
         for name, buffer in self._buffers.items():  # with assign=True they are the state dict's own
-            if buffer is not None and buffer.dtype in HALF:
+            if buffer is not None and _is_narrow(buffer):
                 self._buffers[name] = buffer.float()
         skipped, mean = self._buffers["skipped_batches"], self._buffers["running_mean"]
         if skipped is not None and skipped.is_meta and mean is not None and not mean.is_meta:  # with assign=True
@@ -124,10 +160,10 @@ class State(TorchBatchNorm):
             self.frozen_statistics = True
         if affine and not self.frozen_affine:
             self.frozen_affine = True
-            given = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
-            self._learned = [name for name, parameter in given.items() if parameter.requires_grad]
+            given = dict(self.named_parameters())  # also of parametrizations
+            self._untrained = [name for name, parameter in given.items() if not parameter.requires_grad]
             for parameter in given.values():
-                parameter.requires_grad_(False)
+                parameter.requires_grad = False  # which a lazy layer's may be told too
                 parameter.grad = None  # or an optimizer would still use it
 
     def unfreeze(self, *, statistics: bool = True, affine: bool = True) -> None:
@@ -136,15 +172,13 @@ class State(TorchBatchNorm):
             self.frozen_statistics = False
         if affine and self.frozen_affine:
             self.frozen_affine = False
-            for name in self._learned:
-                parameter = self._parameters[name]
-                assert parameter is not None
-                parameter.requires_grad_(True)
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad = name not in self._untrained
 
     # What belongs to the step at hand is in no copy.
 
     def __getstate__(self) -> dict[str, Any]:
-        step = {"_pool": None, "_first_runs": FirstRuns(), "active_domain": None, "_agreed": False}
+        step = {"_held": False, "_pool": None, "_first_runs": FirstRuns(), "active_domain": None, "_agreed": False}
         group = None if self.process_group is None else Shared(self.process_group)
         return self.__dict__ | step | {"process_group": group}
 

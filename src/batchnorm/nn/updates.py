@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
-from batchnorm import ops
 from batchnorm.errors import InputError
-from batchnorm.kernels import reference
-from batchnorm.kernels.reference import Moments
-from batchnorm.nn.layer import Layer, layers_of
+from batchnorm.nn import accumulated
+from batchnorm.nn.layer import layers_of, stock_layers_of
 from batchnorm.ops import Running
 
 __all__ = ["accumulate", "no_stat_updates"]
@@ -23,7 +19,8 @@ __all__ = ["accumulate", "no_stat_updates"]
 def no_stat_updates(model: nn.Module) -> Iterator[None]:
     """Leave the running statistics and counts of every batch normalization layer as they are.
 
-    All else goes on as it does: in training mode the batch's own statistics are used. torch's layers are held too.
+    All else goes on as it does: in training mode the batch's own statistics are used. torch's layers are held too, by
+    their ``track_running_stats``; a copy made within goes on without in them, but moves its statistics in ours.
 
     Examples
     --------
@@ -34,14 +31,19 @@ def no_stat_updates(model: nn.Module) -> Iterator[None]:
     >>> layer.running_mean
     tensor([0., 0.])
     """
-    held = [layer for layer in model.modules() if isinstance(layer, TorchBatchNorm) and layer.track_running_stats]
-    for layer in held:
-        layer.track_running_stats = False  # torch's forward, and ours, then leaves the buffers out
+    ours = [layer for layer in layers_of(model).values() if not layer._held]
+    stock = [layer for layer in stock_layers_of(model).values() if layer.track_running_stats]
+    for layer in ours:
+        layer._held = True
+    for other in stock:
+        other.track_running_stats = False  # torch's forward then leaves the buffers out
     try:
         yield
     finally:
-        for layer in held:
-            layer.track_running_stats = True
+        for layer in ours:
+            layer._held = False
+        for other in stock:
+            other.track_running_stats = True
 
 
 @contextmanager
@@ -58,7 +60,8 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     Raises
     ------
     InputError
-        The model has no layer of ours that keeps running statistics, or is within such a context already.
+        The model has no layer of ours that keeps running statistics, or one of torch's that does, or is within such a
+        context already.
 
     Examples
     --------
@@ -74,6 +77,12 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         raise InputError(
             f"accumulate needs a batchnorm layer that keeps running statistics; {type(model).__name__} has none"
         )
+    stock = [path for path, layer in stock_layers_of(model).items() if layer.track_running_stats]
+    if stock:
+        raise InputError(
+            "accumulate needs batchnorm's layers: torch's would move at each micro-batch; got "
+            f"{len(stock)} of torch's, the first {stock[0]}"
+        )
     if any(layer._pool is not None for layer in layers):
         raise InputError("accumulate is at work on this model already, and can't be nested")
     for layer in layers:
@@ -85,26 +94,6 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             layer._pool = None
     for layer, pool in pools:
-        for domain, batches in (pool or {}).items():
-            _commit(layer, domain, batches)
-
-
-@torch.no_grad()
-def _commit(layer: Layer, domain: str | None, pool: list[Moments]) -> None:
-    mean, var, batches = layer.held(domain)
-    assert mean is not None
-    assert var is not None
-    mean_of = torch.stack([batch.mean for batch in pool])
-    var_of = torch.stack([batch.var for batch in pool])
-    counts = torch.stack([torch.as_tensor(batch.count, device=mean_of.device) for batch in pool])
-    skipped = layer._buffers["skipped_batches"]
-    if skipped is not None:
-        finite = mean_of.to(mean.dtype).isfinite().all(1) & var_of.to(var.dtype).isfinite().all(1)
-        counts = torch.where(finite, counts, 0)
-    whole = reference.pooled(Moments(mean_of, var_of, counts))
-    if skipped is not None:
-        # Where no micro-batch is finite, the update that they make is none, and counted as the last of the skipped.
-        none = ~finite.any()
-        whole = Moments(torch.where(none, torch.nan, whole.mean), whole.var, whole.count)
-        skipped.add_((~finite).sum() - none.long())
-    ops.move(Running(mean, var, batches, layer.momentum, skipped, layer.running_var_kind == "biased"), whole)
+        for domain, seen in (pool or {}).items():
+            kept, biased = layer._buffers["skipped_batches"], layer.running_var_kind == "biased"
+            accumulated.commit(seen, Running(*layer.held(domain), layer.momentum, kept, biased))
