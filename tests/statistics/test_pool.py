@@ -23,7 +23,7 @@ def train(batches, seed=0):
             wrapped(torch.randn(8, 3, generator=generator) + 10 * rank)
 
 def statistics():
-    return {name: values.tolist() for name, values in model.named_buffers()}
+    return {name: values.tolist() for name, values in model.named_buffers() if "samples_seen" not in name}
 
 train(rank + 1)
 if rank == 1:
@@ -148,3 +148,47 @@ def test_ranks_with_other_layers_are_told_which(on_ranks, odd):
     assert all("all ranks must have the same layers with statistics to pool" in rank["said"] for rank in ranks)
     assert "this one ('1', 4)" in ranks[0]["said"]
     assert all(rank["mean"] == [0] * 4 for rank in ranks)
+
+
+def test_a_rank_weighs_the_samples_that_it_has_trained_on_in_this_process(on_ranks):
+    """Batches of 64 about 0 and of 4 about 10, and a count of batches that a checkpoint brought along."""
+    code = """
+    layer = bn.BatchNorm1d(1, momentum=None)
+    model = DistributedDataParallel(nn.Sequential(layer), broadcast_buffers=False)
+    state = layer.state_dict() | {"num_batches_tracked": torch.tensor(10_000)}
+    layer.load_state_dict(state)
+    layer.momentum = 0.5
+    size, mean = [(64, 0.0), (4, 10.0)][rank]
+    with torch.no_grad():
+        for _ in range(10):
+            model(torch.arange(float(size)).unsqueeze(1) / size - (size - 1) / 2 / size + mean)
+        told = [layer.samples_seen.item(), layer.running_mean.item()]
+        bn.pool_running_stats(model)
+        told += [layer.running_mean.item(), layer.running_var.item(), layer.samples_seen.item()]
+    own = "samples_seen" in layer.state_dict()
+    result = {"told": told, "own": own}
+    """
+    ranks = on_ranks(code, 2)
+    assert [rank["told"][0] for rank in ranks] == [640, 40]
+    means = [rank["told"][1] for rank in ranks]
+    expected = (640 * means[0] + 40 * means[1]) / 680
+    assert all(rank["told"][2] == pytest.approx(expected, abs=1e-5) for rank in ranks)
+    assert expected == pytest.approx(10 / 17, abs=0.01)
+    assert all(rank["told"][4] == 0 and not rank["own"] for rank in ranks)
+
+
+def test_a_domain_and_a_compiled_layer_count_their_own_samples(on_ranks):
+    code = """
+    layer = bn.domains(bn.BatchNorm1d(2), ["real"])
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for size in (4, 6):
+        layer(torch.randn(size, 2))
+        compiled(torch.randn(size, 2))
+    with bn.domain(layer, "real"):
+        layer(torch.randn(8, 2))
+    with bn.no_stat_updates(layer):
+        layer(torch.randn(8, 2))
+    layer.eval()(torch.randn(8, 2))
+    result = [layer.samples_seen.item(), layer.samples_seen_real.item()]
+    """
+    assert on_ranks(code, 1) == [[20, 8]]

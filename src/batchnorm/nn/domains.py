@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -71,6 +72,8 @@ def domains(model: nn.Module, names: Iterable[str]) -> nn.Module:
                 continue
             for kind in STATISTICS:
                 layer.register_buffer(f"{kind}_{name}", getattr(layer, kind).clone())
+            none_seen = torch.zeros_like(layer.get_buffer("samples_seen"))
+            layer.register_buffer(f"samples_seen_{name}", none_seen, persistent=False)
     return model
 
 

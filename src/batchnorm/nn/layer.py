@@ -120,6 +120,8 @@ class Layer(State):
         # Activation checkpointing runs forward again within the backward; compiled it counts once by itself.
         again = not compiling and torch._C._current_graph_task_id() != -1
         counts = learning and self.track_running_stats and not again and not self._held
+        if counts and sync.has_processes():
+            self.count_samples(samples)
         pool = self._pool if counts else None
         moving = counts and pool is None
         rule, skipped = Rule(self.eps, self.activation, own), self._buffers["skipped_batches"]

@@ -20,6 +20,8 @@ from batchnorm.nn.sync import Shared
 __all__ = ["STATISTICS", "State"]
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+COUNTS = ("skipped_batches", "samples_seen")
+"""Counts that are in no state dict: of batches left out, and of samples, where there are several processes."""
 
 
 def _is_narrow(values: Tensor) -> bool:
@@ -57,6 +59,8 @@ class State(TorchBatchNorm):
         self._warned_of_one_sample = False
         self._agreed = False  # whether all ranks were seen at this layer together
         self.register_buffer("skipped_batches", self._no_skipped(device), persistent=False)
+        seen = torch.zeros((), dtype=torch.int64, device=device) if self.track_running_stats else None
+        self.register_buffer("samples_seen", seen, persistent=False)
         for name, buffer in self._buffers.items():
             if buffer is not None and _is_narrow(buffer):
                 kept = torch.float32
@@ -97,11 +101,18 @@ class State(TorchBatchNorm):
             return buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         return tuple(buffers[f"{name}_{domain}"] for name in STATISTICS)  # type: ignore[return-value]
 
+    def count_samples(self, samples: int) -> None:
+        """Count what the running statistics have moved by, as this process's weight in `pool_running_stats`."""
+        suffix = "" if self.active_domain is None else f"_{self.active_domain}"
+        seen = self._buffers[f"samples_seen{suffix}"]
+        if seen is not None and not torch._C._are_functorch_transforms_active():
+            seen.add_(samples)
+
     def reset_running_stats(self) -> None:
         """Set the running statistics, of every domain too, and the counts to where they begin."""
         super().reset_running_stats()
         for name, buffer in self._buffers.items():
-            if buffer is not None and name.startswith((*(f"{kind}_" for kind in STATISTICS), "skipped_batches")):
+            if buffer is not None and name.startswith((*(f"{kind}_" for kind in STATISTICS), *COUNTS)):
                 buffer.fill_(1 if name.startswith("running_var_") else 0)
 
     @property
@@ -120,7 +131,7 @@ class State(TorchBatchNorm):
             assert new is not None
             if _is_narrow(new) and not _is_narrow(old):
                 self._buffers[name] = old.to(new.device)
-            if name == "skipped_batches" and not new.is_meta:  # to_empty leaves it what no state dict would put right
+            if name.startswith(COUNTS) and not new.is_meta:  # to_empty leaves it what no state dict would put right
                 new.fill_(0) if old.is_meta else new.copy_(old)
         return self
 
@@ -141,9 +152,12 @@ class State(TorchBatchNorm):
         for name, buffer in self._buffers.items():  # with assign=True they are the state dict's own
             if buffer is not None and _is_narrow(buffer):
                 self._buffers[name] = buffer.float()
-        skipped, mean = self._buffers["skipped_batches"], self._buffers["running_mean"]
-        if skipped is not None and skipped.is_meta and mean is not None and not mean.is_meta:  # with assign=True
-            self._buffers["skipped_batches"] = torch.zeros_like(skipped, device=mean.device)
+        mean = self._buffers["running_mean"]
+        for name, buffer in self._buffers.items():
+            if (
+                name.startswith(COUNTS) and buffer is not None and buffer.is_meta and mean is not None
+            ):  # with assign=True
+                self._buffers[name] = torch.zeros_like(buffer, device=mean.device)
         if "frozen" in local_metadata:
             frozen = local_metadata["frozen"]
             self.freeze(statistics="statistics" in frozen, affine="affine" in frozen)

@@ -37,7 +37,7 @@ from batchnorm.ops import Normalised, Rule, Running
 if TYPE_CHECKING:
     from batchnorm.nn.layer import Layer
 
-__all__ = ["Group", "Shared", "Spread", "group_of", "normalise", "spread"]
+__all__ = ["Group", "Shared", "Spread", "group_of", "has_processes", "normalise", "spread"]
 
 
 class Group(NamedTuple):
@@ -71,9 +71,14 @@ class Shared:
         )
 
 
+def has_processes() -> bool:
+    """Whether torch.distributed is at work."""
+    return DISTRIBUTED and dist.is_initialized()
+
+
 def group_of(layer: Layer) -> Group | None:
     """The group that the layer's training batches are spread over; None where all of a batch is here."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_processes():
         return None
     size = dist.get_world_size(layer.process_group)  # -1 outside of the group
     if size <= 1:
@@ -112,6 +117,7 @@ def spread(layer: Layer, x: Tensor, mask: Tensor | None, group: Group) -> Spread
     return Spread(reference.pooled(Moments(mean, var, counts[:, 1])), single, group)
 
 
+DISTRIBUTED = dist.is_available()
 SAME_LAYERS = "with sync=True all ranks must run the same layers in the same order"
 _MET: Counter[str] = Counter()
 """How many layers have had their first batch, by group."""

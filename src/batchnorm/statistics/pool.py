@@ -30,9 +30,13 @@ class _Held(NamedTuple):
     mean: Tensor
     var: Tensor
     batches: int
+    samples: Tensor | None
 
-    def since(self) -> int:
-        """Batches since the last pooling; all of them where the count has been reset meanwhile."""
+    def since(self) -> tuple[int, int]:
+        """Samples and batches since the last pooling; all batches where the count has been reset meanwhile."""
+        return 0 if self.samples is None else int(self.samples), self._batches_since()
+
+    def _batches_since(self) -> int:
         before = _POOLED.get(self.layer, {}).get(self.suffix, 0)
         return self.batches - before if self.batches >= before else self.batches
 
@@ -40,10 +44,10 @@ class _Held(NamedTuple):
 def pool_running_stats(model: nn.Module, group: dist.ProcessGroup | None = None, *, samples: int | None = None) -> None:
     """Give every rank the running statistics of all ranks, pooled at once; all end with the same bits.
 
-    Each rank counts for its share of the samples since the last pooling. The pooled variance has the spread of the
-    ranks' means in it, by the law of total variance: ``var = sum_r share_r (var_r + (mean_r - mean)^2)``. What counts
-    batches (``num_batches_tracked``) stays each rank's own; frozen layers are left alone; a set of statistics that no
-    rank has moved since the last pooling stays as it is.
+    Each rank weighs as many samples as it has trained on since the last pooling. The pooled variance has the spread of
+    the ranks' means in it, by the law of total variance: ``var = sum_r share_r (var_r + (mean_r - mean)^2)``. What
+    counts batches (``num_batches_tracked``) stays each rank's own; frozen layers are left alone; a set of statistics
+    that no rank has moved since the last pooling stays as it is.
 
     Parameters
     ----------
@@ -53,9 +57,9 @@ def pool_running_stats(model: nn.Module, group: dist.ProcessGroup | None = None,
     group : ProcessGroup or None
         None is all ranks. Where torch.distributed is not initialised there is one, and nothing to pool.
     samples : int or None
-        How many samples this rank has trained on since the last pooling, as its weight in all layers. None weighs by
-        the batches that each layer, and each domain, has counted since, which is right where the ranks' batches have
-        the same size. All ranks must give it, or none.
+        How many samples this rank has trained on since the last pooling, as its weight in all layers. None takes what
+        each layer of ours, and each domain, has counted in this process; of torch's layers, which count batches alone,
+        these, which is right where the ranks' batches have the same size. All ranks must give it, or none.
 
     Raises
     ------
@@ -87,10 +91,10 @@ def pool_running_stats(model: nn.Module, group: dist.ProcessGroup | None = None,
         raise InputError(
             f"samples must be given by all ranks or by none; got it from {int(given.sum())} of {len(given)} ranks"
         )
-    means, variances, weights = columns[::3], columns[1::3], columns[2::3]
+    means, variances, counts = columns[::3], columns[1::3], columns[2::3]
     found = [
-        reference.Moments(mean, var, weight.squeeze(1))
-        for mean, var, weight in zip(means, variances, weights, strict=True)
+        reference.Moments(mean, var, by_samples if by_samples.any() else by_batches)
+        for mean, var, (by_samples, by_batches) in zip(means, variances, (each.T for each in counts), strict=True)
     ]
     for held, ranks in zip(sets, found, strict=True):
         _check_finite(held, ranks)
@@ -107,6 +111,7 @@ def _sets(model: nn.Module) -> list[_Held]:
             layer.get_buffer(f"running_mean{suffix}"),
             layer.get_buffer(f"running_var{suffix}"),
             int(layer.get_buffer(f"num_batches_tracked{suffix}")),
+            layer._buffers.get(f"samples_seen{suffix}"),
         )
         for path, layer in statistics_layers(model).items()
         for suffix in suffixes_of(layer)
@@ -127,12 +132,12 @@ def _check_same(sets: list[_Held], group: dist.ProcessGroup | None) -> None:
 
 
 def _gathered(sets: list[_Held], samples: int | None, group: dist.ProcessGroup | None) -> list[Tensor]:
-    """By rank: whether it gave samples (R, 1); then of each set mean (R, C), variance (R, C) and weight (R, 1)."""
+    """By rank whether it gave samples (R, 1); of each set mean and variance (R, C), samples and batches (R, 2)."""
     device = sets[0].mean.device
     parts = [torch.tensor([float(samples is not None)])]
     for held in sets:
-        weight = held.since() if samples is None else samples
-        parts += held.mean, held.var, torch.tensor([float(weight)])
+        counts = held.since() if samples is None else (samples, 0)
+        parts += held.mean, held.var, torch.tensor(counts)
     own = torch.cat([part.detach().to(device, torch.float64) for part in parts])
     ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(ranks, own, group=group)
@@ -154,3 +159,5 @@ def _commit(held: _Held, ranks: reference.Moments) -> None:
         held.mean.copy_(pooled.mean)
         held.var.copy_(pooled.var)
     _POOLED.setdefault(held.layer, {})[held.suffix] = held.batches
+    if held.samples is not None:
+        held.samples.zero_()
