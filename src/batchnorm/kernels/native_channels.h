@@ -212,13 +212,16 @@ template <class T> void with_shifts(const Job &job, int64_t c0, int64_t c1) {
     A *means = tables<A>(job).mean;
     in_blocks(job, c0, c1, [&](int64_t c, int64_t n) {
         const T *x = (const T *)call.x + c * step;
-        double base[BLOCK], sum[BLOCK];
-        CHANNELWISE {
-            base[i] = found ? number(x[at[0] + i * step]) : 0;
-            sum[i] = 0;
+        double base[BLOCK] = {}, sum[BLOCK] = {}, value[BLOCK];
+        const auto look_at = [&](int64_t place, double *to) {
+            if (step == 1) return read_as<T>(x, place, n, to);
+            for (int64_t i = 0; i < n; ++i) to[i] = number(x[place + i * step]);
+        };
+        if (found) look_at(at[0], base);
+        for (int64_t look = 1; look < found; ++look) {
+            look_at(at[look], value);
+            CHANNELWISE sum[i] += value[i] - base[i];
         }
-        for (int64_t look = 1; look < found; ++look)
-            CHANNELWISE sum[i] += number(x[at[look] + i * step]) - base[i];
         CHANNELWISE means[c + i] = (A)(base[i] + sum[i] / looks);
         repeat(job, means, c, n);
         memset(job.again + c, 0, n);
@@ -299,6 +302,32 @@ template <class T> bool finish_backward(const Job &job, int64_t c0, int64_t c1) 
         fill<A>(job, c, n, ch, slope, level);
     });
     return false;
+}
+
+inline void pool(const Call &call, const int64_t *counts, int64_t count, int64_t c, int64_t n, double *mean, double *var) {
+    const double unbiased = call.biased ? 1 : (double)count / (double)(count > 1 ? count - 1 : 1);
+    CHANNELWISE {
+        mean[i] = call.mean[c + i];
+        var[i] = call.var[c + i] * unbiased;
+    }
+    if (call.chunks == 1) return;
+    const double share = 1 / (double)(count > 0 ? count : 1);
+    double sum[BLOCK] = {}, squares[BLOCK] = {};
+    for (int64_t j = 0; j < call.chunks; ++j) {
+        const double held = (double)counts[j], *means = call.mean + j * call.channels + c;
+        CHANNELWISE sum[i] += held * (means[i] - mean[i]);
+    }
+    CHANNELWISE mean[i] += sum[i] * share;
+    for (int64_t j = 0; j < call.chunks; ++j) {
+        if (counts[j] == 0) continue;
+        const double held = (double)counts[j], *means = call.mean + j * call.channels + c;
+        const double *vars = call.var + j * call.channels + c;
+        CHANNELWISE {
+            const double away = means[i] - mean[i];
+            squares[i] += held * (vars[i] + away * away);
+        }
+    }
+    CHANNELWISE var[i] = squares[i] * share * unbiased;
 }
 
 }  // namespace

@@ -626,6 +626,7 @@ template <class T> Loops of_dtype(const Call &call, bool gradients, bool stream)
         loops = call.rows ? forward_of<T, false>(call, stream) : forward_of<T, true>(call, stream);
     loops.shifts = with_shifts<T>;
     loops.moments = with_moments<T>;
+    loops.pool = pool;
     loops.finish = gradients ? finish_backward<T> : finish_forward<T>;
     return loops;
 }
