@@ -79,6 +79,7 @@ void run(Job &job, int phase) {
 constexpr int64_t VALUES_PER_THREAD = 96 << 10;    // below, waking a thread costs more than it brings
 constexpr int64_t RUN_BYTES = 2048;                // memory read in one go
 constexpr int64_t ROW_BYTES = 2048;                // of one row, where a position's channels take less
+constexpr int64_t COLUMNS = 256;                   // narrower columns of rows cost more than the cache brings
 constexpr int64_t CACHE_BYTES = 512 << 10;         // of a core
 constexpr int64_t STREAM_BYTES = 8 << 20;          // outputs that would drive everything else out of the cache
 constexpr int64_t STREAM_RUN_BYTES = 1024;         // shorter runs have too many lines that are not written whole
@@ -101,9 +102,9 @@ void divide(Job &job, int64_t size, int64_t tensors_read, int64_t workers) {
         job.channels_at_once = at_most(at_most(fill_run, share), CHANNELS_AT_ONCE);
         if (channels < 4 * workers && channels % workers) job.splits = workers;
     } else {
-        const int64_t columns = CACHE_BYTES / (positions * size * tensors_read) / 64 * 64;
+        const int64_t columns = CACHE_BYTES / (positions * size * tensors_read) / 64 * 64;  // in the cache at once
         const bool fits_whole = positions * channels * size * tensors_read <= CACHE_BYTES && workers == 1;
-        if (columns >= 64 && !fits_whole && channels >= 64 * workers) {
+        if (columns >= COLUMNS && !fits_whole && channels >= 64 * workers) {
             job.channels_at_once = at_most(columns, (channels / workers + 63) / 64 * 64);
         } else {
             if (2 * channels * size <= ROW_BYTES && !call.mask) {
@@ -186,8 +187,8 @@ bool compute_batch(const Call &call, bool gradients, double *sums_of_gradients, 
         if (put) run(job, put);
     }
 
-    for (int64_t c = 0; c < channels; ++c) {
-        if (!job.careful[c] || !put) continue;
+    for (int64_t c = put && any(job.careful, channels) ? 0 : channels; c < channels; ++c) {
+        if (!job.careful[c]) continue;
         const Slow<T> slow{call};
         Channels ch;
         of_block(call, c, 1, ch);
@@ -298,8 +299,11 @@ template <class T> int32_t compute(const Call &call, bool gradients) {
     for (int64_t i = 0; i < chunks; ++i) done = done && all.done[i];
     if (done && gradients) {
         double *const dweight = all.sums, *const dbias = all.sums + call.channels;
-        for (int64_t i = 1; i < chunks; ++i)
-            for (int64_t c = 0; c < 2 * call.channels; ++c) all.sums[c] += all.sums[2 * i * call.channels + c];
+        for (int64_t i = 1, n = 2 * call.channels; i < chunks; ++i) {
+            const double *const sums = all.sums + i * n;
+#pragma omp simd
+            for (int64_t c = 0; c < n; ++c) all.sums[c] += sums[c];
+        }
         write(call.dweight, call.weight_dtype, 0, call.channels, dweight);
         write(call.dbias, call.bias_dtype, 0, call.channels, dbias);
     } else if (done && call.moving) {
