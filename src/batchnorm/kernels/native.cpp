@@ -80,6 +80,7 @@ constexpr int64_t VALUES_PER_THREAD = 96 << 10;    // below, waking a thread cos
 constexpr int64_t RUN_BYTES = 2048;                // memory read in one go
 constexpr int64_t ROW_BYTES = 2048;                // of one row, where a position's channels take less
 constexpr int64_t COLUMNS = 256;                   // narrower columns of rows cost more than the cache brings
+constexpr int64_t PAGE_BYTES = 4096;               // what processors read ahead in; two that share it hinder each other
 constexpr int64_t CACHE_BYTES = 512 << 10;         // of a core
 constexpr int64_t STREAM_BYTES = 8 << 20;          // outputs that would drive everything else out of the cache
 constexpr int64_t STREAM_RUN_BYTES = 1024;         // shorter runs have too many lines that are not written whole
@@ -104,7 +105,8 @@ void divide(Job &job, int64_t size, int64_t tensors_read, int64_t workers) {
     } else {
         const int64_t columns = CACHE_BYTES / (positions * size * tensors_read) / 64 * 64;  // in the cache at once
         const bool fits_whole = positions * channels * size * tensors_read <= CACHE_BYTES && workers == 1;
-        if (columns >= COLUMNS && !fits_whole && channels >= 64 * workers) {
+        const bool apart = workers == 1 || channels * size > PAGE_BYTES * workers;
+        if (columns >= COLUMNS && !fits_whole && apart) {
             job.channels_at_once = at_most(columns, (channels / workers + 63) / 64 * 64);
         } else {
             if (2 * channels * size <= ROW_BYTES && !call.mask) {
