@@ -79,6 +79,8 @@ void run(Job &job, int phase) {
 constexpr int64_t VALUES_PER_THREAD = 96 << 10;    // below, waking a thread costs more than it brings
 constexpr int64_t RUN_BYTES = 2048;                // memory read in one go
 constexpr int64_t ROW_BYTES = 2048;                // of one row, where a position's channels take less
+constexpr int64_t COLUMNS = 256;                   // narrower columns of rows cost more than the cache brings
+constexpr int64_t PAGE_BYTES = 4096;               // what processors read ahead in; two that share it hinder each other
 constexpr int64_t CACHE_BYTES = 512 << 10;         // of a core
 constexpr int64_t STREAM_BYTES = 8 << 20;          // outputs that would drive everything else out of the cache
 constexpr int64_t STREAM_RUN_BYTES = 1024;         // shorter runs have too many lines that are not written whole
@@ -101,9 +103,10 @@ void divide(Job &job, int64_t size, int64_t tensors_read, int64_t workers) {
         job.channels_at_once = at_most(at_most(fill_run, share), CHANNELS_AT_ONCE);
         if (channels < 4 * workers && channels % workers) job.splits = workers;
     } else {
-        const int64_t columns = CACHE_BYTES / (positions * size * tensors_read) / 64 * 64;
+        const int64_t columns = CACHE_BYTES / (positions * size * tensors_read) / 64 * 64;  // in the cache at once
         const bool fits_whole = positions * channels * size * tensors_read <= CACHE_BYTES && workers == 1;
-        if (columns >= 64 && !fits_whole && channels >= 64 * workers) {
+        const bool apart = workers == 1 || channels * size > PAGE_BYTES * workers;
+        if (columns >= COLUMNS && !fits_whole && apart) {
             job.channels_at_once = at_most(columns, (channels / workers + 63) / 64 * 64);
         } else {
             if (2 * channels * size <= ROW_BYTES && !call.mask) {
@@ -138,7 +141,7 @@ bool compute_batch(const Call &call, bool gradients, double *sums_of_gradients, 
     Job job = {};
     job.call = &call;
     job.dweight = sums_of_gradients;
-    job.dbias = sums_of_gradients + channels;
+    job.dbias = gradients ? sums_of_gradients + channels : nullptr;
     job.count = job.places = positions;
     if (call.mask) {
         job.count = 0;
@@ -186,8 +189,8 @@ bool compute_batch(const Call &call, bool gradients, double *sums_of_gradients, 
         if (put) run(job, put);
     }
 
-    for (int64_t c = 0; c < channels; ++c) {
-        if (!job.careful[c] || !put) continue;
+    for (int64_t c = put && any(job.careful, channels) ? 0 : channels; c < channels; ++c) {
+        if (!job.careful[c]) continue;
         const Slow<T> slow{call};
         Channels ch;
         of_block(call, c, 1, ch);
@@ -226,13 +229,14 @@ template <class T> Call chunk_of(const Call &call, int64_t i) {
 struct Chunks {
     const Call *call;
     bool gradients;
-    double *sums;     // 2 x channels a chunk
+    double *sums;     // 2 x channels a chunk; forward 2 x channels, the moments of all chunks together
     int64_t *counts;  // values that a channel has in each chunk
     bool *done;
 };
 template <class T> void compute_chunk(const Chunks &all, int64_t i, int64_t workers) {
     const Call part = chunk_of<T>(*all.call, i);
-    all.done[i] = compute_batch<T>(part, all.gradients, all.sums + 2 * i * part.channels, workers, all.counts[i]);
+    double *const sums = all.gradients ? all.sums + 2 * i * part.channels : nullptr;
+    all.done[i] = compute_batch<T>(part, all.gradients, sums, workers, all.counts[i]);
 }
 template <class T> void compute_chunks(int64_t begin, int64_t end, void *argument) {
     const Chunks &all = *(const Chunks *)argument;
@@ -242,40 +246,22 @@ template <class T> void compute_chunks(int64_t begin, int64_t end, void *argumen
 
 INLINE bool holds(int64_t dtype, double value) { return bounded(dtype == FLOAT64 ? value : (float)value); }
 
-// The moments of all chunks together, with the variance that running statistics keep.
-void pooled(const Call &call, const int64_t *counts, int64_t count, int64_t c, int64_t n, double *mean, double *var) {
-    const double unbiased = call.biased ? 1 : (double)count / (double)at_least(count - 1, 1);
-    CHANNELWISE {
-        mean[i] = call.mean[c + i];
-        var[i] = call.var[c + i] * unbiased;
-    }
-    if (call.chunks == 1) return;
-    const double share = 1 / (double)at_least(count, 1);
-    for (int64_t i = 0; i < n; ++i) {
-        const double *means = call.mean + c + i, *vars = call.var + c + i;
-        double sum = 0, squares = 0;
-        for (int64_t j = 0; j < call.chunks; ++j) sum += (double)counts[j] * (means[j * call.channels] - mean[i]);
-        mean[i] += sum * share;
-        for (int64_t j = 0; j < call.chunks; ++j) {
-            const double away = means[j * call.channels] - mean[i];
-            if (counts[j]) squares += (double)counts[j] * (vars[j * call.channels] + away * away);
-        }
-        var[i] = squares * share * unbiased;
-    }
-}
 // Running statistics take a part of the batch's: momentum of it, or where that is below 0 one over the batches so far.
 // A batch of one value has no unbiased variance, and one of none no mean: neither moves anything. Where skipped is
 // given, a batch with a channel that is not finite moves nothing in any.
-void update(const Call &call, const int64_t *counts) {
-    double mean[BLOCK], var[BLOCK], old_mean[BLOCK], old_var[BLOCK];
+void update(const Call &call, const Chunks &all) {
+    double old_mean[BLOCK], old_var[BLOCK];
+    double *const means = all.sums, *const vars = means + call.channels;
     int64_t count = 0;
-    for (int64_t i = 0; i < call.chunks; ++i) count += counts[i];
-    for (int64_t c = 0; call.skipped && c < call.channels; c += BLOCK) {
+    for (int64_t i = 0; i < call.chunks; ++i) count += all.counts[i];
+    const auto pool = set.find(call, false, false).pool;
+    for (int64_t c = 0; c < call.channels; c += BLOCK) {
         const int64_t n = at_most(call.channels - c, BLOCK);
-        pooled(call, counts, count, c, n, mean, var);
-        bool all = true;
-        for (int64_t i = 0; i < n; ++i) all &= holds(call.running_mean_dtype, mean[i]) & holds(call.running_var_dtype, var[i]);
-        if (all) continue;
+        pool(call, all.counts, count, c, n, means + c, vars + c);
+        bool finite = true;
+        for (int64_t i = c; call.skipped && i < c + n; ++i)
+            finite &= holds(call.running_mean_dtype, means[i]) & holds(call.running_var_dtype, vars[i]);
+        if (finite) continue;
         ++*call.skipped;
         return;
     }
@@ -284,7 +270,7 @@ void update(const Call &call, const int64_t *counts) {
     const double weight = call.momentum < 0 ? 1.0 / (double)at_least(call.batches ? *call.batches : 1, 1) : call.momentum;
     for (int64_t c = 0; c < call.channels; c += BLOCK) {
         const int64_t n = at_most(call.channels - c, BLOCK);
-        pooled(call, counts, count, c, n, mean, var);
+        double *const mean = means + c, *const var = vars + c;
         read(call.running_mean, call.running_mean_dtype, c, n, 0, old_mean);
         read(call.running_var, call.running_var_dtype, c, n, 0, old_var);
         CHANNELWISE {
@@ -297,7 +283,7 @@ void update(const Call &call, const int64_t *counts) {
 }
 
 template <class T> int32_t compute(const Call &call, bool gradients) {
-    const int64_t chunks = call.chunks, numbers = gradients ? 2 * chunks * call.channels : 0;
+    const int64_t chunks = call.chunks, numbers = 2 * (gradients ? chunks : 1) * call.channels;
     const int64_t values = call.samples * call.channels * call.length;
     char *memory = (char *)malloc(numbers * sizeof(double) + chunks * (sizeof(int64_t) + sizeof(bool)));
     if (!memory) return 1;
@@ -315,12 +301,15 @@ template <class T> int32_t compute(const Call &call, bool gradients) {
     for (int64_t i = 0; i < chunks; ++i) done = done && all.done[i];
     if (done && gradients) {
         double *const dweight = all.sums, *const dbias = all.sums + call.channels;
-        for (int64_t i = 1; i < chunks; ++i)
-            for (int64_t c = 0; c < 2 * call.channels; ++c) all.sums[c] += all.sums[2 * i * call.channels + c];
+        for (int64_t i = 1, n = 2 * call.channels; i < chunks; ++i) {
+            const double *const sums = all.sums + i * n;
+#pragma omp simd
+            for (int64_t c = 0; c < n; ++c) all.sums[c] += sums[c];
+        }
         write(call.dweight, call.weight_dtype, 0, call.channels, dweight);
         write(call.dbias, call.bias_dtype, 0, call.channels, dbias);
     } else if (done && call.moving) {
-        update(call, all.counts);
+        update(call, all);
     }
     free(memory);
     return done ? 0 : 1;

@@ -68,6 +68,8 @@ struct Loops {
     void (*shifts)(const Job &, int64_t c0, int64_t c1);
     void (*moments)(const Job &, int64_t c0, int64_t c1);
     bool (*finish)(const Job &, int64_t c0, int64_t c1);
+    // The moments of all chunks together, of n channels, no more than a block, with the variance that is kept.
+    void (*pool)(const Call &, const int64_t *counts, int64_t count, int64_t c, int64_t n, double *mean, double *var);
 };
 
 struct Job {

@@ -143,29 +143,38 @@ template <class A> INLINE void repeat(const Job &job, A *table, int64_t c, int64
     for (int64_t at = c + job.call->channels; at < job.width; at += job.call->channels)
         memcpy(table + at, table + c, n * sizeof(A));
 }
+template <class A> SHARED void fill(const Job &job, int64_t c, int64_t n, const Channels &ch) {
+    const Tables<A> t = tables<A>(job);
+    CHANNELWISE {
+        const A rounded = plain_nan((A)ch.mean[i]);
+        t.mean[c + i] = rounded;
+        t.gain[c + i] = plain_nan((A)ch.gain[i]);
+        t.shift[c + i] = plain_nan((A)(ch.shift[i] - ch.gain[i] * (ch.mean[i] - (double)rounded)));
+    }
+    A *const all[] = {t.mean, t.gain, t.shift};
+    for (A *table : all) repeat(job, table, c, n);
+}
+// What backward subtracts: of the batch's statistics.
 template <class A>
 SHARED void fill(const Job &job, int64_t c, int64_t n, const Channels &ch, const double *slope, const double *level) {
     const Tables<A> t = tables<A>(job);
     CHANNELWISE {
-        const A rounded = plain_nan((A)ch.mean[i]);
-        const double rest = ch.mean[i] - (double)rounded;
-        t.mean[c + i] = rounded;
-        t.gain[c + i] = plain_nan((A)ch.gain[i]);
-        t.shift[c + i] = plain_nan((A)(ch.shift[i] - ch.gain[i] * rest));
         t.slope[c + i] = plain_nan((A)slope[i]);
-        t.level[c + i] = plain_nan((A)(level[i] - slope[i] * rest));
+        t.level[c + i] = plain_nan((A)(level[i] - slope[i] * (ch.mean[i] - (double)t.mean[c + i])));
     }
-    A *const all[] = {t.mean, t.gain, t.shift, t.slope, t.level};
-    for (A *table : all) repeat(job, table, c, n);
+    repeat(job, t.slope, c, n);
+    repeat(job, t.level, c, n);
 }
 SHARED inline void sums_of(const Job &job, int64_t c, int64_t n, double *first, double *second) {
-    CHANNELWISE first[i] = second[i] = 0;
-    for (int64_t split = 0; split < job.splits; ++split)
-        for (int64_t at = split * job.width + c; at < (split + 1) * job.width; at += job.call->channels)
-            CHANNELWISE {
-                first[i] += job.first[at + i];
-                second[i] += job.second[at + i];
-            }
+    CHANNELWISE {
+        first[i] = job.first[c + i];
+        second[i] = job.second[c + i];
+    }
+    for (int64_t at = c + job.call->channels; at < job.splits * job.width; at += job.call->channels)
+        CHANNELWISE {
+            first[i] += job.first[at + i];
+            second[i] += job.second[at + i];
+        }
 }
 // Channels [c0, c1), of which a row of several positions has more than there are.
 template <class Each> INLINE void in_blocks(const Job &job, int64_t c0, int64_t c1, Each each) {
@@ -173,25 +182,29 @@ template <class Each> INLINE void in_blocks(const Job &job, int64_t c0, int64_t 
     for (int64_t c = c0; c < end; c += BLOCK) each(c, end - c < BLOCK ? end - c : BLOCK);
 }
 
+INLINE bool any(const uint8_t *of, int64_t n) { return memchr(of, 1, n) != nullptr; }
+template <class Condition> INLINE bool any(int64_t n, Condition condition) {
+    double found[BLOCK], sum = 0;
+    CHANNELWISE found[i] = condition(i) ? 1 : 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += found[i];
+    return sum > 0;
+}
 // Channels that floats can't hold. They are rare, and bytes no vectors beside doubles, so first it is asked whether any is.
 template <class A, class Condition> INLINE void mark(uint8_t *careful, int64_t n, Condition condition) {
-    double found = 0;
-    if (sizeof(A) == sizeof(float))
-#pragma omp simd reduction(+ : found)
-        for (int64_t i = 0; i < n; ++i) found += condition(i) ? 1 : 0;
-    for (int64_t i = 0; found > 0 && i < n; ++i) careful[i] |= condition(i);
+    if (sizeof(A) != sizeof(float) || !any(n, condition)) return;
+    for (int64_t i = 0; i < n; ++i) careful[i] |= condition(i);
 }
 template <class T> void with_moments(const Job &job, int64_t c0, int64_t c1) {
     using A = Arithmetic<T>;
     in_blocks(job, c0, c1, [&](int64_t c, int64_t n) {
-        const double nothing[BLOCK] = {};
         Channels ch;
         of_block(*job.call, c, n, ch);
         memset(job.careful + c, 0, n);
         mark<A>(job.careful + c, n, [&](int64_t i) {
             return finite(ch, i) & !(fits(ch.gain[i]) & (fabs(ch.mean[i]) < 1e37));
         });
-        fill<A>(job, c, n, ch, nothing, nothing);
+        fill<A>(job, c, n, ch);
     });
 }
 // The shift that forward sums are taken about: a value of the batch plus how far 8 are from it in the mean. Of a
@@ -212,14 +225,15 @@ template <class T> void with_shifts(const Job &job, int64_t c0, int64_t c1) {
     A *means = tables<A>(job).mean;
     in_blocks(job, c0, c1, [&](int64_t c, int64_t n) {
         const T *x = (const T *)call.x + c * step;
-        double base[BLOCK], sum[BLOCK];
-        CHANNELWISE {
-            base[i] = found ? number(x[at[0] + i * step]) : 0;
-            sum[i] = 0;
-        }
-        for (int64_t look = 1; look < found; ++look)
-            CHANNELWISE sum[i] += number(x[at[look] + i * step]) - base[i];
-        CHANNELWISE means[c + i] = (A)(base[i] + sum[i] / looks);
+        A base[BLOCK] = {}, sum[BLOCK] = {};
+        const auto look = [&](int64_t step) __attribute__((always_inline)) {
+            CHANNELWISE base[i] = found ? (A)number(x[at[0] + i * step]) : 0;
+            for (int64_t j = 1; j < found; ++j)
+                CHANNELWISE sum[i] += (A)number(x[at[j] + i * step]) - base[i];
+        };
+        if (call.rows) look(1);
+        else look(call.length);
+        CHANNELWISE means[c + i] = base[i] + sum[i] / looks;
         repeat(job, means, c, n);
         memset(job.again + c, 0, n);
     });
@@ -230,29 +244,33 @@ template <class T> bool finish_forward(const Job &job, int64_t c0, int64_t c1) {
     const double m = (double)(job.count > 0 ? job.count : 1), share = 1 / m;
     const bool may_be_tiny = sizeof(A) == sizeof(float) && call.eps < 1e-20;
     A *means = tables<A>(job).mean;
-    bool any = false;
+    bool repeated = false;
     in_blocks(job, c0, c1, [&](int64_t c, int64_t n) {
-        double first[BLOCK], second[BLOCK];
-        bool odd[BLOCK], far[BLOCK];
+        double first[BLOCK], second[BLOCK], *const mean = call.mean + c, *const var = call.var + c;
         sums_of(job, c, n, first, second);
         CHANNELWISE {
-            const double away = first[i] * share, var = second[i] * share - away * away;
-            const bool tiny = may_be_tiny & (second[i] < m * 1e-30);
-            odd[i] = tiny | !(bounded(first[i]) & bounded(second[i]));
-            far[i] = !job.again[c + i] & (away * away > 8 * var);
-            call.mean[c + i] = (double)means[c + i] + away;
-            call.var[c + i] = var < 0 ? 0 : var;
+            const double away = first[i] * share, found = second[i] * share - away * away;
+            mean[i] = (double)means[c + i] + away;
+            var[i] = found < 0 ? 0 : found;
         }
+        const auto odd = [&](int64_t i) {
+            return (may_be_tiny & (second[i] < m * 1e-30)) | !(bounded(first[i]) & bounded(second[i]));
+        };
+        const auto far = [&](int64_t i) {
+            const double away = first[i] * share;
+            return away * away > 8 * (second[i] * share - away * away);
+        };
+        if (!any(n, [&](int64_t i) { return odd(i) | far(i); })) return;
         for (int64_t i = 0; i < n; ++i) {
-            if (odd[i]) {
-                Slow<T>{call}.moments(c + i, m, call.mean[c + i], call.var[c + i]);
-            } else if (far[i]) {
+            if (odd(i)) {
+                Slow<T>{call}.moments(c + i, m, mean[i], var[i]);
+            } else if (far(i) && !job.again[c + i]) {
                 job.again[c + i] = 1;
-                any = true;
+                repeated = true;
             }
         }
     });
-    if (any) {
+    if (repeated) {
         in_blocks(job, c0, c1, [&](int64_t c, int64_t n) {
             CHANNELWISE means[c + i] = bounded(call.mean[c + i]) ? (A)call.mean[c + i] : means[c + i];
             repeat(job, means, c, n);
@@ -268,22 +286,17 @@ template <class T> bool finish_backward(const Job &job, int64_t c0, int64_t c1) 
     using A = Arithmetic<T>;
     const Call &call = *job.call;
     const double share = 1 / (double)(job.count > 0 ? job.count : 1);
-    const bool small = sizeof(A) == sizeof(float);
     in_blocks(job, c0, c1, [&](int64_t c, int64_t n) {
         Channels ch;
         double dbias[BLOCK], products[BLOCK], slope[BLOCK], level[BLOCK];
-        bool odd[BLOCK];
         of_block(call, c, n, ch);
         sums_of(job, c, n, dbias, products);
-        CHANNELWISE {
-            products[i] -= (ch.mean[i] - (double)(A)ch.mean[i]) * dbias[i];  // they were taken with the rounded mean
-            odd[i] = small & finite(ch, i) & ((job.careful[c + i] != 0) | !(bounded(dbias[i]) & bounded(products[i])));
-        }
-        for (int64_t i = 0; i < n; ++i) {
-            if (!odd[i]) continue;
-            job.careful[c + i] = 1;
-            Slow<T>{call}.sums(c + i, ch.mean[i], ch.gain[i], ch.shift[i], dbias[i], products[i]);
-        }
+        CHANNELWISE products[i] -= (ch.mean[i] - (double)(A)ch.mean[i]) * dbias[i];  // they were taken with the rounded mean
+        mark<A>(job.careful + c, n, [&](int64_t i) {
+            return finite(ch, i) & !(bounded(dbias[i]) & bounded(products[i]));
+        });
+        for (int64_t i = any(job.careful + c, n) ? 0 : n; i < n; ++i)
+            if (job.careful[c + i]) Slow<T>{call}.sums(c + i, ch.mean[i], ch.gain[i], ch.shift[i], dbias[i], products[i]);
         CHANNELWISE {
             const double projection = ch.inverse[i] * products[i];  // sum of dz * x_hat
             slope[i] = ch.gain[i] * ch.inverse[i] * projection * share;
@@ -294,11 +307,35 @@ template <class T> bool finish_backward(const Job &job, int64_t c0, int64_t c1) 
         mark<A>(job.careful + c, n, [&](int64_t i) {  // a tiny factor matters only to values that are as large
             return finite(ch, i) & ((fabs(slope[i]) > 1e37) | (ch.inverse[i] < 1e-12)) & !fits(slope[i]);
         });
-        if (!call.batch_statistics)
-            CHANNELWISE slope[i] = level[i] = 0;
         fill<A>(job, c, n, ch, slope, level);
     });
     return false;
+}
+
+inline void pool(const Call &call, const int64_t *counts, int64_t count, int64_t c, int64_t n, double *mean, double *var) {
+    const double unbiased = call.biased ? 1 : (double)count / (double)(count > 1 ? count - 1 : 1);
+    CHANNELWISE {
+        mean[i] = call.mean[c + i];
+        var[i] = call.var[c + i] * unbiased;
+    }
+    if (call.chunks == 1) return;
+    const double share = 1 / (double)(count > 0 ? count : 1);
+    double sum[BLOCK] = {}, squares[BLOCK] = {};
+    for (int64_t j = 0; j < call.chunks; ++j) {
+        const double held = (double)counts[j], *means = call.mean + j * call.channels + c;
+        CHANNELWISE sum[i] += held * (means[i] - mean[i]);
+    }
+    CHANNELWISE mean[i] += sum[i] * share;
+    for (int64_t j = 0; j < call.chunks; ++j) {
+        if (counts[j] == 0) continue;
+        const double held = (double)counts[j], *means = call.mean + j * call.channels + c;
+        const double *vars = call.var + j * call.channels + c;
+        CHANNELWISE {
+            const double away = means[i] - mean[i];
+            squares[i] += held * (vars[i] + away * away);
+        }
+    }
+    CHANNELWISE var[i] = squares[i] * share * unbiased;
 }
 
 }  // namespace

@@ -462,10 +462,10 @@ __attribute__((noinline)) void sum_row(const K k, const Tables<typename K::A> &t
     sum_some_rows<K, 1, false>(k, t, at, c0, c1, a, b);
 }
 template <class A> INLINE void empty(A *a, A *b, int64_t n, double *first, double *second) {
-    for (int64_t c = 0; c < n; ++c) {
-        first[c] += (double)a[c];
-        second[c] += (double)b[c];
-        a[c] = b[c] = 0;
+    CHANNELWISE {
+        first[i] += (double)a[i];
+        second[i] += (double)b[i];
+        a[i] = b[i] = 0;
     }
 }
 template <class K, bool Stream>
@@ -626,6 +626,7 @@ template <class T> Loops of_dtype(const Call &call, bool gradients, bool stream)
         loops = call.rows ? forward_of<T, false>(call, stream) : forward_of<T, true>(call, stream);
     loops.shifts = with_shifts<T>;
     loops.moments = with_moments<T>;
+    loops.pool = pool;
     loops.finish = gradients ? finish_backward<T> : finish_forward<T>;
     return loops;
 }
