@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/recalibration.json"
 PAGE = ROOT / "docs/statistics.md"
 SECONDS = 10.0
-BATCHES = 4
+SAMPLES = 1024
 CHANNELS, WIDTH = 64, 512
 LAYERS = ("ours", "torch")
 # Name, and the shape of a batch.
@@ -77,7 +77,7 @@ def measure() -> dict[str, Any]:
     bn.tune_allocator()
     results = []
     for name, shape in NETWORKS.items():
-        batches = [torch.randn(shape) for _ in range(BATCHES)]
+        batches = list(torch.randn(SAMPLES, *shape[1:]).split(shape[0]))
         for layers in LAYERS:
             sides = _sides(shape, layers, batches)
             times = interleaved({key: sampler(call) for key, call in sides.items()}, SECONDS)
@@ -97,7 +97,7 @@ def measure() -> dict[str, Any]:
     return {
         "command": "python benchmarks/recalibration.py",
         "machine": describe(allocator="tuned"),
-        "batches": BATCHES,
+        "samples": SAMPLES,
         "seconds": SECONDS,
         "results": results,
     }

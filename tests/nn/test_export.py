@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import batchnorm as bn
+from batchnorm.nn.state import COUNTS
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")  # torch's word to those who call what is tested here
@@ -300,7 +301,7 @@ def test_trace_in_training_gives_the_layers_outputs_and_statistics():
     traced.load_state_dict(before, strict=False)
     x = torch.randn(6, 3, 5, 2) * 3 + 1
     torch.testing.assert_close(traced(x), layer(x), **CLOSE)
-    found = {name: values for name, values in traced.state_dict().items() if name != "skipped_batches"}
+    found = {name: values for name, values in traced.state_dict().items() if name not in COUNTS}
     torch.testing.assert_close(found, dict(layer.state_dict()), **CLOSE)  # to a trace every buffer is persistent
 
 

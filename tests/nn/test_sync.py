@@ -112,7 +112,7 @@ def step(layer, x, residual, mask, dy):
     y.backward(dy)
     found = {"y": y.detach(), "dx": leaves[0].grad, "dresidual": None if residual is None else leaves[1].grad}
     found |= {f"d{name}": parameter.grad for name, parameter in layer.named_parameters()}
-    return found | dict(layer.named_buffers())
+    return found | {name: values for name, values in layer.named_buffers() if name != "samples_seen"}  # each rank's own
 
 
 def part_of(whole, counts, rank):

@@ -65,11 +65,12 @@ struct Loops {
     void (*put)(const Job &, const Unit &);
     // Of channels [c0, c1): ready for forward's sums; ready to be written; what follows from sums, and whether they must
     // be taken again.
-    void (*shifts)(const Job &, int64_t c0, int64_t c1);
-    void (*moments)(const Job &, int64_t c0, int64_t c1);
-    bool (*finish)(const Job &, int64_t c0, int64_t c1);
+    void (*shifts)(const Job &, int64_t c0, int64_t c1) = nullptr;
+    void (*moments)(const Job &, int64_t c0, int64_t c1) = nullptr;
+    bool (*finish)(const Job &, int64_t c0, int64_t c1) = nullptr;
     // The moments of all chunks together, of n channels, no more than a block, with the variance that is kept.
-    void (*pool)(const Call &, const int64_t *counts, int64_t count, int64_t c, int64_t n, double *mean, double *var);
+    void (*pool)(const Call &, const int64_t *counts, int64_t count, int64_t c, int64_t n, double *mean,
+                 double *var) = nullptr;
 };
 
 struct Job {

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm import ops
 from batchnorm.errors import BatchNormError, InputError
+from batchnorm.kernels import reference
 from batchnorm.statistics.changes import named
 from batchnorm.statistics.forwards import (
     Forward,
@@ -32,7 +33,7 @@ from batchnorm.statistics.forwards import (
     uncompiled,
 )
 from batchnorm.statistics.interrupts import held_back, let_through
-from batchnorm.statistics.moments import Moments, merged
+from batchnorm.statistics.moments import Moments
 
 __all__ = ["Measuring", "check_passes", "put_back_on_error", "ranks_of"]
 
@@ -85,22 +86,25 @@ class _Pass(NamedTuple):
 
 
 class _Pooled:
-    """Moments of the inputs of a layer so far; pooled by the dozens, since each time takes a small batch's forward."""
+    """Moments of a layer's inputs; pooled by the dozens, since each time takes as long as a small batch's forward."""
 
     def __init__(self) -> None:
-        self._parts: list[Moments] = []
+        self._parts: list[reference.Moments] = []
 
     def __bool__(self) -> bool:
         return bool(self._parts)
 
-    def add(self, moments: Moments) -> None:
-        self._parts.append(moments)
+    def add(self, batch: reference.Moments) -> None:
+        self._parts.append(batch)
         if len(self._parts) >= POOLED_AT_ONCE:
             self.whole()
 
     def whole(self) -> Moments:
-        self._parts = [merged(self._parts)]
-        return self._parts[0]
+        if len(self._parts) > 1:
+            means, variances = (torch.stack([getattr(part, name) for part in self._parts]) for name in ("mean", "var"))
+            counts = torch.stack([torch.as_tensor(part.count, dtype=means.dtype) for part in self._parts])
+            self._parts = [reference.pooled(reference.Moments(means, variances, counts))]
+        return Moments.of_batch(self._parts[0])
 
 
 @dataclass
@@ -112,10 +116,10 @@ class _Settled:
     mean: Tensor | float = 0.0
     m2: Tensor | float = 0.0
 
-    def add(self, moments: Moments) -> None:
-        self.first = self.first if self.batches else moments.mean
+    def add(self, batch: reference.Moments) -> None:
+        self.first = self.first if self.batches else batch.mean
         self.batches += 1
-        seen = torch.stack((moments.mean, moments.var() + (moments.mean - self.first) ** 2))
+        seen = torch.stack((batch.mean, batch.var + (batch.mean - self.first) ** 2))
         away = seen - self.mean
         self.mean = self.mean + away / self.batches
         self.m2 = self.m2 + away * (seen - self.mean)
@@ -227,13 +231,13 @@ class Measuring:
                 pooled[path] = _Pooled()
             if path not in pooled:
                 return None
-            moments = Moments.of_batch(ops.moments(x, mask))
-            pooled[path].add(moments)
-            if self.tolerance is not None and moments.count > 0:
-                settled[path].add(moments)
+            found = ops.moments(x, mask)
+            pooled[path].add(found)
+            if self.tolerance is not None and found.count > 0:
+                settled[path].add(found)
             if until is not None and in_batch[path] >= until:
                 raise _Enough
-            return (moments.mean, moments.var()) if own and x.shape[0] > 1 else None
+            return (found.mean, found.var) if own and x.shape[0] > 1 else None
 
         self.passes += 1
         with inputs_of(layers, add), self._batches() as batches:
