@@ -3,6 +3,7 @@
 import doctest
 import io
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -41,18 +42,18 @@ def test_the_table_of_readme_is_what_the_committed_run_prints():
 def test_the_figures_of_readme_are_those_of_the_committed_runs():
     text = " ".join(README.split())
     digits, weak = result("digits"), result("digits-paper")
-    assert "needs **3.2 times fewer steps**" in text
-    assert digits["ratios"]["before"]["median"] == pytest.approx([3.18, 3.18], abs=0.005)
-    assert digits["ratios"]["before"]["interval"][0] == pytest.approx(2.31, abs=0.005)
-    assert "and 10 to 20 times fewer with it after (1.4 to unbounded)" in text
-    assert digits["ratios"]["after"]["median"] == pytest.approx([9.96, 19.63], abs=0.005)
+    before, after = (digits["ratios"][arm] for arm in ("before", "after"))
+    assert "needs **{:.0f} to {:.0f} times fewer steps**".format(*before["median"]) in text
+    assert "before the nonlinearity (97.9% interval: {:.1f} to unbounded)".format(before["interval"][0]) in text
+    assert "and {:.0f} to {:.0f} times fewer with it after".format(*after["median"]) in text
+    assert "after ({:.1f} to unbounded), measured by".format(after["interval"][0]) in text
+    assert {ratio["interval"][1] for ratio in (before, after)} == {math.inf}
     assert f"{digits['arms']['none']['steps'].count(None)} of the 10 runs without" in text
     seconds = {arm: values["seconds_a_step"] for arm, values in digits["arms"].items()}
     assert f"costs {seconds['before'] / seconds['none']:.1f} times as much" in text
-    low, high = digits["ratios"]["before"]["seconds"]["median"]
-    assert f"{low:.1f}" == f"{high:.1f}"
-    assert f"it is {low:.1f} times before" in text
-    assert f"with an interval from {digits['ratios']['before']['seconds']['interval'][0]:.1f}" in text
+    low, high = before["seconds"]["median"]
+    assert f"it is {low:.1f} to {high:.0f} times before" in text
+    assert f"with an interval from {before['seconds']['interval'][0]:.1f}" in text
     networks = digits["stacking"]["runs"]
     assert f"{networks} networks" in text
     for arm in ("before", "after"):
