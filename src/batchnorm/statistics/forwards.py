@@ -167,19 +167,11 @@ def kept_variance(layer: TorchBatchNorm, moments: Moments) -> Tensor:
     return moments.var(unbiased=not isinstance(layer, Layer) or layer.running_var_kind == "unbiased")
 
 
-def _named(arguments: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
-    return dict(zip(("input", "residual", "mask"), arguments, strict=False)) | given
-
-
-def _dimension(layer: nn.Module, x: Tensor) -> int:
-    return layer.dimension(x) if isinstance(layer, Layer) else 1
-
-
 def _input_of(layer: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """What a layer is called with: its input as (N, C, *), and its mask (N, *)."""
-    names = _named(arguments, given)
+    names = dict(zip(("input", "residual", "mask"), arguments, strict=False)) | given
     x = names["input"]
-    return x.movedim(_dimension(layer, x), 1), names.get("mask")
+    return x.movedim(layer.dimension(x) if isinstance(layer, Layer) else 1, 1), names.get("mask")
 
 
 class _Watched:
