@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from batchnorm import ops
 from batchnorm.errors import BatchNormError, InputError
 from batchnorm.kernels import reference
+from batchnorm.nn.sync import has_processes
 from batchnorm.statistics.changes import named
 from batchnorm.statistics.forwards import (
     Forward,
@@ -101,9 +102,7 @@ class _Pooled:
 
     def whole(self) -> Moments:
         if len(self._parts) > 1:
-            means, variances = (torch.stack([getattr(part, name) for part in self._parts]) for name in ("mean", "var"))
-            counts = torch.stack([torch.as_tensor(part.count, dtype=means.dtype) for part in self._parts])
-            self._parts = [reference.pooled(reference.Moments(means, variances, counts))]
+            self._parts = [reference.pooled(reference.stacked(self._parts))]
         return Moments.of_batch(self._parts[0])
 
 
@@ -327,6 +326,6 @@ def _in_order(orders: list[tuple[str, ...]]) -> list[str]:
 
 def ranks_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The group given, all processes where none is; None where there is one, or this one is none of the group."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) <= 1:  # -1 outside of it
+    if not has_processes() or dist.get_world_size(group) <= 1:  # -1 outside of it
         return None
     return dist.group.WORLD if group is None else group

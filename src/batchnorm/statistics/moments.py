@@ -13,6 +13,7 @@ from batchnorm import ops
 from batchnorm.errors import InputError
 from batchnorm.functional import check
 from batchnorm.kernels import reference
+from batchnorm.nn.sync import has_processes
 
 __all__ = ["Moments"]
 
@@ -93,7 +94,7 @@ class Moments:
 
         Where torch.distributed is not initialised, and outside of the group, there is one rank.
         """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) <= 1:
+        if not has_processes() or dist.get_world_size(group) <= 1:
             return self
         packed = torch.cat((self.count.reshape(1), self.mean, self.m2))
         gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]

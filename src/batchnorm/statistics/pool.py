@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from batchnorm.errors import InputError
 from batchnorm.kernels import reference
 from batchnorm.statistics.forwards import statistics_layers, suffixes_of, unwrapped
+from batchnorm.statistics.measuring import ranks_of
 
 __all__ = ["pool_running_stats"]
 
@@ -83,7 +84,7 @@ def pool_running_stats(model: nn.Module, group: dist.ProcessGroup | None = None,
     if samples is not None and samples < 0:
         raise InputError(f"samples must be None or at least 0; got {samples!r}")
     sets = _sets(unwrapped(model))
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) <= 1:  # -1 outside of it
+    if ranks_of(group) is None:
         return
     _check_same(sets, group)
     given, *columns = _gathered(sets, samples, group)
