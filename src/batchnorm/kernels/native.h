@@ -25,7 +25,6 @@ enum Activation : int { NONE, RELU, LEAKY_RELU, SAID_BY_JOB };
 enum Phase : int { START = 1, SUM = 2, PUT = 4 };
 constexpr double LEAKY_SLOPE = 0.01;
 constexpr int64_t CHANNELS_AT_ONCE = 16;
-constexpr int64_t AHEAD = 2048;     // bytes between a read and its prefetch
 constexpr int64_t ROWS_HELD = 128;  // positions summed in float before the sums go on in double
 
 // One call, as native.py packs it. x, other, dy, out and dresidual share dtype and layout: samples x channels x length,
@@ -83,6 +82,8 @@ struct Job {
     int64_t channels_at_once;      // in a unit of work
     int64_t splits, parts, units;  // parts of the positions; threads; units of work
     int64_t positions, width, widest, repeats;  // of rows: how many, how wide, channels in a unit, positions in a row
+    int64_t rows_at_once;          // of a strip
+    int64_t lead;                  // bytes between what is written and what is asked for meanwhile
     double *first, *second;        // sums: splits x width
     void *tables, *scratch;
     uint8_t *again, *careful;      // of a channel: whether a better shift is in place; whether floats can't hold it

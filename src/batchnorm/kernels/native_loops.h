@@ -182,7 +182,7 @@ template <class T, int Residual, int Act> struct Kernel {
     using V = Vector<A>;
     const T *x, *other, *dy;
     T *out, *dresidual;
-    int64_t activation, width;
+    int64_t activation, width, lead, rows;
     bool batch_statistics;
 
     INLINE void read(const Job &job) {
@@ -194,12 +194,16 @@ template <class T, int Residual, int Act> struct Kernel {
         dresidual = (T *)call.dresidual;
         activation = call.activation;
         width = job.width;
+        rows = job.rows_at_once;
+        lead = job.lead;
         batch_statistics = call.batch_statistics != 0;
     }
+    // Memory gives most while it is read and written at once: as values are written, those that come next, of planes the
+    // next unit's, of rows the next block's, are asked for, into the second cache, since the first holds too little.
     INLINE void ahead(int64_t at) const {
-        __builtin_prefetch((const char *)(x + at) + AHEAD);
-        if (dy) __builtin_prefetch((const char *)(dy + at) + AHEAD);
-        if (Residual != 0) __builtin_prefetch((const char *)(other + at) + AHEAD);
+        __builtin_prefetch((const char *)(x + at) + lead, 0, 2);
+        if (dy) __builtin_prefetch((const char *)(dy + at) + lead, 0, 2);
+        if (Residual != 0) __builtin_prefetch((const char *)(other + at) + lead, 0, 2);
     }
     INLINE bool is(int64_t which) const { return Act == SAID_BY_JOB ? activation == which : Act == which; }
     INLINE bool has_other() const {
@@ -227,7 +231,6 @@ template <class T, int Residual, int Act> struct Forward : Kernel<T, Residual, A
     }
     template <int G, bool Stream, bool Mask>
     INLINE void put(const Parameters<A> &p, int64_t at, int64_t n, Bits<A> where) const {
-        if (Stream) this->ahead(at);
         auto z = (load<G>(this->x + at, n) - p.mean) * p.gain + p.shift;
         if (this->has_other()) z = z + load<G>(this->other + at, n);
         // NaN is not below 0, and so stays.
@@ -257,7 +260,6 @@ template <class T, int Residual, int Act> struct Backward : Kernel<T, Residual, 
     }
     template <int G, bool Stream, bool Mask>
     INLINE void put(const Parameters<A> &p, int64_t at, int64_t n, Bits<A> where) const {
-        if (Stream) this->ahead(at);
         decltype(load<G>(this->x, n)) d;
         const auto dz = argument<G>(p, at, n, d);
         auto dx = dz * p.gain;
@@ -365,15 +367,22 @@ INLINE void put_run(const K &k, const Parameters<typename K::A> &p, int64_t at, 
     if (n < step) return put_short<K, Mask>(k, p, at, mask, n);
     int64_t i = 0;
     if (Stream) {  // whole cache lines, which begin at multiples of 64 bytes
+        k.ahead(at);
+        k.ahead(at + n - 1);
         const int64_t head = (-(intptr_t)(k.out + at) & 63) / (int64_t)sizeof(T);
         for (; i < head && i < n; i += step)
             put_short<K, Mask>(k, p, at + i, mask, (head < n ? head : n) - i < step ? (head < n ? head : n) - i : step);
         if (head < i) i = head;
     }
     if constexpr (K::paired)
-        for (; i + 2 * step <= n; i += 2 * step) k.template put<PAIR, Stream, false>(p, at + i, step, any);
-    for (; i + step <= n; i += step)
+        for (; i + 2 * step <= n; i += 2 * step) {
+            if (Stream) k.ahead(at + i);
+            k.template put<PAIR, Stream, false>(p, at + i, step, any);
+        }
+    for (; i + step <= n; i += step) {
+        if (Stream) k.ahead(at + i);
         k.template put<false, Stream, Mask>(p, at + i, step, Mask ? counted<false, A>(mask + i, step) : any);
+    }
     if (i < n)
         k.template put<false, false, Mask>(p, at + n - step, step,
                                             Mask ? counted<false, A>(mask + n - step, step) : any);
@@ -420,46 +429,73 @@ INLINE void put_planes(const Job &job, const Unit &u) {
 }
 
 // Rows: columns [c0, c1) of rows [p0, p1), each job.width values wide. Where channels are few, several positions make
-// one row, and the tables hold their channels as many times.
-template <class K, int Rows, bool Stream, bool Part>
-INLINE void sum_step_rows(const K &k, const Tables<typename K::A> &t, int64_t at, int64_t c, int64_t n, bool all,
-                          typename K::A *a, typename K::A *b) {
+// one row, and the tables hold their channels as many times. They are walked in strips, a few vectors of columns down a
+// block of rows, so that the numbers of the channels and the sums stay in registers.
+constexpr int STRIP = W == 64 ? 4 : 2;  // vectors; of AVX-512 there are 32, else 16
+#define EACH_VECTOR _Pragma("GCC unroll 4") for (int s = 0; s < S; ++s)
+template <class K, int S, bool Stream>
+INLINE void sum_strip(const K &k, const Tables<typename K::A> &t, int64_t at, int64_t rows, int64_t c,
+                      Bits<typename K::A> which, bool all, typename K::A *a, typename K::A *b) {
     using A = typename K::A;
-    const Parameters<A> p = of_channels<Part>(t, c, n);
+    constexpr int64_t step = lanes<A>;
+    Parameters<A> p[S];
+    Vector<A> first[S], second[S];
+    EACH_VECTOR {
+        p[s] = of_channels<false>(t, c + s * step, step);
+        first[s] = second[s] = Vector<A>{};
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t from = at + row * k.width + c;
+        EACH_VECTOR {
+            Vector<A> one, other;
+            if (Stream && s * step * sizeof(typename K::Value) % 64 == 0) k.ahead(from + s * step);
+            k.template terms<ONE>(p[s], from + s * step, step, one, other);
+            first[s] += one;
+            second[s] += other;
+        }
+    }
+    EACH_VECTOR {
+        if (!all) {
+            first[s] = keep<A>(first[s], which);
+            second[s] = keep<A>(second[s], which);
+        }
+        store<false>(a + s * step, table_at(a + s * step) + first[s]);
+        store<false>(b + s * step, table_at(b + s * step) + second[s]);
+    }
+}
+template <class K>
+INLINE void sum_narrow(const K &k, const Tables<typename K::A> &t, int64_t at, int64_t rows, int64_t c, int64_t n,
+                       typename K::A *a, typename K::A *b) {
+    using A = typename K::A;
+    const Parameters<A> p = of_channels<true>(t, c, n);
     Vector<A> first{}, second{}, one, other;
-    for (int row = 0; row < Rows; ++row) {
-        if (Stream) k.ahead(at + row * k.width + c);
-        k.template terms<Part>(p, at + row * k.width + c, n, one, other);
+    for (int64_t row = 0; row < rows; ++row) {
+        k.template terms<PART>(p, at + row * k.width + c, n, one, other);
         first += one;
         second += other;
     }
-    if (Part || !all) {
-        const Bits<A> which = Part ? lanes_from<A>(0, n) : lanes_from<A>(lanes<A> - n, lanes<A>);
-        first = keep<A>(first, which);
-        second = keep<A>(second, which);
-    }
-    if (Part) {
-        save<true, false>(a, load<true>(a, n) + first, n);
-        save<true, false>(b, load<true>(b, n) + second, n);
-    } else {
-        store<false>(a, table_at(a) + first);
-        store<false>(b, table_at(b) + second);
-    }
+    save<PART, false>(a, load<PART>(a, n) + first, n);
+    save<PART, false>(b, load<PART>(b, n) + second, n);
 }
-template <class K, int Rows, bool Stream>
-INLINE void sum_some_rows(const K &k, const Tables<typename K::A> &t, int64_t at, int64_t c0, int64_t c1,
+template <class K, bool Stream>
+INLINE void sum_some_rows(const K &k, const Tables<typename K::A> &t, int64_t at, int64_t rows, int64_t c0, int64_t c1,
                           typename K::A *a, typename K::A *b) {
-    constexpr int64_t step = lanes<typename K::A>;
-    if (c1 - c0 < step) return sum_step_rows<K, Rows, Stream, true>(k, t, at, c0, c1 - c0, false, a, b);
+    using A = typename K::A;
+    constexpr int64_t step = lanes<A>;
+    const Bits<A> any = {};
+    if (c1 - c0 < step) return sum_narrow<K>(k, t, at, rows, c0, c1 - c0, a, b);
     int64_t c = c0;
-    for (; c + step <= c1; c += step) sum_step_rows<K, Rows, Stream, false>(k, t, at, c, step, true, a + c - c0, b + c - c0);
-    if (c < c1)
-        sum_step_rows<K, Rows, Stream, false>(k, t, at, c1 - step, c1 - c, false, a + (c1 - step - c0), b + (c1 - step - c0));
+    for (; c + STRIP * step <= c1; c += STRIP * step)
+        sum_strip<K, STRIP, Stream>(k, t, at, rows, c, any, true, a + c - c0, b + c - c0);
+    for (; c + step <= c1; c += step) sum_strip<K, 1, Stream>(k, t, at, rows, c, any, true, a + c - c0, b + c - c0);
+    if (c < c1)  // the last whole vector again, of which only the columns not yet taken count
+        sum_strip<K, 1, false>(k, t, at, rows, c1 - step, lanes_from<A>(step - (c1 - c), step), false, a + c1 - step - c0,
+                               b + c1 - step - c0);
 }
 template <class K>
 __attribute__((noinline)) void sum_row(const K k, const Tables<typename K::A> &t, int64_t at, int64_t c0, int64_t c1,
                                        typename K::A *a, typename K::A *b) {
-    sum_some_rows<K, 1, false>(k, t, at, c0, c1, a, b);
+    sum_some_rows<K, false>(k, t, at, 1, c0, c1, a, b);
 }
 template <class A> INLINE void empty(A *a, A *b, int64_t n, double *first, double *second) {
     CHANNELWISE {
@@ -487,12 +523,9 @@ INLINE void sum_rows(const Job &job, const Unit &u) {
         if (job.call->mask) {
             for (; row < end; ++row)
                 if (job.call->mask[row]) sum_row<K>(k, t, row * width, u.c0, u.c1, a, b);
-        } else if (Stream) {  // memory gives most when it is read in its order
-            for (; row < end; ++row) sum_some_rows<K, 1, true>(k, t, row * width, u.c0, u.c1, a, b);
         } else {
-            for (; K::common && row + 4 <= end; row += 4)
-                sum_some_rows<K, 4, false>(k, t, row * width, u.c0, u.c1, a, b);
-            for (; row < end; ++row) sum_row<K>(k, t, row * width, u.c0, u.c1, a, b);
+            for (; row < end; row += k.rows)
+                sum_some_rows<K, Stream>(k, t, row * width, end - row < k.rows ? end - row : k.rows, u.c0, u.c1, a, b);
         }
         empty(a, b, columns, first, second);
     }
@@ -501,32 +534,39 @@ INLINE void sum_rows(const Job &job, const Unit &u) {
         empty(a, b, u.rest, first, second);
     }
 }
-template <class K, int Rows, bool Stream>
-INLINE void put_some_rows(const K &k, const Tables<typename K::A> &t, int64_t at, int64_t c0, int64_t c1) {
+template <class K, int S, bool Stream>
+INLINE void put_strip(const K &k, const Tables<typename K::A> &t, int64_t at, int64_t rows, int64_t c) {
+    using A = typename K::A;
+    constexpr int64_t step = lanes<A>;
+    const Bits<A> any = {};
+    Parameters<A> p[S];
+    EACH_VECTOR p[s] = of_channels<false>(t, c + s * step, step);
+    for (int64_t row = 0; row < rows; ++row)
+        EACH_VECTOR {
+            const int64_t here = at + row * k.width + c + s * step;
+            if (Stream && s * step * sizeof(typename K::Value) % 64 == 0) k.ahead(here);
+            k.template put<ONE, Stream, false>(p[s], here, step, any);
+        }
+}
+template <class K, bool Stream>
+INLINE void put_some_rows(const K &k, const Tables<typename K::A> &t, int64_t at, int64_t rows, int64_t c0, int64_t c1) {
     using A = typename K::A;
     constexpr int64_t step = lanes<A>;
     const Bits<A> any = {};
     if (c1 - c0 < step) {
         const Parameters<A> p = of_channels<true>(t, c0, c1 - c0);
-        for (int row = 0; row < Rows; ++row)
-            k.template put<true, false, false>(p, at + row * k.width + c0, c1 - c0, any);
+        for (int64_t row = 0; row < rows; ++row)
+            k.template put<PART, false, false>(p, at + row * k.width + c0, c1 - c0, any);
         return;
     }
     int64_t c = c0;
-    for (; c + step <= c1; c += step) {
-        const Parameters<A> p = of_channels<false>(t, c, step);
-        for (int row = 0; row < Rows; ++row)
-            k.template put<false, Stream, false>(p, at + row * k.width + c, step, any);
-    }
-    if (c < c1) {
-        const Parameters<A> p = of_channels<false>(t, c1 - step, step);
-        for (int row = 0; row < Rows; ++row)
-            k.template put<false, false, false>(p, at + row * k.width + c1 - step, step, any);
-    }
+    for (; c + STRIP * step <= c1; c += STRIP * step) put_strip<K, STRIP, Stream>(k, t, at, rows, c);
+    for (; c + step <= c1; c += step) put_strip<K, 1, Stream>(k, t, at, rows, c);
+    if (c < c1) put_strip<K, 1, false>(k, t, at, rows, c1 - step);
 }
 template <class K>
 __attribute__((noinline)) void put_row(const K k, const Tables<typename K::A> &t, int64_t at, int64_t c0, int64_t c1) {
-    put_some_rows<K, 1, false>(k, t, at, c0, c1);
+    put_some_rows<K, false>(k, t, at, 1, c0, c1);
 }
 template <class K, bool Stream>
 INLINE void put_rows(const Job &job, const Unit &u) {
@@ -550,13 +590,8 @@ INLINE void put_rows(const Job &job, const Unit &u) {
     // From the end: what the sums read last is still in the cache.
     for (int64_t end = u.p1; end > u.p0;) {
         const int64_t begin = end - u.p0 < ROWS_HELD ? u.p0 : end - ROWS_HELD;
-        row = begin;
-        if (Stream) {  // row by row, so that each line is written whole
-            for (; row < end; ++row) put_some_rows<K, 1, true>(k, t, row * width, u.c0, u.c1);
-        } else {
-            for (; K::common && row + 4 <= end; row += 4) put_some_rows<K, 4, false>(k, t, row * width, u.c0, u.c1);
-            for (; row < end; ++row) put_row<K>(k, t, row * width, u.c0, u.c1);
-        }
+        for (row = begin; row < end; row += k.rows)
+            put_some_rows<K, Stream>(k, t, row * width, end - row < k.rows ? end - row : k.rows, u.c0, u.c1);
         end = begin;
     }
     if (u.rest) put_row<K>(k, t, u.p1 * width, 0, u.rest);
