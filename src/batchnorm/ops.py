@@ -496,10 +496,12 @@ def planned(
 ) -> Plan | None:
     """A plan for further calls of `batch_norm` like this one, if it went straight to the native kernels."""
     direct = (
-        not _transformed()
+        rule.activation in native.FUSED
+        and not _transformed()
         and _is_plain(x, residual)
+        and native.is_ready(x)
+        and x.numel() > 0
         and native.can_move(running)
-        and rule.activation in native.FUSED
         and native.reads(x, (residual,), (weight, bias, running.mean, running.var))
     )
     return Plan(x, weight, bias, residual, running, rule) if direct else None

@@ -104,13 +104,14 @@ def supports(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in DTYPES and x.layout is torch.strided and not x.is_neg()
 
 
+def is_ready(x: Tensor) -> bool:
+    """Whether the kernels can read the tensor where it is."""
+    return x.is_contiguous() or (x.dim() > 3 and x.is_contiguous(memory_format=CHANNELS_LAST[x.dim()]))
+
+
 def ready(x: Tensor) -> Tensor:
     """The tensor itself where the kernels can read it, else a dense copy."""
-    if x.is_contiguous() or (
-        x.dim() > 3 and x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-    ):
-        return x
-    return x.contiguous()
+    return x if is_ready(x) else x.contiguous()
 
 
 class Running(NamedTuple):
@@ -178,16 +179,21 @@ class Form(NamedTuple):
 NOTHING = Running(None, None, None, 0.0, moving=False)
 
 
+@functools.lru_cache(maxsize=1024)
+def _sizes(shape: torch.Size, contiguous: bool) -> tuple[bool, int, int, int, int]:
+    """Whether a position's channels are a row, samples, channels, length, and how many rows a sample has."""
+    samples, channels, length = shape[0], shape[1], shape[2:].numel()
+    rows = length == 1 or not contiguous
+    return (True, samples * length, channels, 1, length) if rows else (False, samples, channels, length, 1)
+
+
 def form_of(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, rule: Rule) -> Form:
     """Of a call with x, which is `ready`."""
     eps, activation, training, chunks, chunk, limits, correction = rule
     mean, var, _, momentum, _, biased, moving = running
-    shape = x.shape
-    samples, channels, length = shape[0], shape[1], shape[2:].numel()
-    rows = length == 1 or not x.is_contiguous()  # whether a position's channels are a row
-    repeats = length if rows else 1
+    rows, samples, channels, length, repeats = _sizes(x.shape, x.is_contiguous())
     return Form(
-        (DTYPES[x.dtype], rows, samples * repeats, channels, length // repeats, chunks, chunk * repeats),
+        (DTYPES[x.dtype], rows, samples, channels, length, chunks, chunk * repeats),
         (0 if weight is None else DTYPES[weight.dtype], 0 if bias is None else DTYPES[bias.dtype]),
         (0 if mean is None else DTYPES[mean.dtype], 0 if var is None else DTYPES[var.dtype]),
         (
@@ -204,12 +210,15 @@ def form_of(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Runn
     )
 
 
-def _like(x: Tensor, values: Tensor | None) -> Tensor | None:
-    """The values in the dtype and layout of x, checked."""
-    if values is None:
-        return None
+def _is_like(x: Tensor, values: Tensor) -> bool:
+    """Whether the values are of the dtype and layout of x."""
     _check(values, x.numel())
-    if values.stride() == x.stride() and values.dtype == x.dtype and not values.is_neg():
+    return values.stride() == x.stride() and values.dtype == x.dtype and not values.is_neg()
+
+
+def _like(x: Tensor, values: Tensor | None) -> Tensor | None:
+    """The values in the dtype and layout of x."""
+    if values is None or _is_like(x, values):
         return values
     kind = torch.contiguous_format if x.is_contiguous() else CHANNELS_LAST[x.dim()]
     return values.to(x.dtype).resolve_neg().contiguous(memory_format=kind)
@@ -231,22 +240,19 @@ def _mask_bytes(x: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 def reads(x: Tensor, like_x: Sequence[Tensor | None], per_channel: Sequence[Tensor | None]) -> bool:
-    """Whether the library can read all these where they are."""
-    return (
-        ready(x) is x
-        and all(_like(x, values) is values for values in like_x)
-        and all(_per_channel(values, x.shape[1]) is values for values in per_channel)
+    """Whether the library can read all these where they are, x being `ready`."""
+    return all(values is None or _is_like(x, values) for values in like_x) and all(
+        _per_channel(values, x.shape[1]) is values for values in per_channel
     )
 
 
-def _check(values: Tensor | None, size: int) -> None:
+def _check(values: Tensor, size: int) -> None:
     """See that the library, which reads or writes so many values where these are, may do so."""
-    if values is None:
+    if values.is_cpu and values.numel() == size:
         return
     if not values.is_cpu:
         raise InputError(f"all tensors must be on the input's device, cpu; got one on {values.device}")
-    if values.numel() != size:
-        raise InputError(f"expected {size} values; got shape {tuple(values.shape)}")
+    raise InputError(f"expected {size} values; got shape {tuple(values.shape)}")
 
 
 def forward(
@@ -268,10 +274,13 @@ def forward(
     """
     channels, correction = x.shape[1], rule.correction
     form = form_of(x, weight, bias, running, rule)
-    _check(running.batches, 1)
-    _check(running.skipped, 1)
-    _check(correction, 2 * rule.chunks * channels)
-    if rule.limits is not None and correction is None:
+    mean, var, batches, _, skipped, *_ = running
+    for count in (batches, skipped):
+        if count is not None:
+            _check(count, 1)
+    if correction is not None:
+        _check(correction, 2 * rule.chunks * channels)
+    elif rule.limits is not None:
         correction = torch.empty(*form.moments, dtype=torch.float64, device="cpu")
     moments = torch.empty(
         *form.moments, dtype=torch.float64, device="cpu"
@@ -284,10 +293,10 @@ def forward(
         _per_channel(bias, channels),
         _like(x, residual),
         _mask_bytes(x, mask),
-        _per_channel(running.mean, channels),
-        _per_channel(running.var, channels),
-        running.batches,
-        running.skipped,
+        _per_channel(mean, channels),
+        _per_channel(var, channels),
+        batches,
+        skipped,
         correction,
         wanted=wanted,
     )
@@ -355,7 +364,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dx, dweight, dbias, dresidual) of `forward`, those that are wanted; y is given with a residual."""
     channels = x.shape[1]
-    _check(rule.correction, 2 * rule.chunks * channels)
+    if rule.correction is not None:
+        _check(rule.correction, 2 * rule.chunks * channels)
     like_x = _like(x, dy)
     assert like_x is not None
     return run_backward(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
 from batchnorm.kernels import native
-from batchnorm.kernels.native import Rule, Running
+from batchnorm.kernels.native import Form, Rule, Running
 
 __all__ = ["Plan", "Room"]
 
@@ -74,10 +74,9 @@ class Plan:
         self.rule = rule
         self.differentiable = any(values is not None and values.requires_grad for values in (x, weight, bias, residual))
         self._form = native.form_of(x, weight, bias, running, rule)
-        self._form_back = native.form_of(x, weight, bias, native.NOTHING, rule)
         self._room = ctypes.c_double * (2 * x.shape[1])
         self._fits = _guard(_present(x, weight, bias, residual, mean, var, batches, skipped))
-        self._fits_back: Callable[..., bool] | None = None
+        self._back: tuple[Callable[..., bool], Form] | None = None
 
     def forward(
         self,
@@ -119,11 +118,13 @@ class Plan:
             NO_BIAS if bias is None else bias,
             NO_OTHER if y is None else y,
         )
-        if self._fits_back is not None and self._fits_back(*tensors):
-            at = ctypes.addressof(room)
-            return native.run_backward(self._form_back, at, dy, x, weight, bias, y, mask, None, wanted=wanted)
-        if native.reads(x, (dy, y), (weight, bias)):
-            self._fits_back = _guard(tensors)
+        if self._back is not None:
+            fits, form = self._back
+            if fits(*tensors):
+                at = ctypes.addressof(room)
+                return native.run_backward(form, at, dy, x, weight, bias, y, mask, None, wanted=wanted)
+        if native.is_ready(x) and native.reads(x, (dy, y), (weight, bias)):
+            self._back = _guard(tensors), native.form_of(x, weight, bias, native.NOTHING, rule)
         return native.backward(dy, x, as_tensor(room), weight, bias, y, mask, rule, wanted=wanted)
 
 

@@ -26,8 +26,8 @@ from batchnorm.ops import Rule, Running
 __all__ = ["Layer", "layers_of", "stock_layers_of"]
 
 
-PLANS = 64
-"""How many a layer keeps: inputs of further shapes are looked at each time."""
+SHAPES, FORMS = 64, 4
+"""Of how many shapes a layer keeps plans, and how many of each; other inputs are looked at each time."""
 
 
 class Layer(State):
@@ -86,10 +86,10 @@ class Layer(State):
         plans = None
         if mask is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
             plans = self._plans
-            plan = plans.get((input.shape, input.requires_grad))
-            y = None if plan is None else self._again(plan, input, residual)
-            if y is not None:
-                return y
+            for plan in plans.get(input.shape, ()):
+                y = self._again(plan, input, residual)
+                if y is not None:
+                    return y
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         dim = 1 if self.channel_dim == 1 else self.dimension(input)
         if input.shape[dim] != self.num_features:
@@ -125,7 +125,7 @@ class Layer(State):
         mask: Tensor | None,
         samples: int,
         shape: torch.Size,
-        plans: dict[tuple[torch.Size, bool], Plan] | None = None,
+        plans: dict[torch.Size, list[Plan]] | None = None,
     ) -> Tensor:
         """Normalise x (N, C, *), or the rows (N * L, C) of so many samples; shape is the input's, to speak of.
 
@@ -159,11 +159,12 @@ class Layer(State):
         if not learning or (
             self.virtual_batch_size is None and self.renorm is None and pool is None and spread is None
         ):
-            if plans is not None and len(plans) < PLANS and not (self.sync and learning):  # processes may come later
+            found = [] if plans is None else plans.get(shape, [])
+            if plans is not None and len(plans) < SHAPES and len(found) < FORMS and not (self.sync and learning):
                 plan = ops.planned(x, weight, bias, residual, running, rule)
                 y = None if plan is None else ops.again(plan, x, weight, bias, residual, mean, var, batches, skipped)
                 if plan is not None and y is not None:
-                    plans[shape, x.requires_grad] = plan
+                    plans[shape] = [*found, plan]
                     return y
             return ops.batch_norm(x, weight, bias, residual, mask, running, rule)
         return self._with_options(x, weight, bias, residual, mask, running, rule, samples, again, spread, pool)

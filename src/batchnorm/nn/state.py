@@ -47,7 +47,7 @@ class State(TorchBatchNorm):
     process_group: Any
     channel_dim: int
     running_var_kind: str  # the buffer has the option's name
-    _plans: dict[tuple[torch.Size, bool], Plan]  # of forwards, by the input's shape and whether it takes gradients
+    _plans: dict[torch.Size, list[Plan]]  # of forwards, by the input's shape
 
     def _take(self, options: Options, device: torch.device | str | None) -> None:
         """Set what our layers have beside torch's attributes."""
