@@ -233,9 +233,10 @@ def _per_channel(values: Tensor | None, channels: int) -> Tensor | None:
 
 
 def _mask_bytes(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask with a byte for each position."""
     if mask is None:
         return None
-    _check(mask, mask.numel())
+    _check(mask, mask.numel())  # its sizes are for expand to check
     return mask.expand(x.shape[0], *x.shape[2:]).contiguous()
 
 
@@ -282,9 +283,8 @@ def forward(
         _check(correction, 2 * rule.chunks * channels)
     elif rule.limits is not None:
         correction = torch.empty(*form.moments, dtype=torch.float64, device="cpu")
-    moments = torch.empty(
-        *form.moments, dtype=torch.float64, device="cpu"
-    )  # a tuple of sizes would take half as long again
+    # A tuple of sizes would take half as long again; there may be another default device.
+    moments = torch.empty(*form.moments, dtype=torch.float64, device="cpu")
     y = run_forward(
         form,
         moments.data_ptr(),

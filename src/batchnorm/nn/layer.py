@@ -159,13 +159,15 @@ class Layer(State):
         if not learning or (
             self.virtual_batch_size is None and self.renorm is None and pool is None and spread is None
         ):
+            # None under sync, since processes may come later.
             found = [] if plans is None else plans.get(shape, [])
             if plans is not None and len(plans) < SHAPES and len(found) < FORMS and not (self.sync and learning):
                 plan = ops.planned(x, weight, bias, residual, running, rule)
-                y = None if plan is None else ops.again(plan, x, weight, bias, residual, mean, var, batches, skipped)
-                if plan is not None and y is not None:
+                if plan is not None:
                     plans[shape] = [*found, plan]
-                    return y
+                    y = ops.again(plan, x, weight, bias, residual, mean, var, batches, skipped)
+                    if y is not None:  # it is None where x is its own residual
+                        return y
             return ops.batch_norm(x, weight, bias, residual, mask, running, rule)
         return self._with_options(x, weight, bias, residual, mask, running, rule, samples, again, spread, pool)
 
