@@ -277,7 +277,26 @@ def test_batched_gradients_equal_a_loop(with_residual):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_second_derivative_runs_through_an_input_that_the_kernels_read_a_copy_of(training):
+    apart = numbers(5, 3, 4, dtype=torch.float64).transpose(1, 2).requires_grad_()
+    weight, bias = (numbers(4, seed=i, dtype=torch.float64).requires_grad_() for i in (1, 2))
+    statistics = torch.zeros(4), torch.ones(4)
+
+    def run(x, weight, bias):
+        return bn.batch_norm(x, *([None, None] if training else statistics), weight, bias, training)
+
+    assert torch.autograd.gradgradcheck(run, (apart, weight, bias))
+
+
 # Fake tensors, meta tensors, dispatch modes.
+
+
+def test_a_default_device_changes_nothing_for_tensors_on_the_cpu():
+    x, layer = numbers(6, 5), bn.BatchNorm1d(5)
+    with torch.device("meta"):
+        layer(x, None, torch.ones(6, dtype=torch.bool, device="cpu"))
+    torch.testing.assert_close(layer.running_mean, 0.1 * x.mean(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -10,16 +10,18 @@ reference, which is made of differentiable operations.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from batchnorm.errors import InputError, warn
 from batchnorm.kernels import native, reference
 from batchnorm.kernels.chosen import cpu_kernel
 from batchnorm.kernels.native import Limits, Rule, Running
+from batchnorm.kernels.plan import Plan, Room, as_tensor
 from batchnorm.kernels.reference import ACTIVATIONS, Moments, at_least_one
 
 __all__ = [
@@ -219,7 +221,7 @@ for _name, _function in (("forward", _forward), ("backward", _backward), ("momen
 
 def _transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is at work."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _requires_grad(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
@@ -242,21 +244,57 @@ def _is_plain(x: Tensor, residual: Tensor | None) -> bool:
     )
 
 
-class _Settings(NamedTuple):
-    """What is no tensor to differentiate by. One object, since each argument of a Function costs its time."""
-
-    mask: Tensor | None
-    running: Running
-    rule: Rule
-    found: list[Any]
-
-
 def _needs_y(residual: Tensor | None, activation: str | None) -> bool:
     """Whether backward needs the sign of y, that of the activation's argument; without a residual x tells it."""
     return residual is not None and activation is not None
 
 
+_Backward = Callable[..., Sequence[Tensor | None]]
+"""`native.backward`, or what stands for it."""
+
+
+def _is_differentiated(dy: Tensor) -> bool:
+    """Whether the backward must be made of operations that are known to autograd, vmap and the like."""
+    return not torch.compiler.is_compiling() and (
+        torch.is_grad_enabled()
+        or _transformed()
+        or torch._C._functorch.is_legacy_batchedtensor(dy)  # torch.autograd.grad(..., is_grads_batched=True)
+    )
+
+
 def _gradients(
+    backward: _Backward,
+    dy: Tensor,
+    x: Tensor,
+    moments: Tensor | Room,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    rule: Rule,
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """Gradients of x, weight, bias and residual, the first four arguments of both Functions."""
+    through = y is None and needs[3]  # without an activation, whose sign y is, dy is the residual's gradient
+    wanted = (*needs[:3], False) if through else needs
+    found: Sequence[Tensor | None]
+    if _is_differentiated(dy):
+        # A second derivative also runs through the batch's moments, so they are taken again where it can see them.
+        own = rule.training
+        batches = _moments_of_chunks(x, mask, rule) if own else _unpacked(as_tensor(moments), x, mask, rule)
+        every = _reference_backward(dy, x, batches, weight, bias, y, mask, rule)
+        found = [
+            _as(gradient, like) if asked else None
+            for gradient, like, asked in zip(every, (x, weight, bias, x), wanted, strict=False)
+        ]
+    else:
+        found = backward(dy, x, moments, weight, bias, y, mask, rule, wanted=wanted)
+    if through:
+        return (*found[:3], dy if mask is None else torch.where(mask.unsqueeze(1), dy, 0.0))
+    return found
+
+
+def _by_operator(
     dy: Tensor,
     x: Tensor,
     moments: Tensor,
@@ -266,39 +304,17 @@ def _gradients(
     mask: Tensor | None,
     rule: Rule,
     *,
-    needs: Sequence[bool],
-    plain: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight, bias and residual, the first four arguments of both Functions."""
-    wanted = [needs[0], needs[1], needs[2], needs[3] and y is not None]
-    found: Sequence[Tensor | None]
-    if not torch.compiler.is_compiling() and (
-        torch.is_grad_enabled()
-        or _transformed()
-        or torch._C._functorch.is_legacy_batchedtensor(dy)  # torch.autograd.grad(..., is_grads_batched=True)
-    ):
-        # A second derivative also runs through the batch's moments, so they are taken again where it can see them.
-        batches = _moments_of_chunks(x, mask, rule) if rule.training else _unpacked(moments, x, mask, rule)
-        found = _reference_backward(dy, x, batches, weight, bias, y, mask, rule)
-    elif plain:
-        found = native.backward(dy, x, moments, weight, bias, y, mask, rule, wanted=wanted)
-    else:
-        how = (rule.eps, rule.activation, rule.training, wanted, rule.correction, rule.chunks, rule.chunk)
-        found = torch.ops.batchnorm.backward(dy, x, moments, weight, bias, y, mask, *how)
-    dresidual = found[3] if wanted[3] else None
-    if needs[3] and y is None:
-        dresidual = dy if mask is None else torch.where(mask.unsqueeze(1), dy, 0.0)
-    return (
-        _as(found[0], x) if wanted[0] else None,
-        _as(found[1], weight) if wanted[1] else None,
-        _as(found[2], bias) if wanted[2] else None,
-        dresidual,
-    )
+    wanted: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """As `native.backward`."""
+    asked = list(wanted[:4])
+    how = (rule.eps, rule.activation, rule.training, asked, rule.correction, rule.chunks, rule.chunk)
+    found = torch.ops.batchnorm.backward(dy, x, moments, weight, bias, y, mask, *how)
+    return [gradient if wants else None for gradient, wants in zip(found, asked, strict=True)]
 
 
-def _as(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-    same = gradient is None or like is None or gradient.dtype == like.dtype
-    return gradient if same else gradient.to(like.dtype)  # type: ignore[union-attr]
+def _as(gradient: Tensor, like: Tensor | None) -> Tensor:
+    return gradient if like is None or gradient.dtype == like.dtype else gradient.to(like.dtype)
 
 
 def _moments_of_chunks(x: Tensor, mask: Tensor | None, rule: Rule) -> list[Moments]:
@@ -359,32 +375,28 @@ def _reference_backward(
 
 
 class _Plain(torch.autograd.Function):
-    """y = activation(weight * x_hat + bias + residual) in plain eager mode on CPU."""
+    """y as the native kernels have made it, with its gradients: in plain eager mode on CPU."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, settings: _Settings
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, made: tuple[Any, ...]
     ) -> Tensor:
-        mask, running, rule, found = settings
-        x = native.ready(x)
-        y, moments, correction = native.forward(x, weight, bias, residual, mask, running, rule)
-        if correction is not rule.correction:
-            rule = rule._replace(correction=correction)
-        found += moments, correction
-        ctx.save_for_backward(x, weight, bias, y if _needs_y(residual, rule.activation) else None)
-        ctx.kept = mask, rule, moments
+        y: Tensor
+        y, ctx.kept = made  # one object, since each argument of a Function costs its time
+        ctx.save_for_backward(x, weight, bias, y if _needs_y(residual, ctx.kept[3].activation) else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        mask, rule, moments = ctx.kept
         x, weight, bias, y = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        return (*_gradients(dy, x, moments, weight, bias, y, mask, rule, needs=needs, plain=True), None)
+        backward, moments, mask, rule = ctx.kept
+        return (*_gradients(backward, dy, x, moments, weight, bias, y, mask, rule, ctx.needs_input_grad), None)
 
 
 # Function.apply without its search for functorch's wrappers, a tenth of a small batch's time; here there are none.
 _apply_plain = super(torch.autograd.function._SingleLevelFunction, _Plain).apply
+# And the engine's call of backward without a search for other forms that it might have.
+_Plain._backward_cls.apply = _Plain.backward  # type: ignore[attr-defined]
 
 
 class _Dispatched(torch.autograd.Function):
@@ -421,7 +433,7 @@ class _Dispatched(torch.autograd.Function):
         x, weight, bias, y, mask, moments, correction = ctx.saved_tensors
         rule = Rule(ctx.eps, ctx.activation, ctx.training, ctx.chunks, ctx.chunk, None, correction)
         needs = ctx.needs_input_grad
-        *others, dresidual = _gradients(dy, x, moments, weight, bias, y, mask, rule, needs=needs, plain=False)
+        *others, dresidual = _gradients(_by_operator, dy, x, moments, weight, bias, y, mask, rule, needs)
         dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
         return (*others, dresidual, *(None,) * 8)
 
@@ -465,20 +477,53 @@ def normalise(
     if _transformed() or not (_is_plain(x, residual) and native.can_move(running)):
         y, batch, correction = _composed(x, weight, bias, residual, mask, running, rule)
     else:
-        found: list[Any]
+        x = native.ready(x)
+        y, packed, correction = native.forward(x, weight, bias, residual, mask, running, rule)
         if torch.is_grad_enabled() and _requires_grad(x, weight, bias, residual):
-            found = []
-            settings = _Settings(mask, running, rule, found)
-            y = _apply_plain(x, weight, bias, residual, settings)  # type: ignore[no-untyped-call]
-        else:
-            y, *found = native.forward(native.ready(x), weight, bias, residual, mask, running, rule)
-        batch, correction = (_pooled(found[0], x, mask, rule) if moments else None), found[1]
+            used = rule if correction is rule.correction else rule._replace(correction=correction)
+            y = _apply_plain(x, weight, bias, residual, (y, (native.backward, packed, mask, used)))  # type: ignore[no-untyped-call]
+        batch = _pooled(packed, x, mask, rule) if moments else None
     if rule.activation != activation:
         # Torch's own vectorised functions are faster than a fused loop over libm's scalar ones.
         assert activation is not None
         y = ACTIVATIONS[activation].function(y)
         y = y if mask is None else torch.where(mask.unsqueeze(1), y, 0.0)
     return Normalised(y, batch, correction)
+
+
+def planned(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running: Running, rule: Rule
+) -> Plan | None:
+    """A plan for further calls of `batch_norm` like this one, if it went straight to the native kernels."""
+    direct = (
+        rule.activation in native.FUSED
+        and not _transformed()
+        and _is_plain(x, residual)
+        and native.is_ready(x)
+        and x.numel() > 0
+        and native.can_move(running)
+        and native.reads(x, (residual,), (weight, bias, running.mean, running.var))
+    )
+    return Plan(x, weight, bias, residual, running, rule) if direct else None
+
+
+def again(
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *statistics: Tensor | None,
+) -> Tensor | None:
+    """As `batch_norm`, of tensors like those of the plan; None where they are not."""
+    made = None if forward_ad._current_level >= 0 else plan.forward(x, weight, bias, residual, *statistics)
+    if made is None:
+        return None
+    y, room = made
+    if plan.differentiable and torch.is_grad_enabled():
+        kept = plan.backward, room, None, plan.rule
+        y = _apply_plain(x, weight, bias, residual, (y, kept))  # type: ignore[no-untyped-call]
+    return y
 
 
 @torch.no_grad()

@@ -252,10 +252,12 @@ def placed(x, how):
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     if how == "expanded":
         return x[..., :1].expand_as(x)
+    if how == "negated":  # for whoever reads it, to do
+        return torch._neg_view(-x)
     return laid_out(x, "channels last")
 
 
-PLACES = ["offset", "every second", "some channels", "transposed", "expanded", "channels last"]
+PLACES = ["offset", "every second", "some channels", "transposed", "expanded", "negated", "channels last"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -37,9 +37,10 @@ __all__ = [
 
 ABI = 2
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-CONTIGUOUS = torch.contiguous_format
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 FUSED: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2}
 HERE = Path(__file__).parent
+NO_MEMORY = "the native kernels found no memory for the sums of the channels"
 _PACK = struct.Struct("=33q4d").pack
 
 
@@ -103,13 +104,14 @@ def supports(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in DTYPES and x.layout is torch.strided and not x.is_neg()
 
 
+def is_ready(x: Tensor) -> bool:
+    """Whether the kernels can read the tensor where it is."""
+    return x.is_contiguous() or (x.dim() > 3 and x.is_contiguous(memory_format=CHANNELS_LAST[x.dim()]))
+
+
 def ready(x: Tensor) -> Tensor:
     """The tensor itself where the kernels can read it, else a dense copy."""
-    if x.is_contiguous() or (
-        x.dim() > 3 and x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-    ):
-        return x
-    return x.contiguous()
+    return x if is_ready(x) else x.contiguous()
 
 
 class Running(NamedTuple):
@@ -164,52 +166,94 @@ def can_move(running: Running) -> bool:
     )
 
 
-def _format(x: Tensor, shape: torch.Size) -> tuple[torch.memory_format, int, int, int]:
-    """The memory format of a tensor that is `ready`, whether a position's channels are a row, samples, length."""
-    samples = shape[0]
-    if len(shape) == 2:
-        return CONTIGUOUS, 1, samples, 1
-    contiguous, length = x.is_contiguous(), shape[2:].numel()
-    if contiguous and length != 1:
-        return CONTIGUOUS, 0, samples, length
-    kind = CONTIGUOUS if contiguous else torch.channels_last if len(shape) == 4 else torch.channels_last_3d
-    return kind, 1, samples * length, 1
+class Form(NamedTuple):
+    """What a call is told beside pointers: the fields of the record between them, and the shape of the moments."""
+
+    sizes: tuple[int, int, int, int, int, int, int]
+    parameters: tuple[int, int]
+    running: tuple[int, int]
+    how: tuple[float, ...]
+    moments: tuple[int, ...]
 
 
-def _as(x: Tensor, kind: torch.memory_format, values: Tensor) -> Tensor:
+NOTHING = Running(None, None, None, 0.0, moving=False)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sizes(shape: torch.Size, contiguous: bool) -> tuple[bool, int, int, int, int]:
+    """Whether a position's channels are a row, samples, channels, length, and how many rows a sample has."""
+    samples, channels, length = shape[0], shape[1], shape[2:].numel()
+    rows = length == 1 or not contiguous
+    return (True, samples * length, channels, 1, length) if rows else (False, samples, channels, length, 1)
+
+
+def form_of(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, rule: Rule) -> Form:
+    """Of a call with x, which is `ready`."""
+    eps, activation, training, chunks, chunk, limits, correction = rule
+    mean, var, _, momentum, _, biased, moving = running
+    rows, samples, channels, length, repeats = _sizes(x.shape, x.is_contiguous())
+    return Form(
+        (DTYPES[x.dtype], rows, samples, channels, length, chunks, chunk * repeats),
+        (0 if weight is None else DTYPES[weight.dtype], 0 if bias is None else DTYPES[bias.dtype]),
+        (0 if mean is None else DTYPES[mean.dtype], 0 if var is None else DTYPES[var.dtype]),
+        (
+            training,
+            FUSED[activation],
+            training and moving,
+            biased,
+            correction is not None,
+            -1.0 if momentum is None else momentum,
+            eps,
+            *(limits or (1.0, 0.0)),
+        ),
+        (2, channels) if chunks == 1 else (2, chunks, channels),
+    )
+
+
+def _is_like(x: Tensor, values: Tensor) -> bool:
+    """Whether the values are of the dtype and layout of x."""
+    _check(values, x.numel())
+    return values.stride() == x.stride() and values.dtype == x.dtype and not values.is_neg()
+
+
+def _like(x: Tensor, values: Tensor | None) -> Tensor | None:
     """The values in the dtype and layout of x."""
-    if values.stride() == x.stride() and values.dtype == x.dtype and not values.is_neg():
+    if values is None or _is_like(x, values):
         return values
-    return values.to(x.dtype).contiguous(memory_format=kind)
+    kind = torch.contiguous_format if x.is_contiguous() else CHANNELS_LAST[x.dim()]
+    return values.to(x.dtype).resolve_neg().contiguous(memory_format=kind)
 
 
-def _pointer(values: Tensor | None, size: int) -> int:
-    """Where the values are, checked: what the library reads or writes there is as many of them."""
+def _per_channel(values: Tensor | None, channels: int) -> Tensor | None:
+    """The numbers of channels, one after the other, checked."""
     if values is None:
-        return 0
-    if values.is_cpu and values.numel() == size:
-        return values.data_ptr()
-    if not values.is_cpu:
-        raise InputError(f"all tensors must be on the input's device, cpu; got one on {values.device}")
-    raise InputError(f"expected {size} values; got shape {tuple(values.shape)}")
+        return None
+    _check(values, channels)
+    return values.resolve_neg().contiguous()
 
 
-def _per_channel(values: Tensor | None, channels: int) -> tuple[int, int]:
-    """Pointer and dtype of numbers of channels, which are contiguous."""
-    return (0, 0) if values is None else (_pointer(values, channels), DTYPES[values.dtype])
-
-
-def _parameter(values: Tensor | None) -> Tensor | None:
-    return values if values is None or values.is_contiguous() else values.contiguous()
-
-
-def _mask_bytes(x: Tensor, mask: Tensor) -> Tensor:
+def _mask_bytes(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask with a byte for each position."""
+    if mask is None:
+        return None
+    _check(mask, mask.numel())  # its sizes are for expand to check
     return mask.expand(x.shape[0], *x.shape[2:]).contiguous()
 
 
-def _call(name: str, record: bytes) -> None:
-    if getattr(_library().handle, name)(record):
-        raise MemoryError("the native kernels found no memory for the sums of the channels")
+def reads(x: Tensor, like_x: Sequence[Tensor | None], per_channel: Sequence[Tensor | None]) -> bool:
+    """Whether the library can read all these where they are, x being `ready`."""
+    return all(values is None or _is_like(x, values) for values in like_x) and all(
+        _per_channel(values, x.shape[1]) is values for values in per_channel
+    )
+
+
+def _check(values: Tensor, size: int) -> None:
+    """See that the library, which reads or writes so many values where these are, may do so."""
+    if values.is_cpu and values.numel() == size:
+        return
+    if not values.is_cpu:
+        raise InputError(f"all tensors must be on the input's device, cpu; got one on {values.device}")
+    raise InputError(f"expected {size} values; got shape {tuple(values.shape)}")
 
 
 def forward(
@@ -229,67 +273,81 @@ def forward(
     batch renormalization. When training the moments are the batch's own, and the running statistics, which
     `can_move`, do; else those are used.
     """
-    sizes, size = x.shape, x.numel()
-    kind, rows, samples, length = _format(x, sizes)
-    channels = sizes[1]
-    eps, activation, training, chunks, chunk, limits, correction = rule
-    mean, var, batches, momentum, skipped, biased, moving = running
+    channels, correction = x.shape[1], rule.correction
+    form = form_of(x, weight, bias, running, rule)
+    mean, var, batches, _, skipped, *_ = running
+    for count in (batches, skipped):
+        if count is not None:
+            _check(count, 1)
+    if correction is not None:
+        _check(correction, 2 * rule.chunks * channels)
+    elif rule.limits is not None:
+        correction = torch.empty(*form.moments, dtype=torch.float64, device="cpu")
+    # A tuple of sizes would take half as long again; there may be another default device.
+    moments = torch.empty(*form.moments, dtype=torch.float64, device="cpu")
+    y = run_forward(
+        form,
+        moments.data_ptr(),
+        x,
+        _per_channel(weight, channels),
+        _per_channel(bias, channels),
+        _like(x, residual),
+        _mask_bytes(x, mask),
+        _per_channel(mean, channels),
+        _per_channel(var, channels),
+        batches,
+        skipped,
+        correction,
+        wanted=wanted,
+    )
+    return y, moments, correction
+
+
+def run_forward(
+    form: Form,
+    moments: int,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    batches: Tensor | None,
+    skipped: Tensor | None,
+    correction: Tensor | None,
+    *,
+    wanted: bool = True,
+) -> Tensor:
+    """y, of tensors that are known to be as the library reads them, and the moments to where they belong."""
+    sizes, parameters, statistics, how, _ = form
     y = torch.empty_like(x) if wanted else x
-    shape = (2, channels) if chunks == 1 else (2, chunks, channels)
-    moments = torch.empty(*shape, dtype=torch.float64)  # a tuple of sizes would take half as long again
-    given = correction is not None
-    if limits is not None and not given:
-        correction = torch.empty(*shape, dtype=torch.float64)
-    residual = None if residual is None else _as(x, kind, residual)
-    mask = None if mask is None else _mask_bytes(x, mask)
-    weight, bias = _parameter(weight), _parameter(bias)
-    if not training:
-        mean, var = _parameter(mean), _parameter(var)
-    weight_at, weight_dtype = _per_channel(weight, channels)
-    bias_at, bias_dtype = _per_channel(bias, channels)
-    mean_at, mean_dtype = _per_channel(mean, channels)
-    var_at, var_dtype = _per_channel(var, channels)
-    at = moments.data_ptr()
     record = _PACK(
-        DTYPES[x.dtype],
-        rows,
-        samples,
-        channels,
-        length,
-        chunks,
-        chunk * (samples // sizes[0]) if chunk else 0,
+        *sizes,
         x.data_ptr(),
-        _pointer(residual, size),
-        _pointer(mask, samples * length),
+        0 if residual is None else residual.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
         0,
         y.data_ptr() if wanted else 0,
         0,
-        weight_at,
-        bias_at,
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         0,
         0,
-        weight_dtype,
-        bias_dtype,
-        at,
-        at + 8 * chunks * channels,
-        _pointer(correction, 2 * chunks * channels),
-        mean_at,
-        var_at,
-        mean_dtype,
-        var_dtype,
-        _pointer(batches, 1),
-        _pointer(skipped, 1),
-        training,
-        FUSED[activation],
-        training and moving,
-        biased,
-        given,
-        -1.0 if momentum is None else momentum,
-        eps,
-        *(limits or (1.0, 0.0)),
+        *parameters,
+        moments,
+        moments + 8 * sizes[3] * sizes[5],
+        0 if correction is None else correction.data_ptr(),
+        0 if mean is None else mean.data_ptr(),
+        0 if var is None else var.data_ptr(),
+        *statistics,
+        0 if batches is None else batches.data_ptr(),
+        0 if skipped is None else skipped.data_ptr(),
+        *how,
     )
-    _call("bn_forward", record)
-    return y, moments, correction
+    if _library().handle.bn_forward(record):  # type: ignore[union-attr]
+        raise MemoryError(NO_MEMORY)
+    return y
 
 
 def backward(
@@ -305,59 +363,67 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dx, dweight, dbias, dresidual) of `forward`, those that are wanted; y is given with a residual."""
-    sizes, size = x.shape, x.numel()
-    kind, rows, samples, length = _format(x, sizes)
-    channels = sizes[1]
-    eps, activation, training, chunks, chunk, _, correction = rule
-    dy = _as(x, kind, dy)
-    y = None if y is None else _as(x, kind, y)
-    mask = None if mask is None else _mask_bytes(x, mask)
-    weight, bias = _parameter(weight), _parameter(bias)
-    weight_at, weight_dtype = _per_channel(weight, channels)
-    bias_at, bias_dtype = _per_channel(bias, channels)
+    channels = x.shape[1]
+    if rule.correction is not None:
+        _check(rule.correction, 2 * rule.chunks * channels)
+    like_x = _like(x, dy)
+    assert like_x is not None
+    return run_backward(
+        form_of(x, weight, bias, NOTHING, rule),
+        moments.data_ptr(),
+        like_x,
+        x,
+        _per_channel(weight, channels),
+        _per_channel(bias, channels),
+        _like(x, y),
+        _mask_bytes(x, mask),
+        rule.correction,
+        wanted=wanted,
+    )
+
+
+def run_backward(
+    form: Form,
+    moments: int,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    correction: Tensor | None,
+    *,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients that are wanted, of tensors that are known to be as the library reads them."""
+    sizes, parameters, statistics, how, _ = form
     dx = torch.empty_like(x) if wanted[0] else None
     dweight = torch.empty_like(weight) if wanted[1] and weight is not None else None
     dbias = torch.empty_like(bias) if wanted[2] and bias is not None else None
     dresidual = torch.empty_like(x) if wanted[3] else None
-    at = moments.data_ptr()
     record = _PACK(
-        DTYPES[x.dtype],
-        rows,
-        samples,
-        channels,
-        length,
-        chunks,
-        chunk * (samples // sizes[0]) if chunk else 0,
+        *sizes,
         x.data_ptr(),
-        _pointer(y, size),
-        _pointer(mask, samples * length),
-        _pointer(dy, size),
+        0 if y is None else y.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        dy.data_ptr(),
         0 if dx is None else dx.data_ptr(),
         0 if dresidual is None else dresidual.data_ptr(),
-        weight_at,
-        bias_at,
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         0 if dweight is None else dweight.data_ptr(),
         0 if dbias is None else dbias.data_ptr(),
-        weight_dtype,
-        bias_dtype,
-        at,
-        at + 8 * chunks * channels,
-        _pointer(correction, 2 * chunks * channels),
+        *parameters,
+        moments,
+        moments + 8 * sizes[3] * sizes[5],
+        0 if correction is None else correction.data_ptr(),
         0,
         0,
+        *statistics,
         0,
         0,
-        0,
-        0,
-        training,
-        FUSED[activation],
-        0,
-        0,
-        correction is not None,
-        0.0,
-        eps,
-        1.0,
-        0.0,
+        *how,
     )
-    _call("bn_backward", record)
+    if _library().handle.bn_backward(record):  # type: ignore[union-attr]
+        raise MemoryError(NO_MEMORY)
     return dx, dweight, dbias, dresidual

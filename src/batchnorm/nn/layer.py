@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from batchnorm import ops
 from batchnorm.errors import InputError
 from batchnorm.functional import check
+from batchnorm.kernels.plan import Plan
 from batchnorm.nn import accumulated, exporting, sync
 from batchnorm.nn.accumulated import Pool
 from batchnorm.nn.options import ATTRIBUTES, Options, checked_numbers, checked_options
@@ -23,6 +24,10 @@ from batchnorm.nn.sync import Spread
 from batchnorm.ops import Rule, Running
 
 __all__ = ["Layer", "layers_of", "stock_layers_of"]
+
+
+SHAPES, FORMS = 64, 4
+"""Of how many shapes a layer keeps plans, and how many of each; other inputs are looked at each time."""
 
 
 class Layer(State):
@@ -78,12 +83,19 @@ class Layer(State):
             return exporting.traced(self, input, residual, mask)
         if exporting.portable(self):
             return exporting.in_torchs_operators(self, input, residual, mask)
+        plans = None
+        if mask is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+            plans = self._plans
+            for plan in plans.get(input.shape, ()):
+                y = self._again(plan, input, residual)
+                if y is not None:
+                    return y
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         dim = 1 if self.channel_dim == 1 else self.dimension(input)
         if input.shape[dim] != self.num_features:
             self._refuse_features(input, dim)
         if dim == 1:
-            return self._normalised(input, residual, mask, input.shape[0], input.shape)
+            return self._normalised(input, residual, mask, input.shape[0], input.shape, plans)
         if residual is not None:
             check(input, residual, None)
         samples = input.shape[1 if dim == 0 else 0]
@@ -97,10 +109,28 @@ class Layer(State):
         moved = None if residual is None else residual.movedim(dim, 1)
         return self._normalised(input.movedim(dim, 1), moved, mask, samples, input.shape).movedim(1, dim)
 
+    def _again(self, plan: Plan, x: Tensor, residual: Tensor | None) -> Tensor | None:
+        """As forward, by a plan; None where the tensors are others than it was made for."""
+        weight, bias = self.weight_and_bias()
+        statistics = self.held(self.active_domain)
+        y = ops.again(plan, x, weight, bias, residual, *statistics, self._buffers["skipped_batches"])
+        if y is not None and plan.moving and sync.has_processes():
+            self.count_samples(x.shape[0])
+        return y
+
     def _normalised(
-        self, x: Tensor, residual: Tensor | None, mask: Tensor | None, samples: int, shape: torch.Size
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        samples: int,
+        shape: torch.Size,
+        plans: dict[torch.Size, list[Plan]] | None = None,
     ) -> Tensor:
-        """Normalise x (N, C, *), or the rows (N * L, C) of so many samples; shape is the input's, to speak of."""
+        """Normalise x (N, C, *), or the rows (N * L, C) of so many samples; shape is the input's, to speak of.
+
+        Where ``plans`` are given, one for further inputs like x is put there.
+        """
         check(x, residual, mask)
         weight, bias = self.weight_and_bias()
         mean, var, batches = self.held(self.active_domain)
@@ -129,6 +159,15 @@ class Layer(State):
         if not learning or (
             self.virtual_batch_size is None and self.renorm is None and pool is None and spread is None
         ):
+            # None under sync, since processes may come later.
+            found = [] if plans is None else plans.get(shape, [])
+            if plans is not None and len(plans) < SHAPES and len(found) < FORMS and not (self.sync and learning):
+                plan = ops.planned(x, weight, bias, residual, running, rule)
+                if plan is not None:
+                    plans[shape] = [*found, plan]
+                    y = ops.again(plan, x, weight, bias, residual, mean, var, batches, skipped)
+                    if y is not None:  # it is None where x is its own residual
+                        return y
             return ops.batch_norm(x, weight, bias, residual, mask, running, rule)
         return self._with_options(x, weight, bias, residual, mask, running, rule, samples, again, spread, pool)
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.errors import InputError
+from batchnorm.kernels.plan import Plan
 from batchnorm.nn.accumulated import Pool
 from batchnorm.nn.options import ATTRIBUTES, Options, checked_options
 from batchnorm.nn.renorm import FirstRuns, Renorm, RenormSchedule
@@ -46,6 +47,7 @@ class State(TorchBatchNorm):
     process_group: Any
     channel_dim: int
     running_var_kind: str  # the buffer has the option's name
+    _plans: dict[torch.Size, list[Plan]]  # of forwards, by the input's shape
 
     def _take(self, options: Options, device: torch.device | str | None) -> None:
         """Set what our layers have beside torch's attributes."""
@@ -75,13 +77,14 @@ class State(TorchBatchNorm):
         return torch.zeros((), dtype=torch.int64, device=device) if counts else None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Check an option that is set on a layer that has been built as if it were built so."""
+        """Check an option that is set on a layer that has been built as if it were built so, and forget all plans."""
         if name in ATTRIBUTES.values():
             options = Options(**{option: getattr(self, attribute) for option, attribute in ATTRIBUTES.items()})
             option = next(option for option, attribute in ATTRIBUTES.items() if attribute == name)
             options = checked_options(replace(options, **{option: value}), track_running_stats=self.track_running_stats)
             value = getattr(options, option)
         super().__setattr__(name, value)
+        self.__dict__["_plans"] = {}  # a new one: a forward on another thread may be about to add to the old
         if name == "nonfinite":
             self.skipped_batches = self._no_skipped(None if self.running_mean is None else self.running_mean.device)
 
@@ -194,7 +197,7 @@ class State(TorchBatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         step = {"_held": False, "_pool": None, "_first_runs": FirstRuns(), "active_domain": None, "_agreed": False}
         group = None if self.process_group is None else Shared(self.process_group)
-        return self.__dict__ | step | {"process_group": group}
+        return self.__dict__ | step | {"process_group": group, "_plans": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         shared = state["process_group"]

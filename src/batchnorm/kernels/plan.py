@@ -1,0 +1,133 @@
+"""Calls of the CPU kernels that are like an earlier one: what was asked of its tensors is not asked again.
+
+With a small batch nearly all time goes into questions: of which type, dtype, size and layout each tensor is, whether it
+takes gradients, whether a mode, a transform or a tracer watches. torch.compile asks them too, of a function in C++ that
+tells whether tensors are like those that it was made of in all but their values and where they are: it compares type,
+sizes, strides, dtype, requires_grad, and the keys by which torch would dispatch a call, those of the thread included.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+
+from batchnorm.kernels import native
+from batchnorm.kernels.native import Form, Rule, Running
+
+__all__ = ["Plan", "Room"]
+
+Room = ctypes.Array[ctypes.c_double]
+"""Where a planned call has its moments, (2, C): a tensor would take ten times as long to make."""
+
+# Stand for tensors that are not there: each for one, since the same tensor twice is like nothing.
+NO_WEIGHT, NO_BIAS, NO_OTHER, NO_MEAN, NO_VAR, NO_BATCHES, NO_SKIPPED = (torch.empty(0, device="cpu") for _ in range(7))
+
+
+def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Whether as many tensors are like these."""
+    sizes, strides = [list(values.shape) for values in tensors], [list(values.stride()) for values in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[arg-type]
+
+
+def _present(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    batches: Tensor | None,
+    skipped: Tensor | None,
+) -> tuple[Tensor, ...]:
+    return (
+        x,
+        NO_WEIGHT if weight is None else weight,
+        NO_BIAS if bias is None else bias,
+        NO_OTHER if residual is None else residual,
+        NO_MEAN if mean is None else mean,
+        NO_VAR if var is None else var,
+        NO_BATCHES if batches is None else batches,
+        NO_SKIPPED if skipped is None else skipped,
+    )
+
+
+class Plan:
+    """Of a call of `native.forward` without mask, chunks and renormalization, and of the backward after it.
+
+    Its tensors are plain ones, and such as the library reads where they are.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running: Running,
+        rule: Rule,
+    ) -> None:
+        mean, var, batches, _, skipped, *_, self.moving = running
+        self.rule = rule
+        self.differentiable = any(values is not None and values.requires_grad for values in (x, weight, bias, residual))
+        self._form = native.form_of(x, weight, bias, running, rule)
+        self._room = ctypes.c_double * (2 * x.shape[1])
+        self._fits = _guard(_present(x, weight, bias, residual, mean, var, batches, skipped))
+        self._back: tuple[Callable[..., bool], Form] | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        batches: Tensor | None,
+        skipped: Tensor | None,
+    ) -> tuple[Tensor, Room] | None:
+        """Return y and the moments, where the tensors are like those of the plan."""
+        if not self._fits(*_present(x, weight, bias, residual, mean, var, batches, skipped)):
+            return None
+        room = self._room()
+        at = ctypes.addressof(room)
+        y = native.run_forward(self._form, at, x, weight, bias, residual, None, mean, var, batches, skipped, None)
+        return y, room
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        room: Room,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor | None,
+        mask: None,
+        rule: Rule,
+        *,
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """As `native.backward`; what it found out of the first dy, and of what hooks made of x, is kept."""
+        tensors = (
+            dy,
+            x,
+            NO_WEIGHT if weight is None else weight,
+            NO_BIAS if bias is None else bias,
+            NO_OTHER if y is None else y,
+        )
+        if self._back is not None:
+            fits, form = self._back
+            if fits(*tensors):
+                at = ctypes.addressof(room)
+                return native.run_backward(form, at, dy, x, weight, bias, y, mask, None, wanted=wanted)
+        if native.is_ready(x) and native.reads(x, (dy, y), (weight, bias)):
+            self._back = _guard(tensors), native.form_of(x, weight, bias, native.NOTHING, rule)
+        return native.backward(dy, x, as_tensor(room), weight, bias, y, mask, rule, wanted=wanted)
+
+
+def as_tensor(moments: Tensor | Room) -> Tensor:
+    """The moments (2, C)."""
+    return moments if isinstance(moments, Tensor) else torch.frombuffer(moments, dtype=torch.float64).view(2, -1)
