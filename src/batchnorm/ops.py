@@ -21,7 +21,7 @@ from batchnorm.errors import InputError, warn
 from batchnorm.kernels import native, reference
 from batchnorm.kernels.chosen import cpu_kernel
 from batchnorm.kernels.native import Limits, Rule, Running
-from batchnorm.kernels.plan import Plan, Room, as_tensor
+from batchnorm.kernels.plan import Plan, Room, as_tensor, can_plan
 from batchnorm.kernels.reference import ACTIVATIONS, Moments, at_least_one
 
 __all__ = [
@@ -496,7 +496,8 @@ def planned(
 ) -> Plan | None:
     """A plan for further calls of `batch_norm` like this one, if it went straight to the native kernels."""
     direct = (
-        rule.activation in native.FUSED
+        can_plan()
+        and rule.activation in native.FUSED
         and not _transformed()
         and _is_plain(x, residual)
         and native.is_ready(x)

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._C._dynamo import guards
 from torch.func import functional_call, vmap
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm import ops
-from batchnorm.kernels import native
+from batchnorm.kernels import native, plan
 from batchnorm.kernels.chosen import cpu_kernel
 
 LAYER = {2: bn.BatchNorm1d, 3: bn.BatchNorm1d, 4: bn.BatchNorm2d, 5: bn.BatchNorm3d}
@@ -125,6 +126,32 @@ def test_further_calls_of_a_shape_ask_nothing(monkeypatch, shape, layout, dtype)
         same(step(layer, x, dy), expected)
         layer(x.requires_grad_())
     assert {shape: len(plans) for shape, plans in layer._plans.items()} == {x.shape: 1}
+
+
+class OfAnotherTorch:
+    def __init__(self, *tensors):
+        pass
+
+
+class FitsAll:
+    def __init__(self, *tensors, dynamic_dims_sizes, dynamic_dims_strides):
+        self.check = lambda *_: True
+
+
+@pytest.mark.parametrize("theirs", [None, OfAnotherTorch, FitsAll])
+def test_a_torch_with_other_guards_has_no_plans(monkeypatch, theirs):
+    assert plan.can_plan()
+    if theirs is None:
+        monkeypatch.delattr(guards, "TensorGuards")
+    else:
+        monkeypatch.setattr(guards, "TensorGuards", theirs)
+    monkeypatch.setattr(plan, "_Guards", plan._guards())
+    x = numbers(8, CHANNELS)
+    layer = bn.BatchNorm1d(CHANNELS)
+    other = copy.deepcopy(layer)
+    for _ in range(2):
+        same(step(layer, x, torch.ones_like(x)), step(other, x, torch.ones_like(x)))
+    assert not layer._plans
 
 
 # What differs from the plan.

@@ -130,7 +130,8 @@ bool aligned(const void *pointer, int64_t to) { return (intptr_t)pointer % to ==
 bool streams(const Job &job, int64_t size) {
     const Call &call = *job.call;
     // Of a chunk that fits the cache y would drive out what comes after it all the same.
-    if (!call.out || call.chunks * call.samples * call.channels * call.length * size < STREAM_BYTES) return false;
+    if (call.chunks * call.samples * call.channels * call.length * size < STREAM_BYTES) return false;
+    if (!call.out) return call.rows && !call.dresidual;  // sums alone, which ask for what comes next of rows
     if (call.dresidual && ((intptr_t)call.dresidual - (intptr_t)call.out) % 64 != 0) return false;
     if (!call.rows) return call.length * size >= STREAM_RUN_BYTES;
     return aligned(call.out, 64) && job.width * size % 64 == 0 && job.channels_at_once * size % 64 == 0;

@@ -4,21 +4,23 @@ With a small batch nearly all time goes into questions: of which type, dtype, si
 takes gradients, whether a mode, a transform or a tracer watches. torch.compile asks them too, of a function in C++ that
 tells whether tensors are like those that it was made of in all but their values and where they are: it compares type,
 sizes, strides, dtype, requires_grad, and the keys by which torch would dispatch a call, those of the thread included.
+It is private to torch: where it is not as it is known here there are no plans, and every call asks anew.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from batchnorm.kernels import native
 from batchnorm.kernels.native import Form, Rule, Running
 
-__all__ = ["Plan", "Room"]
+__all__ = ["Plan", "Room", "as_tensor", "can_plan"]
 
 Room = ctypes.Array[ctypes.c_double]
 """Where a planned call has its moments, (2, C): a tensor would take ten times as long to make."""
@@ -27,10 +29,30 @@ Room = ctypes.Array[ctypes.c_double]
 NO_WEIGHT, NO_BIAS, NO_OTHER, NO_MEAN, NO_VAR, NO_BATCHES, NO_SKIPPED = (torch.empty(0, device="cpu") for _ in range(7))
 
 
+def _guards() -> Any:
+    """torch.compile's TensorGuards; None where this torch has none that works as is known here."""
+    one, other = torch.empty(1, device="cpu"), torch.empty(2, device="cpu")
+    try:
+        guards: Any = importlib.import_module("torch._C._dynamo.guards").TensorGuards
+        fits = guards(one, dynamic_dims_sizes=[[1]], dynamic_dims_strides=[[1]]).check
+        return guards if fits(one) and not fits(other) else None
+    except (ImportError, AttributeError, TypeError, RuntimeError):
+        return None
+
+
+_Guards = _guards()
+
+
+def can_plan() -> bool:
+    """Whether this torch can tell whether tensors are like others."""
+    return _Guards is not None
+
+
 def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """Whether as many tensors are like these."""
     sizes, strides = [list(values.shape) for values in tensors], [list(values.stride()) for values in tensors]
-    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[arg-type]
+    check: Callable[..., bool] = _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return check
 
 
 def _present(
