@@ -127,10 +127,13 @@ void divide(Job &job, int64_t size, int64_t tensors_read, int64_t workers) {
     job.parts = at_most(workers, job.units);
 }
 bool aligned(const void *pointer, int64_t to) { return (intptr_t)pointer % to == 0; }
+// Of a chunk that fits the cache y would drive out what comes after it all the same.
+bool large(const Call &call, int64_t size) {
+    return call.chunks * call.samples * call.channels * call.length * size >= STREAM_BYTES;
+}
 bool streams(const Job &job, int64_t size) {
     const Call &call = *job.call;
-    // Of a chunk that fits the cache y would drive out what comes after it all the same.
-    if (call.chunks * call.samples * call.channels * call.length * size < STREAM_BYTES) return false;
+    if (!large(call, size)) return false;
     if (!call.out) return call.rows && !call.dresidual;  // sums alone, which ask for what comes next of rows
     if (call.dresidual && ((intptr_t)call.dresidual - (intptr_t)call.out) % 64 != 0) return false;
     if (!call.rows) return call.length * size >= STREAM_RUN_BYTES;
@@ -179,6 +182,7 @@ bool compute_batch(const Call &call, bool gradients, double *sums_of_gradients, 
     job.careful = job.again + channels;
 
     const bool stream = streams(job, size);
+    job.fetches = !stream && large(call, size);
     const bool sums = gradients ? call.batch_statistics || call.dweight || call.dbias : call.batch_statistics;
     const int put = call.out || call.dresidual ? PUT : 0;
     job.loops = set.find(call, gradients, stream);

@@ -84,6 +84,7 @@ struct Job {
     int64_t positions, width, widest, repeats;  // of rows: how many, how wide, channels in a unit, positions in a row
     int64_t rows_at_once;          // of a strip
     int64_t lead;                  // bytes between what is written and what is asked for meanwhile
+    bool fetches;                  // of planes: whether sums ask for the next sample, which no writing has done before
     double *first, *second;        // sums: splits x width
     void *tables, *scratch;
     uint8_t *again, *careful;      // of a channel: whether a better shift is in place; whether floats can't hold it

@@ -205,6 +205,13 @@ template <class T, int Residual, int Act> struct Kernel {
         if (dy) __builtin_prefetch((const char *)(dy + at) + lead, 0, 2);
         if (Residual != 0) __builtin_prefetch((const char *)(other + at) + lead, 0, 2);
     }
+    INLINE void fetch(int64_t at, int64_t n) const {
+        for (int64_t i = at; i < at + n; i += 64 / (int64_t)sizeof(T)) {
+            __builtin_prefetch(x + i, 0, 2);
+            if (dy) __builtin_prefetch(dy + i, 0, 2);
+            if (Residual != 0 && other) __builtin_prefetch(other + i, 0, 2);
+        }
+    }
     INLINE bool is(int64_t which) const { return Act == SAID_BY_JOB ? activation == which : Act == which; }
     INLINE bool has_other() const {
         if constexpr (Residual == 2)
@@ -315,7 +322,7 @@ __attribute__((noinline)) void put_short(const K k, const Parameters<typename K:
 }
 template <class K, bool Mask>
 INLINE void sum_run(const K &k, const Parameters<typename K::A> &p, int64_t at, const uint8_t *mask, int64_t n,
-                    Sums<typename K::A> &sums) {
+                    Bits<typename K::A> last, Sums<typename K::A> &sums) {
     using A = typename K::A;
     constexpr int64_t step = lanes<A>;
     const Bits<A> any = {};
@@ -350,8 +357,7 @@ INLINE void sum_run(const K &k, const Parameters<typename K::A> &p, int64_t at, 
         for (; i + step <= n; i += step)
             sum_step<K, Mask, false>(k, p, at + i, past<Mask>(mask, i), step, true, any, a1, b1);
         if (i < n)  // the last whole vector again, of which only the lanes not yet taken count
-            sum_step<K, Mask, false>(k, p, at + n - step, past<Mask>(mask, n - step), step, false,
-                                     lanes_from<A>(step - (n - i), step), a2, b2);
+            sum_step<K, Mask, false>(k, p, at + n - step, past<Mask>(mask, n - step), step, false, last, a2, b2);
         sums.a += (a1 + a2) + a3;
         sums.b += (b1 + b2) + b3;
     }
@@ -400,10 +406,12 @@ INLINE void sum_planes(const Job &job, const Unit &u) {
     for (int64_t n = u.p0 / length; n * length < u.p1; ++n) {
         const int64_t from = u.p0 > n * length ? u.p0 - n * length : 0;
         const int64_t to = u.p1 < (n + 1) * length ? u.p1 - n * length : length;
+        const Bits<A> last = lanes_from<A>(lanes<A> - (to - from) % lanes<A>, lanes<A>);
+        if (job.fetches) k.fetch(((n + 1) * channels + u.c0) * length + from, (u.c1 - u.c0) * length);
         for (int64_t c = u.c0; c < u.c1; ++c)
             for (int64_t i = from; i < to; i += HELD)
                 sum_run<K, Mask>(k, of_channel(t, c), (n * channels + c) * length + i,
-                                 Mask ? job.call->mask + n * length + i : nullptr, to - i < HELD ? to - i : HELD,
+                                 Mask ? job.call->mask + n * length + i : nullptr, to - i < HELD ? to - i : HELD, last,
                                  sums[c - u.c0]);
     }
     for (int64_t c = u.c0; c < u.c1; ++c) {
