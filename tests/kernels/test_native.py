@@ -240,6 +240,33 @@ def test_half_precision_outputs_larger_than_the_cache_are_those_of_the_formula(t
         check(**case(shape, layout, torch.bfloat16, OPTIONS["relu"]))
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layout"), [*(one for one in SMALL if one[0][0] > 1), ((509, 640), "contiguous"), *STREAMED], ids=str
+)
+def test_what_becomes_of_a_value_does_not_depend_on_where_it_stands(shape, layout, dtype, training, activation):
+    """Loops take values singly, by the vector and by several: all must round alike."""
+    channels, kinds = shape[1], 5
+    draws = torch.Generator().manual_seed(0)
+    which = [torch.randint(kinds, shape, generator=draws) for _ in range(2)]
+    x, dy = (laid_out(numbers(kinds, seed=i, dtype=dtype)[of], layout) for i, of in enumerate(which))
+    layer = bn.BatchNorm(channels, activation=activation).train(training)
+    x.requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    place = torch.arange(channels).view(1, -1, *[1] * (x.dim() - 2)).expand(shape)
+    of_x = (place * kinds + which[0]).flatten()
+    for values, kind, count in ((y, of_x, kinds), (x.grad, of_x * kinds + which[1].flatten(), kinds**2)):
+        values = values.detach().float().flatten()
+        least, most = (
+            values.new_zeros(channels * count).scatter_reduce(0, kind, values, how, include_self=False)
+            for how in ("amin", "amax")
+        )
+        assert torch.equal(least, most)
+
+
 def placed(x, how):
     """The same values, placed in memory in another way."""
     if how == "offset":  # not aligned to more than one value

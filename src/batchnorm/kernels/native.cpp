@@ -79,7 +79,6 @@ void run(Job &job, int phase) {
 constexpr int64_t VALUES_PER_THREAD = 96 << 10;    // below, waking a thread costs more than it brings
 constexpr int64_t RUN_BYTES = 2048;                // memory read in one go
 constexpr int64_t ROW_BYTES = 2048;                // of one row, where a position's channels take less
-constexpr int64_t STRIP_BYTES = 4096;              // of the rows that a strip goes down, whole
 constexpr int64_t COLUMNS = 256;                   // narrower columns of rows cost more than the cache brings
 constexpr int64_t PAGE_BYTES = 4096;               // what processors read ahead in; two that share it hinder each other
 constexpr int64_t CACHE_BYTES = 512 << 10;         // of a core
@@ -120,8 +119,7 @@ void divide(Job &job, int64_t size, int64_t tensors_read, int64_t workers) {
             job.splits = workers;
         }
     }
-    job.rows_at_once = at_most(at_least(4, STRIP_BYTES / (job.width * size)), ROWS_HELD);
-    job.lead = (call.rows ? job.rows_at_once * job.width : job.channels_at_once * call.length) * size;
+    job.lead = (call.rows ? STRIP_ROWS * job.width : job.channels_at_once * call.length) * size;
     job.widest = at_most(job.channels_at_once, job.width);
     job.units = (job.width + job.channels_at_once - 1) / job.channels_at_once * job.splits;
     job.parts = at_most(workers, job.units);

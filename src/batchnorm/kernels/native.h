@@ -26,6 +26,7 @@ enum Phase : int { START = 1, SUM = 2, PUT = 4 };
 constexpr double LEAKY_SLOPE = 0.01;
 constexpr int64_t CHANNELS_AT_ONCE = 16;
 constexpr int64_t ROWS_HELD = 128;  // positions summed in float before the sums go on in double
+constexpr int64_t STRIP_ROWS = 4;   // that a strip goes down; a divisor of those
 
 // One call, as native.py packs it. x, other, dy, out and dresidual share dtype and layout: samples x channels x length,
 // or, where rows is 1, samples rows of channels (length 1). mask has a byte for each position. Null stands for absent.
@@ -82,7 +83,6 @@ struct Job {
     int64_t channels_at_once;      // in a unit of work
     int64_t splits, parts, units;  // parts of the positions; threads; units of work
     int64_t positions, width, widest, repeats;  // of rows: how many, how wide, channels in a unit, positions in a row
-    int64_t rows_at_once;          // of a strip
     int64_t lead;                  // bytes between what is written and what is asked for meanwhile
     bool fetches;                  // of planes: whether sums ask for the next sample, which no writing has done before
     double *first, *second;        // sums: splits x width

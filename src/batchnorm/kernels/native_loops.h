@@ -61,6 +61,7 @@ INLINE TwoBits below_zero(Two x) { return {below_zero(x.a), below_zero(x.b)}; }
 INLINE TwoBits above_zero(Two x) { return {above_zero(x.a), above_zero(x.b)}; }
 template <class A> INLINE Vector<A> drop(Vector<A> values, Bits<A> where) { return keep<A>(values, ~where); }
 template <class A> INLINE Two keep(Two x, TwoBits where) { return {keep<A>(x.a, where.a), keep<A>(x.b, where.b)}; }
+template <class A> INLINE Two keep(Two x, Bits<A> where) { return {keep<A>(x.a, where), keep<A>(x.b, where)}; }
 template <class A> INLINE Two drop(Two x, TwoBits where) { return {drop<A>(x.a, where.a), drop<A>(x.b, where.b)}; }
 template <class A> INLINE Two choose(TwoBits where, Two yes, Two no) {
     return {choose<A>(where.a, yes.a, no.a), choose<A>(where.b, yes.b, no.b)};
@@ -182,8 +183,8 @@ template <class T, int Residual, int Act> struct Kernel {
     using V = Vector<A>;
     const T *x, *other, *dy;
     T *out, *dresidual;
-    int64_t activation, width, lead, rows;
-    bool batch_statistics;
+    int64_t activation, width, lead;
+    Bits<A> batch_statistics;  // all ones, or all zeros
 
     INLINE void read(const Job &job) {
         const Call &call = *job.call;
@@ -194,9 +195,8 @@ template <class T, int Residual, int Act> struct Kernel {
         dresidual = (T *)call.dresidual;
         activation = call.activation;
         width = job.width;
-        rows = job.rows_at_once;
         lead = job.lead;
-        batch_statistics = call.batch_statistics != 0;
+        batch_statistics = Bits<A>{} - (Integer<A>)(call.batch_statistics != 0);
     }
     // Memory gives most while it is read and written at once: as values are written, those that come next, of planes the
     // next unit's, of rows the next block's, are asked for, into the second cache, since the first holds too little.
@@ -269,8 +269,8 @@ template <class T, int Residual, int Act> struct Backward : Kernel<T, Residual, 
     INLINE void put(const Parameters<A> &p, int64_t at, int64_t n, Bits<A> where) const {
         decltype(load<G>(this->x, n)) d;
         const auto dz = argument<G>(p, at, n, d);
-        auto dx = dz * p.gain;
-        if (this->batch_statistics) dx = dx - d * p.slope - p.level;
+        // No branch, and one way to fuse product and sum: else a value's rounding would depend on where it stands.
+        const auto dx = dz * p.gain - keep<A>(d * p.slope + p.level, this->batch_statistics);
         if (this->out) save<G, Stream>(this->out + at, counting<A, Mask>(dx, where), n);
         if (Residual != 0 && this->dresidual) save<G, Stream>(this->dresidual + at, counting<A, Mask>(dz, where), n);
     }
@@ -532,8 +532,9 @@ INLINE void sum_rows(const Job &job, const Unit &u) {
             for (; row < end; ++row)
                 if (job.call->mask[row]) sum_row<K>(k, t, row * width, u.c0, u.c1, a, b);
         } else {
-            for (; row < end; row += k.rows)
-                sum_some_rows<K, Stream>(k, t, row * width, end - row < k.rows ? end - row : k.rows, u.c0, u.c1, a, b);
+            for (; row < end; row += STRIP_ROWS)
+                sum_some_rows<K, Stream>(k, t, row * width, end - row < STRIP_ROWS ? end - row : STRIP_ROWS, u.c0, u.c1, a,
+                                         b);
         }
         empty(a, b, columns, first, second);
     }
@@ -598,8 +599,8 @@ INLINE void put_rows(const Job &job, const Unit &u) {
     // From the end: what the sums read last is still in the cache.
     for (int64_t end = u.p1; end > u.p0;) {
         const int64_t begin = end - u.p0 < ROWS_HELD ? u.p0 : end - ROWS_HELD;
-        for (row = begin; row < end; row += k.rows)
-            put_some_rows<K, Stream>(k, t, row * width, end - row < k.rows ? end - row : k.rows, u.c0, u.c1);
+        for (row = begin; row < end; row += STRIP_ROWS)
+            put_some_rows<K, Stream>(k, t, row * width, end - row < STRIP_ROWS ? end - row : STRIP_ROWS, u.c0, u.c1);
         end = begin;
     }
     if (u.rest) put_row<K>(k, t, u.p1 * width, 0, u.rest);
