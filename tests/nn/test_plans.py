@@ -93,6 +93,7 @@ OPTIONS = {
     "propagate": {"nonfinite": "propagate"},
     "biased": {"running_var": "biased"},
     "eps": {"eps": 1e-2},
+    "virtual batches": {"virtual_batch_size": 2},
 }
 
 
@@ -233,12 +234,23 @@ def test_a_changed_layer_goes_by_no_old_plan(change):
         same(step(layer, x + seed, dy), step(fresh, x + seed, dy))
 
 
+def test_what_is_set_as_it_was_keeps_the_plans():
+    layer, _ = twins(numbers(5, CHANNELS, 3))
+    kept = layer._plans
+    layer.train()  # as many do before each step
+    layer.eps = layer.eps
+    assert layer._plans is kept
+    layer.eval()
+    assert not layer._plans
+
+
 INPUTS = {
     "size": lambda x: x[:3],
     "dtype": lambda x: x.bfloat16(),
     "layout": lambda x: laid_out(x, "channels last"),
     "apart in memory": lambda x: x.repeat_interleave(2, 0)[::2],
     "expanded": lambda x: x[..., :1].expand_as(x),
+    "zeros that are nowhere": lambda x: torch._efficientzerotensor(x.shape),
     "negative view": lambda x: torch._neg_view(x),
     "a view further on": lambda x: torch.cat((x[:1], x))[1:],
 }
@@ -389,6 +401,7 @@ def test_batched_gradients_of_a_planned_call_equal_a_loop():
 GRADIENTS = {
     "expanded": lambda dy: dy.sum().expand_as(dy),
     "channels last": lambda dy: laid_out(dy, "channels last"),
+    "zeros that are nowhere": lambda dy: torch._efficientzerotensor(dy.shape),
     "negative view": lambda dy: torch._neg_view(dy),
 }
 

@@ -101,7 +101,16 @@ def instructions() -> str:
 
 def supports(x: Tensor) -> bool:
     """Whether the kernels take tensors of this device, dtype and kind."""
-    return x.is_cpu and x.dtype in DTYPES and x.layout is torch.strided and not x.is_neg()
+    return x.is_cpu and x.dtype in DTYPES and x.layout is torch.strided and _is_stored(x)
+
+
+def _is_stored(values: Tensor) -> bool:
+    """Whether what the values read as is in memory: torch may leave it to the reader to negate them, or to find 0."""
+    return not (values.is_neg() or values._is_zerotensor())
+
+
+def _stored(values: Tensor) -> Tensor:
+    return values if _is_stored(values) else values.clone()
 
 
 def is_ready(x: Tensor) -> bool:
@@ -213,7 +222,7 @@ def form_of(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Runn
 def _is_like(x: Tensor, values: Tensor) -> bool:
     """Whether the values are of the dtype and layout of x."""
     _check(values, x.numel())
-    return values.stride() == x.stride() and values.dtype == x.dtype and not values.is_neg()
+    return values.stride() == x.stride() and values.dtype == x.dtype and _is_stored(values)
 
 
 def _like(x: Tensor, values: Tensor | None) -> Tensor | None:
@@ -221,7 +230,7 @@ def _like(x: Tensor, values: Tensor | None) -> Tensor | None:
     if values is None or _is_like(x, values):
         return values
     kind = torch.contiguous_format if x.is_contiguous() else CHANNELS_LAST[x.dim()]
-    return values.to(x.dtype).resolve_neg().contiguous(memory_format=kind)
+    return _stored(values).to(x.dtype).contiguous(memory_format=kind)
 
 
 def _per_channel(values: Tensor | None, channels: int) -> Tensor | None:
@@ -229,7 +238,7 @@ def _per_channel(values: Tensor | None, channels: int) -> Tensor | None:
     if values is None:
         return None
     _check(values, channels)
-    return values.resolve_neg().contiguous()
+    return _stored(values).contiguous()
 
 
 def _mask_bytes(x: Tensor, mask: Tensor | None) -> Tensor | None:

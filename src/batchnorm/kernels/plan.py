@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from batchnorm.kernels.native import Form, Rule, Running
 __all__ = ["Plan", "Room", "as_tensor", "can_plan"]
 
 Room = ctypes.Array[ctypes.c_double]
-"""Where a planned call has its moments, (2, C): a tensor would take ten times as long to make."""
+"""Where a planned call has its moments, (2, C) or (2, chunks, C): a tensor would take ten times as long to make."""
 
 # Stand for tensors that are not there: each for one, since the same tensor twice is like nothing.
 NO_WEIGHT, NO_BIAS, NO_OTHER, NO_MEAN, NO_VAR, NO_BATCHES, NO_SKIPPED = (torch.empty(0, device="cpu") for _ in range(7))
@@ -78,7 +79,7 @@ def _present(
 
 
 class Plan:
-    """Of a call of `native.forward` without mask, chunks and renormalization, and of the backward after it.
+    """Of a call of `native.forward` without mask and renormalization, and of the backward after it.
 
     Its tensors are plain ones, and such as the library reads where they are.
     """
@@ -96,7 +97,7 @@ class Plan:
         self.rule = rule
         self.differentiable = any(values is not None and values.requires_grad for values in (x, weight, bias, residual))
         self._form = native.form_of(x, weight, bias, running, rule)
-        self._room = ctypes.c_double * (2 * x.shape[1])
+        self._room = ctypes.c_double * math.prod(self._form.moments)
         self._fits = _guard(_present(x, weight, bias, residual, mean, var, batches, skipped))
         self._back: tuple[Callable[..., bool], Form] | None = None
 
@@ -151,5 +152,5 @@ class Plan:
 
 
 def as_tensor(moments: Tensor | Room) -> Tensor:
-    """The moments (2, C)."""
+    """The moments (2, C), those of chunks one after the other."""
     return moments if isinstance(moments, Tensor) else torch.frombuffer(moments, dtype=torch.float64).view(2, -1)

@@ -156,9 +156,9 @@ class Layer(State):
         moving = counts and pool is None
         rule, skipped = Rule(self.eps, self.activation, own), self._buffers["skipped_batches"]
         running = Running(mean, var, batches, self.momentum, skipped, self.running_var_kind == "biased", moving)
-        if not learning or (
-            self.virtual_batch_size is None and self.renorm is None and pool is None and spread is None
-        ):
+        if learning and self.virtual_batch_size is not None:
+            rule = _virtual(rule, x, samples, self.virtual_batch_size)
+        if not learning or (self.renorm is None and pool is None and spread is None):
             # None under sync, since processes may come later.
             found = [] if plans is None else plans.get(shape, [])
             if plans is not None and len(plans) < SHAPES and len(found) < FORMS and not (self.sync and learning):
@@ -169,7 +169,7 @@ class Layer(State):
                     if y is not None:  # it is None where x is its own residual
                         return y
             return ops.batch_norm(x, weight, bias, residual, mask, running, rule)
-        return self._with_options(x, weight, bias, residual, mask, running, rule, samples, again, spread, pool)
+        return self._with_options(x, weight, bias, residual, mask, running, rule, again, spread, pool)
 
     def _with_options(
         self,
@@ -180,14 +180,11 @@ class Layer(State):
         mask: Tensor | None,
         running: Running,
         rule: Rule,
-        samples: int,
         again: bool,
         spread: Spread | None,
         pool: Pool | None,
     ) -> Tensor:
-        """Train over processes, in virtual batches, with batch renormalization, or while several batches are pooled."""
-        if self.virtual_batch_size is not None:
-            rule = _virtual(rule, x, samples, self.virtual_batch_size)
+        """Train over processes, with batch renormalization, or while several batches are pooled."""
         keeps = False
         if self.renorm is not None:
             assert running.batches is not None

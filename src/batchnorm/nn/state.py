@@ -83,8 +83,10 @@ class State(TorchBatchNorm):
             option = next(option for option, attribute in ATTRIBUTES.items() if attribute == name)
             options = checked_options(replace(options, **{option: value}), track_running_stats=self.track_running_stats)
             value = getattr(options, option)
+        same = name in self.__dict__ and self.__dict__[name] is value  # as where train() is called at each step
         super().__setattr__(name, value)
-        self.__dict__["_plans"] = {}  # a new one: a forward on another thread may be about to add to the old
+        if not same:
+            self.__dict__["_plans"] = {}  # a new one: a forward on another thread may be about to add to the old
         if name == "nonfinite":
             self.skipped_batches = self._no_skipped(None if self.running_mean is None else self.running_mean.device)
 
