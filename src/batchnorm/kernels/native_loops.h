@@ -198,13 +198,14 @@ template <class T, int Residual, int Act> struct Kernel {
         lead = job.lead;
         batch_statistics = Bits<A>{} - (Integer<A>)(call.batch_statistics != 0);
     }
-    // Memory gives most while it is read and written at once: as values are written, those that come next, of planes the
-    // next unit's, of rows the next block's, are asked for, into the second cache, since the first holds too little.
+    // Memory gives most while it is read and written at once: with each line of values that are written, one of those to
+    // come is asked for, of planes the next unit's, of rows a few rows on; into the second cache, as the first is too small.
     INLINE void ahead(int64_t at) const {
         __builtin_prefetch((const char *)(x + at) + lead, 0, 2);
         if (dy) __builtin_prefetch((const char *)(dy + at) + lead, 0, 2);
         if (Residual != 0) __builtin_prefetch((const char *)(other + at) + lead, 0, 2);
     }
+    // A whole stretch, where no line was asked for so.
     INLINE void fetch(int64_t at, int64_t n) const {
         for (int64_t i = at; i < at + n; i += 64 / (int64_t)sizeof(T)) {
             __builtin_prefetch(x + i, 0, 2);
