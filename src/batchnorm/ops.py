@@ -35,6 +35,7 @@ __all__ = [
     "moments",
     "move",
     "moved",
+    "no_modes",
     "normalise",
 ]
 
@@ -233,15 +234,22 @@ def _requires_grad(x: Tensor, weight: Tensor | None, bias: Tensor | None, residu
     )
 
 
-def _is_plain(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether the library may be called directly: nothing is watching or tracing."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # leaked out of a transform
-        and _is_native(x, residual)
-    )
+def no_modes() -> bool:
+    """Whether neither compiler nor mode looks on, which must see operators."""
+    return not torch.compiler.is_compiling() and _modes() == 0
+
+
+_modes = torch._C._len_torch_dispatch_stack
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
+def _is_unwatched() -> bool:
+    """The same, and no tracer that comes before autograd; a plan's own questions tell of that."""
+    return no_modes() and not torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+
+
+def _records() -> bool:
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def _needs_y(residual: Tensor | None, activation: str | None) -> bool:
@@ -250,7 +258,7 @@ def _needs_y(residual: Tensor | None, activation: str | None) -> bool:
 
 
 _Backward = Callable[..., Sequence[Tensor | None]]
-"""`native.backward`, or what stands for it."""
+"""Of tensors (dy, x, moments, weight, bias, y, mask), a rule, and which gradients are ``wanted``."""
 
 
 def _is_differentiated(dy: Tensor) -> bool:
@@ -288,16 +296,16 @@ def _gradients(
             for gradient, like, asked in zip(every, (x, weight, bias, x), wanted, strict=False)
         ]
     else:
-        found = backward(dy, x, moments, weight, bias, y, mask, rule, wanted=wanted)
+        found = (backward if no_modes() else _by_operator)(dy, x, moments, weight, bias, y, mask, rule, wanted=wanted)
     if through:
         return (*found[:3], dy if mask is None else torch.where(mask.unsqueeze(1), dy, 0.0))
     return found
 
 
-def _by_operator(
+def _directly(
     dy: Tensor,
     x: Tensor,
-    moments: Tensor,
+    moments: Tensor | Room,
     weight: Tensor | None,
     bias: Tensor | None,
     y: Tensor | None,
@@ -306,10 +314,27 @@ def _by_operator(
     *,
     wanted: Sequence[bool],
 ) -> Sequence[Tensor | None]:
-    """As `native.backward`."""
+    """By the native kernels, unless dy, or what hooks made of the others, is not for them."""
+    if not (_is_unwatched() and native.are_plain(dy, x, weight, bias, y) and _is_native(x, y)):
+        return _by_operator(dy, x, moments, weight, bias, y, mask, rule, wanted=wanted)
+    return native.backward(dy, native.ready(x), as_tensor(moments), weight, bias, y, mask, rule, wanted=wanted)
+
+
+def _by_operator(
+    dy: Tensor,
+    x: Tensor,
+    moments: Tensor | Room,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    rule: Rule,
+    *,
+    wanted: Sequence[bool],
+) -> Sequence[Tensor | None]:
     asked = list(wanted[:4])
     how = (rule.eps, rule.activation, rule.training, asked, rule.correction, rule.chunks, rule.chunk)
-    found = torch.ops.batchnorm.backward(dy, x, moments, weight, bias, y, mask, *how)
+    found = torch.ops.batchnorm.backward(dy, x, as_tensor(moments), weight, bias, y, mask, *how)
     return [gradient if wants else None for gradient, wants in zip(found, asked, strict=True)]
 
 
@@ -474,14 +499,14 @@ def normalise(
     activation = rule.activation
     if activation not in native.FUSED:
         rule = rule._replace(activation=None)
-    if _transformed() or not (_is_plain(x, residual) and native.can_move(running)):
+    if not _is_direct(x, weight, bias, residual, mask, running, rule):
         y, batch, correction = _composed(x, weight, bias, residual, mask, running, rule)
     else:
         x = native.ready(x)
         y, packed, correction = native.forward(x, weight, bias, residual, mask, running, rule)
-        if torch.is_grad_enabled() and _requires_grad(x, weight, bias, residual):
+        if _records() and _requires_grad(x, weight, bias, residual):
             used = rule if correction is rule.correction else rule._replace(correction=correction)
-            y = _apply_plain(x, weight, bias, residual, (y, (native.backward, packed, mask, used)))  # type: ignore[no-untyped-call]
+            y = _apply_plain(x, weight, bias, residual, (y, (_directly, packed, mask, used)))  # type: ignore[no-untyped-call]
         batch = _pooled(packed, x, mask, rule) if moments else None
     if rule.activation != activation:
         # Torch's own vectorised functions are faster than a fused loop over libm's scalar ones.
@@ -491,21 +516,42 @@ def normalise(
     return Normalised(y, batch, correction)
 
 
+def _is_direct(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running: Running,
+    rule: Rule,
+) -> bool:
+    """Whether a batch goes straight to the native kernels."""
+    mean, var, batches, _, skipped, *_ = running
+    return (
+        _is_unwatched()
+        and not _transformed()
+        and native.are_plain(x, weight, bias, residual, mask, mean, var, batches, skipped, rule.correction)
+        and _is_native(x, residual)
+        and native.can_move(running)
+    )
+
+
 def planned(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running: Running, rule: Rule
 ) -> Plan | None:
-    """A plan for further calls of `batch_norm` like this one, if it went straight to the native kernels."""
-    direct = (
+    """A plan for calls of `batch_norm` like this one, if it goes straight to the native kernels."""
+    fits = (
         can_plan()
         and rule.activation in native.FUSED
-        and not _transformed()
-        and _is_plain(x, residual)
+        and _is_direct(x, weight, bias, residual, None, running, rule)
         and native.is_ready(x)
         and x.numel() > 0
-        and native.can_move(running)
         and native.reads(x, (residual,), (weight, bias, running.mean, running.var))
     )
-    return Plan(x, weight, bias, residual, running, rule) if direct else None
+    if not fits:
+        return None
+    native.check_counts(running)
+    return Plan(x, weight, bias, residual, running, rule, _directly)
 
 
 def again(
@@ -516,12 +562,12 @@ def again(
     residual: Tensor | None,
     *statistics: Tensor | None,
 ) -> Tensor | None:
-    """As `batch_norm`, of tensors like those of the plan; None where they are not."""
+    """As `batch_norm` where there are `no_modes`, of tensors like those of the plan; None where they are not."""
     made = None if forward_ad._current_level >= 0 else plan.forward(x, weight, bias, residual, *statistics)
     if made is None:
         return None
     y, room = made
-    if plan.differentiable and torch.is_grad_enabled():
+    if plan.differentiable and _records():
         kept = plan.backward, room, None, plan.rule
         y = _apply_plain(x, weight, bias, residual, (y, kept))  # type: ignore[no-untyped-call]
     return y
@@ -532,7 +578,8 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     """Mean and biased variance (C,) of x (N, C, *), and the count, without a gradient."""
     if _transformed():
         return reference.moments(x, mask)
-    found = (_moments if _is_plain(x, None) else torch.ops.batchnorm.moments)(x, mask)
+    direct = _is_unwatched() and native.are_plain(x, mask) and _is_native(x, None)
+    found = (_moments if direct else torch.ops.batchnorm.moments)(x, mask)
     return Moments(found[0], found[1], reference.count_of(x, mask))
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 from torch._C._dynamo import guards
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import batchnorm as bn
 from batchnorm import ops
@@ -273,6 +275,7 @@ def test_an_input_that_is_its_own_residual_is_added():
     layer = bn.BatchNorm1d(CHANNELS).eval()
     for _ in range(3):
         torch.testing.assert_close(layer(x, x), 2 * x, rtol=1e-4, atol=1e-5)
+    assert not layer._plans
 
 
 def test_a_mask_counts_after_calls_without_one():
@@ -327,12 +330,87 @@ class Seen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_dispatch_mode_sees_the_operator_of_a_planned_layer():
+class SeenByNoGuard(Seen):
+    @classmethod
+    def ignore_compile_internals(cls):
+        return True
+
+
+@pytest.mark.parametrize("kind", [Seen, SeenByNoGuard])
+def test_a_dispatch_mode_sees_the_operator_of_a_planned_layer(kind):
     x = numbers(4, CHANNELS)
     layer, _ = twins(x)
-    with Seen() as mode:
+    with kind() as mode:
         step(layer, x, torch.ones_like(x))
     assert {"batchnorm.forward.default", "batchnorm.backward.default"} <= set(mode.names)
+
+
+@pytest.mark.parametrize("kind", [Seen, SeenByNoGuard])
+def test_a_dispatch_mode_sees_the_backward_of_a_forward_outside_of_it(kind):
+    x = numbers(4, CHANNELS).requires_grad_()
+    layer, _ = twins(x)
+    y = layer(x)
+    with kind() as mode:
+        y.sum().backward()
+    assert "batchnorm.backward.default" in mode.names
+
+
+@pytest.mark.parametrize("pre_dispatch", [True, False])
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_tracer_records_the_layer(planned, pre_dispatch):
+    x = numbers(4, CHANNELS)
+    layer = bn.BatchNorm1d(CHANNELS).eval()
+    if planned:
+        layer(x)
+        assert layer._plans
+    graph = make_fx(lambda values: layer(values), pre_dispatch=pre_dispatch)(x)
+    torch.testing.assert_close(graph(x + 1), layer(x + 1))
+
+
+def test_a_tracer_records_the_backward_of_a_planned_layer():
+    x, dy = numbers(4, CHANNELS).requires_grad_(), numbers(4, CHANNELS, seed=1)
+    layer, fresh = twins(x)
+    y = layer(x)
+    graph = make_fx(lambda dy: torch.autograd.grad(y, x, dy, retain_graph=True))(dy)
+    torch.testing.assert_close(graph(2 * dy), torch.autograd.grad(fresh(x), x, 2 * dy))
+
+
+def test_a_layer_is_traced_with_sizes_left_open():
+    layer = bn.BatchNorm1d(CHANNELS).eval()
+    trace = make_fx(lambda values: layer(values), tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    graph, x = trace(numbers(4, CHANNELS)), numbers(7, CHANNELS)
+    torch.testing.assert_close(graph(x), layer(x))
+
+
+def test_among_fake_tensors_a_planned_layer_moves_nothing():
+    x = numbers(4, CHANNELS)
+    layer, _ = twins(x)
+    layer(x)
+    before = [buffer.clone() for buffer in layer.buffers()]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer(x)
+    same(before, layer.buffers())
+
+
+def test_a_selective_checkpoint_keeps_the_output_of_a_planned_layer():
+    x = numbers(4, CHANNELS)
+    layer, fresh = twins(x)
+
+    def policy(context, operator, *_, **__):
+        return CheckpointPolicy.MUST_SAVE if "batchnorm" in str(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    gradients = []
+    for each in (layer, fresh):
+        given = x.clone().requires_grad_()
+        checkpoint(
+            lambda values, each=each: each(values).relu(),
+            given,
+            use_reentrant=False,
+            context_fn=lambda: create_selective_checkpoint_contexts(policy),
+        ).sum().backward()
+        gradients.append(given.grad)
+    same(*([gradient] for gradient in gradients))
+    same(layer.buffers(), fresh.buffers())
 
 
 # Torch's own rules for dual numbers are written so.
@@ -373,6 +451,55 @@ def test_inference_mode_leaves_no_plan_for_training():
         layer(x)
     fresh = copy.deepcopy(layer)
     same(step(layer, x, torch.ones_like(x)), step(fresh, x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("count", ["num_batches_tracked", "skipped_batches"])
+@pytest.mark.parametrize(
+    "values", [torch.zeros((), dtype=torch.int64, device="meta"), torch.zeros(3, dtype=torch.int64)]
+)
+def test_a_count_that_is_not_one_number_here_is_refused_by_the_first_forward(values, count):
+    layer = bn.BatchNorm1d(CHANNELS, momentum=None)
+    layer._buffers[count] = values
+    for _ in range(2):
+        with pytest.raises(
+            bn.InputError, match=r"input's device, cpu; got one on meta|expected 1 values; got shape \(3,\)"
+        ):
+            layer(numbers(4, CHANNELS))
+    assert not layer.running_mean.any()
+
+
+class Computed(bn.BatchNorm1d):
+    share = 0.5
+
+    @property
+    def momentum(self):
+        return self.share
+
+    @momentum.setter
+    def momentum(self, value):
+        pass
+
+
+def test_a_momentum_that_a_subclass_computes_is_asked_for_at_each_forward(monkeypatch):
+    layer, x = Computed(CHANNELS), numbers(64, CHANNELS) + 10
+    for _ in range(2):
+        layer(x)
+    monkeypatch.setattr(Computed, "share", 1.0)
+    layer(x)
+    torch.testing.assert_close(layer.running_mean, x.mean(0))
+
+
+def test_a_check_of_a_subclass_is_asked_at_each_forward():
+    asked = []
+
+    class Checked(bn.BatchNorm1d):
+        def _check_input_dim(self, values):
+            asked.append(values.shape)
+
+    layer = Checked(CHANNELS)
+    for _ in range(3):
+        layer(numbers(4, CHANNELS))
+    assert len(asked) == 3
 
 
 # Backward.
@@ -432,6 +559,25 @@ def test_what_hooks_make_of_saved_tensors_is_read_right(layout):
             found = step(layer, x, dy)
         for mine, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3), (4, 6, 3, 2), (4, 6, 3, 2, 2)], ids=str)
+@pytest.mark.parametrize("planned", [True, False])
+def test_saved_tensors_that_hooks_lay_out_as_no_kernel_reads_them_are_copied(monkeypatch, planned, shape):
+    x, dy = numbers(*shape), numbers(*shape, seed=1)
+    layer, fresh = twins(x)
+    expected = step(fresh, x, dy)
+    if not planned:
+        by_questions(monkeypatch)
+        layer = copy.deepcopy(layer)
+
+    def unpack(values):
+        return values.transpose(0, -1).contiguous().transpose(0, -1) if values.dim() > 1 else values
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda values: values.detach().clone(), unpack):
+        found = step(layer, x, dy)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_a_tensor_changed_before_the_backward_is_noticed():

@@ -37,6 +37,7 @@ __all__ = [
 
 ABI = 2
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+PLAIN = (Tensor, torch.nn.Parameter)
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 FUSED: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2}
 HERE = Path(__file__).parent
@@ -99,6 +100,15 @@ def instructions() -> str:
     return "" if handle is None else handle.bn_instructions().decode()
 
 
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are torch's own tensors, that hold their values themselves: no wrappers of others."""
+    return all(
+        values is None
+        or (type(values) in PLAIN and torch._C._has_storage(values) and not torch._is_functional_tensor(values))
+        for values in tensors
+    )
+
+
 def supports(x: Tensor) -> bool:
     """Whether the kernels take tensors of this device, dtype and kind."""
     return x.is_cpu and x.dtype in DTYPES and x.layout is torch.strided and _is_stored(x)
@@ -115,7 +125,8 @@ def _stored(values: Tensor) -> Tensor:
 
 def is_ready(x: Tensor) -> bool:
     """Whether the kernels can read the tensor where it is."""
-    return x.is_contiguous() or (x.dim() > 3 and x.is_contiguous(memory_format=CHANNELS_LAST[x.dim()]))
+    kind = CHANNELS_LAST.get(x.dim())
+    return x.is_contiguous() or (kind is not None and x.is_contiguous(memory_format=kind))
 
 
 def ready(x: Tensor) -> Tensor:
@@ -265,6 +276,33 @@ def _check(values: Tensor, size: int) -> None:
     raise InputError(f"expected {size} values; got shape {tuple(values.shape)}")
 
 
+def check_counts(running: Running) -> None:
+    """Raise `InputError` unless each count is one number."""
+    for count in (running.batches, running.skipped):
+        if count is not None:
+            _check(count, 1)
+
+
+_LOW = ctypes.addressof(ctypes.create_string_buffer(1 << 12)) // 2  # hardly any memory is below
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    """Where the values of each are in memory; 0 stands for a tensor that is not there."""
+    found = [0 if values is None else values.data_ptr() or 1 for values in tensors]
+    if min(filter(None, found)) < _LOW:
+        _check_memory(tensors)
+    return found
+
+
+def _check_memory(tensors: Sequence[Tensor | None]) -> None:
+    """Raise `InputError` where memory has been freed under a tensor; its values seem to be near address 0."""
+    for values in tensors:
+        if values is not None and values.numel() and values.untyped_storage().data_ptr() == 0:
+            raise InputError(
+                f"all tensors must have their values in memory; that of one of shape {tuple(values.shape)} was freed"
+            )
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -285,9 +323,7 @@ def forward(
     channels, correction = x.shape[1], rule.correction
     form = form_of(x, weight, bias, running, rule)
     mean, var, batches, _, skipped, *_ = running
-    for count in (batches, skipped):
-        if count is not None:
-            _check(count, 1)
+    check_counts(running)
     if correction is not None:
         _check(correction, 2 * rule.chunks * channels)
     elif rule.limits is not None:
@@ -330,28 +366,23 @@ def run_forward(
 ) -> Tensor:
     """y, of tensors that are known to be as the library reads them, and the moments to where they belong."""
     sizes, parameters, statistics, how, _ = form
+    read = _addresses(x, residual, mask, weight, bias, correction, mean, var, batches, skipped)
     y = torch.empty_like(x) if wanted else x
     record = _PACK(
         *sizes,
-        x.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
+        *read[:3],
         0,
         y.data_ptr() if wanted else 0,
         0,
-        0 if weight is None else weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        *read[3:5],
         0,
         0,
         *parameters,
         moments,
         moments + 8 * sizes[3] * sizes[5],
-        0 if correction is None else correction.data_ptr(),
-        0 if mean is None else mean.data_ptr(),
-        0 if var is None else var.data_ptr(),
+        *read[5:8],
         *statistics,
-        0 if batches is None else batches.data_ptr(),
-        0 if skipped is None else skipped.data_ptr(),
+        *read[8:],
         *how,
     )
     if _library().handle.bn_forward(record):  # type: ignore[union-attr]
@@ -406,26 +437,23 @@ def run_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients that are wanted, of tensors that are known to be as the library reads them."""
     sizes, parameters, statistics, how, _ = form
+    read = _addresses(x, y, mask, dy, weight, bias, correction)
     dx = torch.empty_like(x) if wanted[0] else None
     dweight = torch.empty_like(weight) if wanted[1] and weight is not None else None
     dbias = torch.empty_like(bias) if wanted[2] and bias is not None else None
     dresidual = torch.empty_like(x) if wanted[3] else None
     record = _PACK(
         *sizes,
-        x.data_ptr(),
-        0 if y is None else y.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
-        dy.data_ptr(),
+        *read[:4],
         0 if dx is None else dx.data_ptr(),
         0 if dresidual is None else dresidual.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        *read[4:6],
         0 if dweight is None else dweight.data_ptr(),
         0 if dbias is None else dbias.data_ptr(),
         *parameters,
         moments,
         moments + 8 * sizes[3] * sizes[5],
-        0 if correction is None else correction.data_ptr(),
+        read[6],
         0,
         0,
         *statistics,

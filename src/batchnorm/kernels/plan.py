@@ -3,7 +3,8 @@
 With a small batch nearly all time goes into questions: of which type, dtype, size and layout each tensor is, whether it
 takes gradients, whether a mode, a transform or a tracer watches. torch.compile asks them too, of a function in C++ that
 tells whether tensors are like those that it was made of in all but their values and where they are: it compares type,
-sizes, strides, dtype, requires_grad, and the keys by which torch would dispatch a call, those of the thread included.
+sizes, strides, dtype, requires_grad, and the keys by which torch would dispatch a call, those of the thread included;
+but those of modes only of such as compiled code is to see, so whether there are any is asked beside it.
 It is private to torch: where it is not as it is known here there are no plans, and every call asks anew.
 """
 
@@ -81,7 +82,8 @@ def _present(
 class Plan:
     """Of a call of `native.forward` without mask and renormalization, and of the backward after it.
 
-    Its tensors are plain ones, and such as the library reads where they are.
+    Its tensors are plain ones, and such as the library reads where they are. ``otherwise`` is the backward of tensors
+    that are others.
     """
 
     def __init__(
@@ -92,9 +94,11 @@ class Plan:
         residual: Tensor | None,
         running: Running,
         rule: Rule,
+        otherwise: Callable[..., Sequence[Tensor | None]],
     ) -> None:
         mean, var, batches, _, skipped, *_, self.moving = running
         self.rule = rule
+        self._otherwise = otherwise
         self.differentiable = any(values is not None and values.requires_grad for values in (x, weight, bias, residual))
         self._form = native.form_of(x, weight, bias, running, rule)
         self._room = ctypes.c_double * math.prod(self._form.moments)
@@ -132,7 +136,7 @@ class Plan:
         rule: Rule,
         *,
         wanted: Sequence[bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> Sequence[Tensor | None]:
         """As `native.backward`; what it found out of the first dy, and of what hooks made of x, is kept."""
         tensors = (
             dy,
@@ -146,9 +150,9 @@ class Plan:
             if fits(*tensors):
                 at = ctypes.addressof(room)
                 return native.run_backward(form, at, dy, x, weight, bias, y, mask, None, wanted=wanted)
-        if native.is_ready(x) and native.reads(x, (dy, y), (weight, bias)):
+        if native.are_plain(*tensors) and native.is_ready(x) and native.reads(x, (dy, y), (weight, bias)):
             self._back = _guard(tensors), native.form_of(x, weight, bias, native.NOTHING, rule)
-        return native.backward(dy, x, as_tensor(room), weight, bias, y, mask, rule, wanted=wanted)
+        return self._otherwise(dy, x, room, weight, bias, y, mask, rule, wanted=wanted)
 
 
 def as_tensor(moments: Tensor | Room) -> Tensor:

@@ -83,14 +83,19 @@ class Layer(State):
             return exporting.traced(self, input, residual, mask)
         if exporting.portable(self):
             return exporting.in_torchs_operators(self, input, residual, mask)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         plans = None
-        if mask is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+        if (
+            mask is None
+            and ops.no_modes()
+            and type(input) is Tensor  # its sizes are numbers
+            and torch._C._current_graph_task_id() == -1
+        ):
             plans = self._plans
             for plan in plans.get(input.shape, ()):
                 y = self._again(plan, input, residual)
                 if y is not None:
                     return y
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         dim = 1 if self.channel_dim == 1 else self.dimension(input)
         if input.shape[dim] != self.num_features:
             self._refuse_features(input, dim)
@@ -159,17 +164,35 @@ class Layer(State):
         if learning and self.virtual_batch_size is not None:
             rule = _virtual(rule, x, samples, self.virtual_batch_size)
         if not learning or (self.renorm is None and pool is None and spread is None):
-            # None under sync, since processes may come later.
-            found = [] if plans is None else plans.get(shape, [])
-            if plans is not None and len(plans) < SHAPES and len(found) < FORMS and not (self.sync and learning):
-                plan = ops.planned(x, weight, bias, residual, running, rule)
-                if plan is not None:
-                    plans[shape] = [*found, plan]
-                    y = ops.again(plan, x, weight, bias, residual, mean, var, batches, skipped)
-                    if y is not None:  # it is None where x is its own residual
-                        return y
+            if plans is not None and not (self.sync and learning):  # under sync processes may come later
+                y = self._by_new_plan(plans, x, weight, bias, residual, running, rule)
+                if y is not None:
+                    return y
             return ops.batch_norm(x, weight, bias, residual, mask, running, rule)
         return self._with_options(x, weight, bias, residual, mask, running, rule, again, spread, pool)
+
+    def _by_new_plan(
+        self,
+        plans: dict[torch.Size, list[Plan]],
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running: Running,
+        rule: Rule,
+    ) -> Tensor | None:
+        """As forward, by a plan that is put among the others; None where there can be none."""
+        found = plans.get(x.shape, [])
+        if len(plans) >= SHAPES or len(found) >= FORMS or not self.may_plan():
+            return None
+        plan = ops.planned(x, weight, bias, residual, running, rule)
+        if plan is None:
+            return None
+        mean, var, batches, _, skipped, *_ = running
+        y = ops.again(plan, x, weight, bias, residual, mean, var, batches, skipped)
+        if y is not None:  # it is None where x is its own residual
+            plans[x.shape] = [*found, plan]
+        return y
 
     def _with_options(
         self,

@@ -23,6 +23,7 @@ __all__ = ["STATISTICS", "State"]
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 COUNTS = ("skipped_batches", "samples_seen")
 """Counts that are in no state dict: of batches left out, and of samples, where there are several processes."""
+SETTINGS = {*ATTRIBUTES.values(), "eps", "momentum", "training", "track_running_stats"}
 
 
 def _is_narrow(values: Tensor) -> bool:
@@ -89,6 +90,10 @@ class State(TorchBatchNorm):
             self.__dict__["_plans"] = {}  # a new one: a forward on another thread may be about to add to the old
         if name == "nonfinite":
             self.skipped_batches = self._no_skipped(None if self.running_mean is None else self.running_mean.device)
+
+    def may_plan(self) -> bool:
+        """Whether what the layer is set to is its own to know: a subclass may compute it, and tell of no change."""
+        return self.__dict__.keys() >= SETTINGS
 
     def weight_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
         """Parameters, or what pruning, parametrizations and the like have put in their place."""
