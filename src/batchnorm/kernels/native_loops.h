@@ -440,7 +440,9 @@ INLINE void put_planes(const Job &job, const Unit &u) {
 // Rows: columns [c0, c1) of rows [p0, p1), each job.width values wide. Where channels are few, several positions make
 // one row, and the tables hold their channels as many times. They are walked in strips, a few vectors of columns down a
 // block of rows, so that the numbers of the channels and the sums stay in registers.
-constexpr int STRIP = W == 64 ? 4 : 2;  // vectors; of AVX-512 there are 32, else 16
+// Vectors: 4, where there are 32 of them (AVX-512) or fewer would be half a line of memory (AVX2, values of 16 bits), which
+// should go past the cache whole; else 2 of the 16.
+template <class T> constexpr int STRIP = W == 64 || (W == 32 && sizeof(T) == 2) ? 4 : 2;
 #define EACH_VECTOR _Pragma("GCC unroll 4") for (int s = 0; s < S; ++s)
 template <class K, int S, bool Stream>
 INLINE void sum_strip(const K &k, const Tables<typename K::A> &t, int64_t at, int64_t rows, int64_t c,
@@ -494,8 +496,9 @@ INLINE void sum_some_rows(const K &k, const Tables<typename K::A> &t, int64_t at
     const Bits<A> any = {};
     if (c1 - c0 < step) return sum_narrow<K>(k, t, at, rows, c0, c1 - c0, a, b);
     int64_t c = c0;
-    for (; c + STRIP * step <= c1; c += STRIP * step)
-        sum_strip<K, STRIP, Stream>(k, t, at, rows, c, any, true, a + c - c0, b + c - c0);
+    constexpr int strip = STRIP<typename K::Value>;
+    for (; c + strip * step <= c1; c += strip * step)
+        sum_strip<K, strip, Stream>(k, t, at, rows, c, any, true, a + c - c0, b + c - c0);
     for (; c + step <= c1; c += step) sum_strip<K, 1, Stream>(k, t, at, rows, c, any, true, a + c - c0, b + c - c0);
     if (c < c1)  // the last whole vector again, of which only the columns not yet taken count
         sum_strip<K, 1, false>(k, t, at, rows, c1 - step, lanes_from<A>(step - (c1 - c), step), false, a + c1 - step - c0,
@@ -570,7 +573,8 @@ INLINE void put_some_rows(const K &k, const Tables<typename K::A> &t, int64_t at
         return;
     }
     int64_t c = c0;
-    for (; c + STRIP * step <= c1; c += STRIP * step) put_strip<K, STRIP, Stream>(k, t, at, rows, c);
+    constexpr int strip = STRIP<typename K::Value>;
+    for (; c + strip * step <= c1; c += strip * step) put_strip<K, strip, Stream>(k, t, at, rows, c);
     for (; c + step <= c1; c += step) put_strip<K, 1, Stream>(k, t, at, rows, c);
     if (c < c1) put_strip<K, 1, false>(k, t, at, rows, c1 - step);
 }
