@@ -13,8 +13,9 @@ SANITIZERS := -fsanitize=address,undefined
 demo: $(VENV)/installed
 	$(BIN)/batchnorm compare digits
 
+# A file's tests stay together: they share what takes long to make.
 test: lint $(VENV)/axe
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -296,7 +296,7 @@ def _gradients(
             for gradient, like, asked in zip(every, (x, weight, bias, x), wanted, strict=False)
         ]
     else:
-        found = (backward if no_modes() else _by_operator)(dy, x, moments, weight, bias, y, mask, rule, wanted=wanted)
+        found = backward(dy, x, moments, weight, bias, y, mask, rule, wanted=wanted)
     if through:
         return (*found[:3], dy if mask is None else torch.where(mask.unsqueeze(1), dy, 0.0))
     return found
@@ -415,6 +415,8 @@ class _Plain(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, y = ctx.saved_tensors
         backward, moments, mask, rule = ctx.kept
+        if _modes() != 0:
+            backward = _by_operator
         return (*_gradients(backward, dy, x, moments, weight, bias, y, mask, rule, ctx.needs_input_grad), None)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import batchnorm as bn
+from batchnorm.kernels import native
 from batchnorm.kernels.chosen import cpu_kernel
 
 CHANNELS = 6
@@ -161,6 +162,19 @@ def test_memory_that_is_freed_before_the_backward_is_not_read(layer, name):
     freed(tensors[name])
     with pytest.raises(bn.InputError, match="was freed"):
         y.backward(tensors["dy"])
+
+
+def test_where_memory_begins_lower_than_was_thought_it_is_read_all_the_same(layer):
+    x, other, handle = numbers(4, CHANNELS).requires_grad_(), copy.deepcopy(layer), native._library().handle
+    expected = torch.autograd.grad(other(x), x, x)
+    try:
+        handle.bn_believe_from(1 << 62)
+        y = layer(x)
+        handle.bn_believe_from(1 << 62)
+        found = torch.autograd.grad(y, x, x)
+    finally:
+        handle.bn_believe_from(native._low_address())
+    torch.testing.assert_close(found, expected)
 
 
 def test_no_values_need_no_memory():

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -35,12 +35,13 @@ __all__ = [
     "supports",
 ]
 
-ABI = 2
+ABI = 3
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 PLAIN = (Tensor, torch.nn.Parameter)
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 FUSED: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2}
 HERE = Path(__file__).parent
+NOWHERE = 2
 NO_MEMORY = "the native kernels found no memory for the sums of the channels"
 _PACK = struct.Struct("=33q4d").pack
 
@@ -72,7 +73,14 @@ def _library() -> _Library:
     if threads is None:
         return _Library(None, f"torch {torch.__version__} lends no threads (torch_parallel_for needs torch 2.10)")
     handle.bn_use_threads(*threads)
+    handle.bn_believe_from.argtypes = [ctypes.c_int64]
+    handle.bn_believe_from(_low_address())
     return _Library(handle, None)
+
+
+def _low_address() -> int:
+    """Hardly any memory is below."""
+    return ctypes.addressof(ctypes.create_string_buffer(1 << 12)) // 2
 
 
 def _torch_threads() -> tuple[ctypes.c_void_p, ctypes.c_void_p] | None:
@@ -283,24 +291,17 @@ def check_counts(running: Running) -> None:
             _check(count, 1)
 
 
-_LOW = ctypes.addressof(ctypes.create_string_buffer(1 << 12)) // 2  # hardly any memory is below
-
-
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    """Where the values of each are in memory; 0 stands for a tensor that is not there."""
-    found = [0 if values is None else values.data_ptr() or 1 for values in tensors]
-    if min(filter(None, found)) < _LOW:
-        _check_memory(tensors)
-    return found
-
-
-def _check_memory(tensors: Sequence[Tensor | None]) -> None:
-    """Raise `InputError` where memory has been freed under a tensor; its values seem to be near address 0."""
-    for values in tensors:
-        if values is not None and values.numel() and values.untyped_storage().data_ptr() == 0:
-            raise InputError(
-                f"all tensors must have their values in memory; that of one of shape {tuple(values.shape)} was freed"
-            )
+def _not_done(function: Callable[[bytes], int], status: int, record: bytes, *tensors: Tensor | None) -> None:
+    """Say why the library has done nothing, or let it do it."""
+    if status == NOWHERE:
+        for values in tensors:
+            if values is not None and values.numel() and values.untyped_storage().data_ptr() == 0:
+                shape = tuple(values.shape)
+                raise InputError(f"tensors must have their values in memory; that of one of shape {shape} was freed")
+        _library().handle.bn_believe_from(0)  # type: ignore[union-attr]  # there is memory, here it begins near 0
+        status = function(record)
+    if status:
+        raise MemoryError(NO_MEMORY)
 
 
 def forward(
@@ -366,27 +367,36 @@ def run_forward(
 ) -> Tensor:
     """y, of tensors that are known to be as the library reads them, and the moments to where they belong."""
     sizes, parameters, statistics, how, _ = form
-    read = _addresses(x, residual, mask, weight, bias, correction, mean, var, batches, skipped)
     y = torch.empty_like(x) if wanted else x
+    # 0 stands for a tensor that is not there, 1 for one whose memory is not.
     record = _PACK(
         *sizes,
-        *read[:3],
+        x.data_ptr() or 1,
+        0 if residual is None else residual.data_ptr() or 1,
+        0 if mask is None else mask.data_ptr() or 1,
         0,
         y.data_ptr() if wanted else 0,
         0,
-        *read[3:5],
+        0 if weight is None else weight.data_ptr() or 1,
+        0 if bias is None else bias.data_ptr() or 1,
         0,
         0,
         *parameters,
         moments,
         moments + 8 * sizes[3] * sizes[5],
-        *read[5:8],
+        0 if correction is None else correction.data_ptr() or 1,
+        0 if mean is None else mean.data_ptr() or 1,
+        0 if var is None else var.data_ptr() or 1,
         *statistics,
-        *read[8:],
+        0 if batches is None else batches.data_ptr() or 1,
+        0 if skipped is None else skipped.data_ptr() or 1,
         *how,
     )
-    if _library().handle.bn_forward(record):  # type: ignore[union-attr]
-        raise MemoryError(NO_MEMORY)
+    run = _library().handle.bn_forward  # type: ignore[union-attr]
+    status = run(record)
+    if status:
+        read = (x, residual, mask, weight, bias, correction, mean, var, batches, skipped)
+        _not_done(run, status, record, *read)
     return y
 
 
@@ -437,23 +447,26 @@ def run_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients that are wanted, of tensors that are known to be as the library reads them."""
     sizes, parameters, statistics, how, _ = form
-    read = _addresses(x, y, mask, dy, weight, bias, correction)
     dx = torch.empty_like(x) if wanted[0] else None
     dweight = torch.empty_like(weight) if wanted[1] and weight is not None else None
     dbias = torch.empty_like(bias) if wanted[2] and bias is not None else None
     dresidual = torch.empty_like(x) if wanted[3] else None
     record = _PACK(
         *sizes,
-        *read[:4],
+        x.data_ptr() or 1,
+        0 if y is None else y.data_ptr() or 1,
+        0 if mask is None else mask.data_ptr() or 1,
+        dy.data_ptr() or 1,
         0 if dx is None else dx.data_ptr(),
         0 if dresidual is None else dresidual.data_ptr(),
-        *read[4:6],
+        0 if weight is None else weight.data_ptr() or 1,
+        0 if bias is None else bias.data_ptr() or 1,
         0 if dweight is None else dweight.data_ptr(),
         0 if dbias is None else dbias.data_ptr(),
         *parameters,
         moments,
         moments + 8 * sizes[3] * sizes[5],
-        read[6],
+        0 if correction is None else correction.data_ptr() or 1,
         0,
         0,
         *statistics,
@@ -461,6 +474,8 @@ def run_backward(
         0,
         *how,
     )
-    if _library().handle.bn_backward(record):  # type: ignore[union-attr]
-        raise MemoryError(NO_MEMORY)
+    run = _library().handle.bn_backward  # type: ignore[union-attr]
+    status = run(record)
+    if status:
+        _not_done(run, status, record, x, y, mask, dy, weight, bias, correction)
     return dx, dweight, dbias, dresidual
