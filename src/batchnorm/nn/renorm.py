@@ -16,6 +16,7 @@ from torch import Tensor
 
 from batchnorm.errors import InputError
 from batchnorm.functional import is_real, is_whole
+from batchnorm.kernels.native import are_plain
 from batchnorm.kernels.reference import Moments, statistics_dtype
 from batchnorm.ops import Limits
 
@@ -102,7 +103,7 @@ class RenormSchedule:
 
     def limits(self, batches: Tensor) -> Limits:
         """The limits after so many batches: numbers, or tensors where reading the count would hold up the device."""
-        if torch.compiler.is_compiling() or batches.device.type != "cpu" or not _is_plain(batches):
+        if torch.compiler.is_compiling() or batches.device.type != "cpu" or not are_plain(batches):
             done = batches.to(statistics_dtype(batches))
             r, d = (((done - self.start) / (end - self.start)).clamp(0, 1) for end in (self.r_end, self.d_end))
         else:
@@ -115,10 +116,6 @@ def _set(limits: Renorm | RenormSchedule, kind: type, *names: str) -> None:
     """Make Python's numbers of NumPy's, which torch.compile can't take."""
     for name in names:
         object.__setattr__(limits, name, kind(getattr(limits, name)))
-
-
-def _is_plain(values: Tensor) -> bool:
-    return type(values) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(values)
 
 
 @dataclass
