@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import batchnorm as bn
-from batchnorm.bench.markdown import placed
 from batchnorm.kernels import native, reference
+from batchnorm.lab.bench.markdown import placed
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/accuracy.json"

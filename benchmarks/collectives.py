@@ -25,10 +25,10 @@ import torch.distributed as dist
 from scipy.optimize import nnls
 from torch import multiprocessing
 
-from batchnorm.bench.machine import describe
-from batchnorm.bench.markdown import placed
-from batchnorm.bench.timing import quiet, summary
 from batchnorm.errors import RunError
+from batchnorm.lab.bench.markdown import placed
+from batchnorm.lab.bench.timing import quiet, summary
+from batchnorm.lab.machine import describe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/collectives.json"

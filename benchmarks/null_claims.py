@@ -25,12 +25,12 @@ from joblib import Parallel, cpu_count, delayed
 from scipy.stats import binomtest
 
 from batchnorm.lab.claims import CLAIMS
-from batchnorm.lab.comparison import compare
-from batchnorm.lab.data import prepare
-from batchnorm.lab.run_file import RunFile
-from batchnorm.lab.settings import Settings
-from batchnorm.lab.tables import read_table
-from batchnorm.lab.terminal import Silence
+from batchnorm.lab.comparison.conduct import compare
+from batchnorm.lab.comparison.run_file import RunFile
+from batchnorm.lab.data.dataset import prepare
+from batchnorm.lab.data.tables import read_table
+from batchnorm.lab.report.terminal import Silence
+from batchnorm.lab.training.settings import Settings
 
 QUICK = Settings(
     hidden=(8, 8), activation="tanh", batch_size=32, learning_rates=(0.1, 0.3), search_seeds=2, seeds=10, steps=80

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import batchnorm as bn
-from batchnorm.bench.machine import describe
-from batchnorm.bench.markdown import placed
-from batchnorm.bench.timing import interleaved, ratios, sampler, summary
+from batchnorm.lab.bench.markdown import placed
+from batchnorm.lab.bench.timing import interleaved, ratios, sampler, summary
+from batchnorm.lab.machine import describe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/options.json"

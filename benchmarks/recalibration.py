@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm as bn
-from batchnorm.bench.machine import describe
-from batchnorm.bench.markdown import placed
-from batchnorm.bench.timing import interleaved, ratios, sampler, summary
+from batchnorm.lab.bench.markdown import placed
+from batchnorm.lab.bench.timing import interleaved, ratios, sampler, summary
+from batchnorm.lab.machine import describe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/recalibration.json"

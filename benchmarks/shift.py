@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import batchnorm as bn
-from batchnorm.bench.machine import describe
-from batchnorm.bench.markdown import placed
+from batchnorm.lab.bench.markdown import placed
+from batchnorm.lab.machine import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/shift.json"

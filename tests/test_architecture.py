@@ -11,9 +11,9 @@ import batchnorm
 
 ROOT = Path(batchnorm.__file__).parent
 ORDER = ["errors", "kernels", "ops", "functional", "nn", "statistics"]
-ORDER += ["diagnostics", "lab", "estimators", "bench", "cli"]
+ORDER += ["diagnostics", "lab", "cli"]
 HEAVY = ["typer", "rich", "plotly", "polars", "sklearn", "scipy", "joblib", "jinja2", "triton"]
-HEAVY += ["transformers", "batchnorm.lab", "batchnorm.bench"]
+HEAVY += ["transformers", "batchnorm.lab"]
 
 
 def modules():

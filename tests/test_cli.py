@@ -17,7 +17,7 @@ import pytest
 
 from batchnorm.cli import main
 from batchnorm.lab.claims import CLAIMS
-from batchnorm.lab.tables import BUILT_IN
+from batchnorm.lab.data.tables import BUILT_IN
 
 QUICK = ["--hidden", "8", "--steps", "40", "--search-seeds", "1", "--seeds", "2", "--learning-rates", "0.1,0.3"]
 

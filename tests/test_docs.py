@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from batchnorm.lab.run_file import read_run
-from batchnorm.lab.terminal import show_result
+from batchnorm.lab.comparison.run_file import read_run
+from batchnorm.lab.report.terminal import show_result
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm.bench.markdown import placed
+from batchnorm.lab.bench.markdown import placed
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/statistics.md").read_text()

@@ -45,7 +45,7 @@ from batchnorm.statistics import (
 
 if TYPE_CHECKING:
     from batchnorm import lab
-    from batchnorm.estimators import BatchNormMLPClassifier, BatchNormMLPRegressor
+    from batchnorm.lab.estimators import BatchNormMLPClassifier, BatchNormMLPRegressor
 
 __version__ = "0.1.0"
 
@@ -93,7 +93,7 @@ __all__ = [
     "unfreeze",
 ]
 
-_LAZY = {"BatchNormMLPClassifier": "batchnorm.estimators", "BatchNormMLPRegressor": "batchnorm.estimators"}
+_LAZY = {"BatchNormMLPClassifier": "batchnorm.lab.estimators", "BatchNormMLPRegressor": "batchnorm.lab.estimators"}
 
 
 def __getattr__(name: str) -> Any:

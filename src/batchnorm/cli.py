@@ -13,17 +13,19 @@ try:
     import typer
     from joblib import cpu_count
 
-    from batchnorm.lab import terminal
     from batchnorm.lab.claims import CLAIMS, claims_named
-    from batchnorm.lab.comparison import compare as run_comparison
-    from batchnorm.lab.comparison import fit_to_data
-    from batchnorm.lab.data import Dataset, Task, prepare
-    from batchnorm.lab.explain_page import write_page
-    from batchnorm.lab.report import write_report
-    from batchnorm.lab.run_file import RunFile, new_folder, plain, read_run
-    from batchnorm.lab.settings import Inputs, Optimizer, Settings, parse_numbers
-    from batchnorm.lab.tables import BUILT_IN, read_table
-    from batchnorm.lab.worked_example import NOTES, from_table, worked_example
+    from batchnorm.lab.comparison.conduct import compare as run_comparison
+    from batchnorm.lab.comparison.conduct import fit_to_data
+    from batchnorm.lab.comparison.run_file import RunFile, new_folder, read_run
+    from batchnorm.lab.console import console
+    from batchnorm.lab.data.dataset import Dataset, Task, prepare
+    from batchnorm.lab.data.tables import BUILT_IN, read_table
+    from batchnorm.lab.files import json_safe
+    from batchnorm.lab.report import terminal
+    from batchnorm.lab.report.report import write_report
+    from batchnorm.lab.teaching.explain_page import write_page
+    from batchnorm.lab.teaching.worked_example import NOTES, from_table, worked_example
+    from batchnorm.lab.training.settings import Inputs, Optimizer, Settings, parse_numbers
 except ModuleNotFoundError as missing:
     sys.exit(f"error: the command line needs pip install 'batchnorm[lab]'; {missing.name} is not installed")
 
@@ -167,7 +169,7 @@ def compare(
     batchnorm.tune_allocator()
     progress = terminal.Silence() if quiet else terminal.Bars()
     if not quiet:
-        terminal.describe_data(terminal.console(stderr=True), run.content["data"], notes)
+        terminal.describe_data(console(stderr=True), run.content["data"], notes)
     try:
         with nullcontext() if isinstance(progress, terminal.Silence) else progress:
             result = run_comparison(
@@ -186,9 +188,9 @@ def compare(
         raise typer.Exit(130) from None
     page = write_report(run)
     if json_output:
-        typer.echo(json.dumps(plain(result), indent=2, allow_nan=False))
+        typer.echo(json.dumps(json_safe(result), indent=2, allow_nan=False))
     else:
-        shown = terminal.console()
+        shown = console()
         terminal.show_result(shown, result, settings.steps)
         typer.echo(f"Report: {page}")
 
@@ -235,8 +237,8 @@ def shift(
     json_output: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Test data for covariate shift against a trained model's statistics; with --target, score what mends it."""
-    from batchnorm.lab.served import load
-    from batchnorm.lab.shift import examine, read_rows
+    from batchnorm.lab.serving.served import load
+    from batchnorm.lab.serving.shift import examine, read_rows
 
     rows = read_rows(data, target, _names(columns))
     without = None if clean is None else read_rows(clean, target, _names(columns))
@@ -275,11 +277,11 @@ def bench(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Time the kernels against torch's, on this machine; exit 1 where a result is wrong."""
-    from batchnorm.bench import run
-    from batchnorm.bench.markdown import markdown
-    from batchnorm.bench.plan import check_request, plan
-    from batchnorm.bench.progress import Bar
-    from batchnorm.bench.table import show
+    from batchnorm.lab.bench import run
+    from batchnorm.lab.bench.markdown import markdown
+    from batchnorm.lab.bench.plan import check_request, plan
+    from batchnorm.lab.bench.progress import Bar
+    from batchnorm.lab.bench.table import show
 
     if table is not None:
         typer.echo(markdown(run.read(table)), nl=False)
@@ -297,9 +299,9 @@ def bench(
         kept = "" if out is None else f", kept in {out}"
         typer.echo(f"Stopped after {len(content['results'])} of {len(jobs)} cases{kept}.", err=True)
     if json_output:
-        typer.echo(json.dumps(plain(content), indent=1, allow_nan=False))
+        typer.echo(json.dumps(json_safe(content), indent=1, allow_nan=False))
     else:
-        show(terminal.console(), content)
+        show(console(), content)
     if not content["complete"]:
         raise typer.Exit(130)
     if run.has_faults(content):

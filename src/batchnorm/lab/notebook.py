@@ -17,16 +17,17 @@ import polars as pl
 from joblib import cpu_count
 
 from batchnorm.errors import DataError, InputError
-from batchnorm.lab import terminal
 from batchnorm.lab.claims import CLAIMS, claims_named
-from batchnorm.lab.comparison import compare as run_comparison
-from batchnorm.lab.comparison import fit_to_data
-from batchnorm.lab.data import Task, prepare
-from batchnorm.lab.figures import Figure
-from batchnorm.lab.report import figure_html, report_data, report_html
-from batchnorm.lab.run_file import RunFile, new_folder, write_file
-from batchnorm.lab.settings import Arm, Settings
-from batchnorm.lab.tables import Table
+from batchnorm.lab.comparison.conduct import compare as run_comparison
+from batchnorm.lab.comparison.conduct import fit_to_data
+from batchnorm.lab.comparison.run_file import RunFile, new_folder
+from batchnorm.lab.data.dataset import Task, prepare
+from batchnorm.lab.data.tables import Table
+from batchnorm.lab.files import write_file
+from batchnorm.lab.report import terminal
+from batchnorm.lab.report.figures import Figure
+from batchnorm.lab.report.report import figure_html, report_data, report_html
+from batchnorm.lab.training.settings import Arm, Settings
 
 __all__ = ["Comparison", "ShownFigure", "compare", "study"]
 
@@ -238,7 +239,7 @@ def compare(
     progress : bool
         Show bars on stderr.
     **settings
-        As `batchnorm.lab.settings.Settings` has them: hidden, activation, batch_size, optimizer, learning_rates,
+        Fields of `Settings`: hidden, activation, batch_size, optimizer, learning_rates,
         search_seeds, seeds, steps, init, init_scale, inputs, target_score, seed.
 
     Returns

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from batchnorm.lab.claims import CLAIMS, claims_named
-from batchnorm.lab.comparison import compare
-from batchnorm.lab.data import prepare
-from batchnorm.lab.run_file import RunFile, read_run
-from batchnorm.lab.settings import ARMS, Settings
-from batchnorm.lab.tables import read_table
-from batchnorm.lab.terminal import Silence
+from batchnorm.lab.comparison.conduct import compare
+from batchnorm.lab.comparison.run_file import RunFile, read_run
+from batchnorm.lab.data.dataset import prepare
+from batchnorm.lab.data.tables import read_table
+from batchnorm.lab.report.terminal import Silence
+from batchnorm.lab.training.settings import ARMS, Settings
 
 SETTINGS = Settings(hidden=(8, 6), steps=48, batch_size=40, search_seeds=1, seeds=5, learning_rates=(0.1, 1.0))
 ALL = list(CLAIMS.values())

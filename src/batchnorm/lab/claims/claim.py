@@ -8,7 +8,7 @@ from typing import Any
 
 from batchnorm.lab.claims.judgement import Measurement
 from batchnorm.lab.claims.study import Study
-from batchnorm.lab.stacks import Stack
+from batchnorm.lab.training.stacks import Stack
 
 __all__ = ["Claim", "Measured"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from batchnorm.lab.claims.claim import Claim, Measured
 from batchnorm.lab.claims.judgement import Measurement
 from batchnorm.lab.claims.study import Study
-from batchnorm.lab.settings import ARMS
+from batchnorm.lab.training.settings import ARMS
 
 __all__ = ["CLAIM"]
 

@@ -9,9 +9,9 @@ from batchnorm.lab.claims.claim import Claim, Measured
 from batchnorm.lab.claims.judgement import Measurement
 from batchnorm.lab.claims.study import Study
 from batchnorm.lab.claims.sweep import share, width_pairs, widths
-from batchnorm.lab.runs import Target, evaluation_steps, steps_to
-from batchnorm.lab.settings import ARMS
-from batchnorm.lab.stacks import Stack, cut
+from batchnorm.lab.training.runs import Target, evaluation_steps, steps_to
+from batchnorm.lab.training.settings import ARMS
+from batchnorm.lab.training.stacks import Stack, cut
 
 __all__ = ["CLAIM", "SCALES"]
 

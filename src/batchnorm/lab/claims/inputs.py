@@ -14,7 +14,7 @@ from sklearn.feature_selection import f_classif, f_regression
 from batchnorm.lab.claims.claim import Claim, Measured
 from batchnorm.lab.claims.judgement import FEWEST_PAIRS, Measurement
 from batchnorm.lab.claims.study import Study
-from batchnorm.lab.measures import Bounds, paired_difference
+from batchnorm.lab.comparison.measures import Bounds, paired_difference
 
 __all__ = ["CLAIM", "steps_to_minimum"]
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from batchnorm.lab.measures import Bounds, median_ratio
-from batchnorm.lab.verdict import WHERE, bounds_text, number
+from batchnorm.lab.comparison.measures import Bounds, median_ratio
+from batchnorm.lab.comparison.verdict import WHERE, bounds_text, number
 
 __all__ = ["ALPHA", "FEWEST_PAIRS", "Measurement", "holm", "judge", "power", "sign_test"]
 

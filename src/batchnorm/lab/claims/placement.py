@@ -5,8 +5,8 @@ from __future__ import annotations
 from batchnorm.lab.claims.claim import Claim, Measured
 from batchnorm.lab.claims.judgement import Measurement
 from batchnorm.lab.claims.study import Study
-from batchnorm.lab.measures import ratio_bounds
-from batchnorm.lab.result import test_difference
+from batchnorm.lab.comparison.measures import ratio_bounds
+from batchnorm.lab.comparison.result import test_difference
 
 __all__ = ["CLAIM"]
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from batchnorm.lab.claims.claim import Claim, Measured
 from batchnorm.lab.claims.judgement import Measurement
 from batchnorm.lab.claims.study import Study
-from batchnorm.lab.measures import Bounds
-from batchnorm.lab.runs import Run
-from batchnorm.lab.settings import ARMS, Arm
+from batchnorm.lab.comparison.measures import Bounds
+from batchnorm.lab.training.runs import Run
+from batchnorm.lab.training.settings import ARMS, Arm
 
 __all__ = ["CLAIM"]
 

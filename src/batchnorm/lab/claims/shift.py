@@ -13,11 +13,11 @@ from scipy.stats import spearmanr
 from batchnorm.lab.claims.claim import Claim, Measured
 from batchnorm.lab.claims.judgement import Measurement
 from batchnorm.lab.claims.study import Study
-from batchnorm.lab.measures import Bounds, middle_half
-from batchnorm.lab.recorders import STEP_SIZES, probe_steps
-from batchnorm.lab.runs import Run, Target, evaluation_steps, steps_to
-from batchnorm.lab.settings import ARMS, Arm
-from batchnorm.lab.stacks import Stack, cut
+from batchnorm.lab.comparison.measures import Bounds, middle_half
+from batchnorm.lab.training.recorders import STEP_SIZES, probe_steps
+from batchnorm.lab.training.runs import Run, Target, evaluation_steps, steps_to
+from batchnorm.lab.training.settings import ARMS, Arm
+from batchnorm.lab.training.stacks import Stack, cut
 
 __all__ = ["CLAIM"]
 

@@ -12,10 +12,10 @@ from batchnorm.lab.claims.claim import Claim, Measured
 from batchnorm.lab.claims.judgement import Measurement
 from batchnorm.lab.claims.study import Study
 from batchnorm.lab.claims.sweep import share, width_pairs, widths
-from batchnorm.lab.measures import middle_half
-from batchnorm.lab.runs import Run, evaluation_steps
-from batchnorm.lab.settings import ARMS, Arm, beside
-from batchnorm.lab.stacks import Stack, cut
+from batchnorm.lab.comparison.measures import middle_half
+from batchnorm.lab.training.runs import Run, evaluation_steps
+from batchnorm.lab.training.settings import ARMS, Arm, beside
+from batchnorm.lab.training.stacks import Stack, cut
 
 __all__ = ["CLAIM"]
 

@@ -8,12 +8,12 @@ from functools import cached_property
 
 import numpy as np
 
-from batchnorm.lab.data import Dataset
-from batchnorm.lab.measures import best_rate, paired_difference
-from batchnorm.lab.result import test_errors
-from batchnorm.lab.run_file import RunFile
-from batchnorm.lab.runs import CONSECUTIVE, Run, Target
-from batchnorm.lab.settings import ARMS, Arm, Settings
+from batchnorm.lab.comparison.measures import best_rate, paired_difference
+from batchnorm.lab.comparison.result import test_errors
+from batchnorm.lab.comparison.run_file import RunFile
+from batchnorm.lab.data.dataset import Dataset
+from batchnorm.lab.training.runs import CONSECUTIVE, Run, Target
+from batchnorm.lab.training.settings import ARMS, Arm, Settings
 
 __all__ = ["Study"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from batchnorm.lab.claims.study import Study
-from batchnorm.lab.measures import Bounds
-from batchnorm.lab.runs import Run
-from batchnorm.lab.settings import Arm
+from batchnorm.lab.comparison.measures import Bounds
+from batchnorm.lab.training.runs import Run
+from batchnorm.lab.training.settings import Arm
 
 __all__ = ["share", "width_pairs", "widths"]
 

@@ -1,0 +1,131 @@
+"""A case is timed only if its result is right: held to the formulas in float64, outputs and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.kernels import reference
+from batchnorm.kernels.reference import Moments, per_channel
+from batchnorm.lab.bench.registry import OPERATIONS, Case
+from batchnorm.lab.bench.sides import EPS, Forward, Inputs, inputs
+
+__all__ = ["Expected", "expected", "fault"]
+
+ROUNDING = 2.0**-24  # half a unit in the last place of float32, relative
+STORED = {torch.float32: ROUNDING, torch.bfloat16: 2.0**-8}
+MARGIN = 16
+MOMENTUM = 0.1
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A value in float64 and how far rounding may take a float32 calculation from it, element by element."""
+
+    value: Tensor
+    tolerance: Tensor
+
+
+@lru_cache(maxsize=1)  # two layouts and two modes share it
+def _of_oracle(shape: tuple[int, ...], dtype: str, operation: str, training: bool) -> dict[str, Expected]:
+    """What the oracle gives, and the tolerance.
+
+    Derivation, u being float32's rounding: a chain of products or a sum errs by a few u times the sum of its terms'
+    magnitudes. A long sum does, too, where its terms have either sign, and so its roundings. The terms of a variance
+    have one: a plain running sum of m errs by sqrt(m) u, which is a fault (6e-5 in y at m = 200,704) that blocks,
+    or a wider accumulator, mend. With 16 for "a few":
+
+    - z = gamma * s * (x - mu) + beta + r: terms gamma * s * (|x| + |mu|), |beta|, |r|. Then it is rounded to be stored.
+    - sum dz and sum dz * x_hat: terms |dz| and |dz| * s * (|x| + |mu|). Where |z| is under its own tolerance either
+      side of ReLU's kink is right: those elements of dz and dx are left out, and their terms of the sums are allowed.
+    - dx = gamma * s * (dz - (sum dz) / m - x_hat * (sum dz * x_hat) / m): the three terms, and what the sums err.
+    - Running statistics: the old and the new number.
+    """
+    case = Case(operation, "train" if training else "eval", dtype, shape)
+    given = inputs(case)
+    x, dy = given.x.double(), given.dy.double()
+    residual = None if given.residual is None else given.residual.double()
+    weight, bias, old_mean, old_var = (given.parameters[name].double() for name in given.parameters)
+    activation = OPERATIONS[operation].activation
+    m, few, stored = x.numel() // shape[1], MARGIN * ROUNDING, STORED[case.torch_dtype]
+    used = reference.moments(x) if training else Moments(old_mean, old_var, m)
+    mu, s = used.mean, torch.rsqrt(used.var + EPS)
+    dims = [d for d in range(x.dim()) if d != 1]
+
+    y = reference.forward(x, used, weight, bias, EPS, activation, residual)
+    terms = per_channel(s, x) * (x.abs() + per_channel(mu.abs(), x))
+    z_tolerance = few * (per_channel(weight, x) * terms + per_channel(bias.abs(), x))
+    if residual is not None:
+        z_tolerance += few * residual.abs()
+    result = {"y": Expected(y, z_tolerance + stored * (y.abs() + z_tolerance))}
+    if not training:
+        return result
+    unbiased = used.var * (m / (m - 1))
+    for name, old, new in (("running_mean", old_mean, mu), ("running_var", old_var, unbiased)):
+        spread = used.var.sqrt() if name == "running_mean" else unbiased
+        result[name] = Expected(old + MOMENTUM * (new - old), few * (old.abs() + new.abs() + spread))
+
+    dx, dweight, dbias, dz = reference.backward(
+        dy, x, used, weight, bias, EPS, activation, residual, batch_statistics=True
+    )
+    kink = torch.zeros_like(x, dtype=torch.bool)
+    if activation is not None:
+        z = reference.forward(x, used, weight, bias, EPS, None, residual)
+        kink = z.abs() <= z_tolerance
+    either = torch.where(kink, dy.abs(), 0.0)
+    sum_err = few * dz.abs().sum(dims) + either.sum(dims)
+    product_err = few * (dz.abs() * terms).sum(dims) + (either * terms).sum(dims)
+    dx_tolerance = few * (dz.abs() + per_channel(dbias.abs() / m, x) + terms * per_channel(dweight.abs() / m, x))
+    dx_tolerance += per_channel(sum_err / m, x) + terms * per_channel(product_err / m, x)
+    dx_tolerance *= per_channel(weight * s, x)
+    result["dx"] = Expected(dx, torch.where(kink, torch.inf, dx_tolerance + stored * (dx.abs() + dx_tolerance)))
+    result["dweight"] = Expected(dweight, product_err)
+    result["dbias"] = Expected(dbias, sum_err)
+    if residual is not None:
+        result["dresidual"] = Expected(dz, torch.where(kink, torch.inf, few * dz.abs() + stored * dz.abs()))
+    return result
+
+
+def expected(case: Case) -> dict[str, Expected]:
+    """What the case must give: y; when training the running statistics; in train the gradients."""
+    values = _of_oracle(case.shape, case.dtype, case.operation, case.mode != "eval")
+    return {name: value for name, value in values.items() if case.mode == "train" or name[0] != "d"}
+
+
+def _results(case: Case, given: Inputs, layer: nn.Module, forward: Forward) -> dict[str, Tensor]:
+    """One call of our side, by the names that `expected` has."""
+    if case.mode != "train":
+        with torch.no_grad():
+            results = {"y": forward()}
+    else:
+        wanted = {"dx": given.x, "dweight": layer.weight, "dbias": layer.bias, "dresidual": given.residual}
+        tensors = {name: value.requires_grad_() for name, value in wanted.items() if isinstance(value, Tensor)}
+        y = forward()
+        results = {"y": y.detach()}
+        results |= zip(tensors, torch.autograd.grad(y, list(tensors.values()), given.dy), strict=True)
+    if case.mode != "eval":
+        results |= {name: value.detach() for name, value in layer.named_buffers() if name.startswith("running")}
+    return results
+
+
+def fault(case: Case, given: Inputs, side: tuple[nn.Module, Forward]) -> str | None:
+    """What is wrong with the first call of a side; None if nothing is."""
+    results = _results(case, given, *side)
+    for name, want in expected(case).items():
+        got = results[name]
+        of_x = name in ("y", "dx", "dresidual")
+        if of_x and got.dtype != case.torch_dtype:
+            return f"{name} is {got.dtype}"
+        if of_x and not got.is_contiguous(memory_format=case.memory_format):
+            return f"{name} is not {case.layout}"
+        error = (got.double() - want.value).abs()
+        excess = error > want.tolerance
+        excess |= error.isnan()
+        if excess.any():
+            at = int((error / want.tolerance).nan_to_num(torch.inf).argmax())
+            far, most = error.flatten()[at], want.tolerance.flatten()[at]
+            return f"{name} is {far:.2g} off where rounding explains {most:.2g} ({int(excess.sum())} elements)"
+    return None

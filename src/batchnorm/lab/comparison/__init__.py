@@ -1,0 +1,1 @@
+"""The comparison of the three arms: its plan, measures, result and run.json."""

@@ -1,0 +1,6 @@
+"""scikit-learn estimators: multilayer perceptrons with batch normalization after each hidden layer."""
+
+from batchnorm.lab.estimators.classifier import BatchNormMLPClassifier
+from batchnorm.lab.estimators.regressor import BatchNormMLPRegressor
+
+__all__ = ["BatchNormMLPClassifier", "BatchNormMLPRegressor"]

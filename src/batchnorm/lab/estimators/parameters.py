@@ -1,0 +1,184 @@
+"""The parameters of the estimators: their names and defaults, what each may be, and what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.utils._param_validation import Interval, Options, StrOptions
+
+from batchnorm.errors import InputError
+from batchnorm.lab.training.network import Placement
+
+__all__ = ["ATTRIBUTES", "PARAMETERS", "Parameters"]
+
+PARAMETERS = """hidden_layer_sizes : sequence of int or int
+        Units of each hidden layer.
+    activation : str
+        "identity", "sigmoid" (or "logistic", scikit-learn's name for it), "tanh" or "relu".
+    batch_norm : "before", "after" or None
+        Where batch normalization stands, seen from the nonlinearity of each hidden layer. With "before" the
+        linear map in front of it has no bias: the normalisation would subtract it again.
+    bn_momentum : float
+        Weight of a mini-batch's moments in the running statistics, as in torch. After k mini-batches of fitting
+        they still hold (1 - bn_momentum)^k of where they began, mean 0 and variance 1.
+    bn_eps : float
+        Added to the variance.
+    solver : "adam" or "sgd"
+        "lbfgs" is refused: it needs the same function at each evaluation.
+    alpha : float
+        Strength of the L2 penalty ``alpha/2 * sum(W^2)`` on the weights of the linear maps alone; gamma, beta and
+        biases are spared. As in scikit-learn it is divided by the number of rows of each mini-batch (the sum of
+        their sample weights) when it is added to their mean loss.
+    batch_size : int or "auto"
+        Rows of a mini-batch; "auto" is ``min(200, n_samples)``. A last mini-batch of one row joins the one before.
+    learning_rate_init : float
+        The learning rate, constant.
+    max_iter : int
+        Most epochs of a fit.
+    shuffle : bool
+        Draw a new order of the rows for each epoch.
+    init_scale : float
+        Multiplies the initial weights, which are drawn by He's rule for relu and Xavier's otherwise; biases are 0.
+    random_state : int, RandomState or None
+        Of the initial weights, the rows held out and the order of the others. Torch's global generator is neither
+        read nor changed.
+    tol : float
+        An epoch improves the loss (the validation score with ``early_stopping``) if it does so by this much.
+    verbose : bool
+        Print the loss of each epoch.
+    warm_start : bool
+        Go on from the last fit's network.
+    momentum : float
+        Of "sgd"; that of the running statistics is ``bn_momentum``.
+    nesterovs_momentum : bool
+        Use Nesterov's momentum in "sgd".
+    early_stopping : bool
+        Hold rows out, stop on their score and keep the network that was best on them.
+    validation_fraction : float
+        Share of the rows held out by ``early_stopping``.
+    beta_1, beta_2, epsilon : float
+        Of "adam".
+    n_iter_no_change : int
+        Stop after more than this many epochs in a row without improvement."""
+
+ATTRIBUTES = """network_ : batchnorm.lab.training.network.MLP
+        The fitted torch module, in eval mode; maps (N, features) to (1, N, outputs).
+    coefs_, intercepts_ : list of ndarray
+        Weights (inputs, outputs) and bias of each linear map; the intercepts are 0 where "before" leaves none.
+    loss_, best_loss_ : float
+        Mean objective of the last epoch, and of the best (None with ``early_stopping``).
+    loss_curve_ : list of float
+        ``loss_`` of each epoch.
+    validation_scores_, best_validation_score_ : list of float, float
+        {score} on the rows held out, after each epoch and the best; None without ``early_stopping``.
+    n_iter_, t_ : int
+        Epochs of the last fit, and rows seen since the network began.
+    n_features_in_, n_outputs_, n_layers_ : int
+        Features, network outputs, and layers counting input and output.
+    feature_names_in_ : ndarray of str
+        Names of the features, where X had them.
+    out_activation_ : str
+        What turns the network's outputs into predictions: "softmax", "logistic" or "identity"."""
+
+
+class Parameters(BaseEstimator):  # type: ignore[misc]  # scikit-learn is published without types
+    """Both estimators' constructor, and the check of what it was given, made by scikit-learn's own machinery."""
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
+        "activation": [StrOptions({"identity", "sigmoid", "logistic", "tanh", "relu"})],
+        "batch_norm": [StrOptions({"before", "after"}), None],
+        "bn_momentum": [Interval(Real, 0, 1, closed="right")],
+        "bn_eps": [Interval(Real, 0, None, closed="neither")],
+        "solver": [StrOptions({"sgd", "adam"})],
+        "alpha": [Interval(Real, 0, None, closed="left")],
+        "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+        "learning_rate_init": [Interval(Real, 0, None, closed="neither")],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "shuffle": ["boolean"],
+        "init_scale": [Interval(Real, 0, None, closed="neither")],
+        "random_state": ["random_state"],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "verbose": ["verbose"],
+        "warm_start": ["boolean"],
+        "momentum": [Interval(Real, 0, 1, closed="both")],
+        "nesterovs_momentum": ["boolean"],
+        "early_stopping": ["boolean"],
+        "validation_fraction": [Interval(Real, 0, 1, closed="left")],
+        "beta_1": [Interval(Real, 0, 1, closed="left")],
+        "beta_2": [Interval(Real, 0, 1, closed="left")],
+        "epsilon": [Interval(Real, 0, None, closed="neither")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left"), Options(Real, {np.inf})],
+    }
+
+    def __init__(
+        self,
+        hidden_layer_sizes: int | Sequence[int] = (100,),
+        activation: str = "relu",
+        *,
+        batch_norm: Placement = "before",
+        bn_momentum: float = 0.1,
+        bn_eps: float = 1e-5,
+        solver: str = "adam",
+        alpha: float = 1e-4,
+        batch_size: int | str = "auto",
+        learning_rate_init: float = 1e-3,
+        max_iter: int = 200,
+        shuffle: bool = True,
+        init_scale: float = 1.0,
+        random_state: int | np.random.RandomState | None = None,
+        tol: float = 1e-4,
+        verbose: bool = False,
+        warm_start: bool = False,
+        momentum: float = 0.9,
+        nesterovs_momentum: bool = True,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+        n_iter_no_change: float = 10,
+    ) -> None:
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.activation = activation
+        self.batch_norm: Placement = batch_norm
+        self.bn_momentum = bn_momentum
+        self.bn_eps = bn_eps
+        self.solver = solver
+        self.alpha = alpha
+        self.batch_size = batch_size
+        self.learning_rate_init = learning_rate_init
+        self.max_iter = max_iter
+        self.shuffle = shuffle
+        self.init_scale = init_scale
+        self.random_state = random_state
+        self.tol = tol
+        self.verbose = verbose
+        self.warm_start = warm_start
+        self.momentum = momentum
+        self.nesterovs_momentum = nesterovs_momentum
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.epsilon = epsilon
+        self.n_iter_no_change = n_iter_no_change
+
+    def _check_parameters(self) -> None:
+        if self.solver == "lbfgs":
+            raise InputError(
+                "solver must be adam or sgd, since L-BFGS needs the same function at each evaluation (its line search "
+                "and its curvature compare them) and each mini-batch's own mean and variance make another; got 'lbfgs'"
+            )
+        self._validate_params()
+        if not all(isinstance(units, Integral) and units > 0 for units in self._hidden()):
+            raise InputError(f"hidden_layer_sizes must be whole numbers above 0; got {self.hidden_layer_sizes!r}")
+        if self.batch_norm is not None and self.batch_size == 1:
+            raise InputError("batch_size must be at least 2 with batch normalization; got 1")
+
+    def _hidden(self) -> tuple[int, ...]:
+        return tuple(np.ravel(self.hidden_layer_sizes).tolist())
