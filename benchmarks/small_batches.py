@@ -1,0 +1,87 @@
+"""Measure training steps on batches under 64 KB and on small planes: python benchmarks/small_batches.py.
+
+Writes benchmarks/results/small_batches.json, from which README and docs/benchmarks.md quote. A step is the forward and
+backward of one layer in float32. Ours and torch's take turns in one process; a ratio is torch's time over ours, the
+median over the rounds. "none" has no activation, "relu" has it fused in ours and applied by torch after its layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import batchnorm as bn
+from batchnorm.lab.bench.timing import interleaved, ratios, sampler, summary
+from batchnorm.lab.machine import describe
+
+RESULTS = Path(__file__).parent / "results/small_batches.json"
+SECONDS = 0.5
+SHAPES = (
+    *((8, 16), (32, 64), (64, 100), (128, 64)),  # rows
+    *((4, 16, 8, 8), (8, 3, 16, 16), (2, 32, 14, 14)),  # images under 64 KB
+    *((32, 256, 2), (32, 256, 7), (32, 512, 2, 2), (32, 512, 3, 3), (64, 256, 15)),  # planes of 2 to 15 positions
+)
+OURS: dict[int, type[nn.Module]] = {2: bn.BatchNorm1d, 3: bn.BatchNorm1d, 4: bn.BatchNorm2d}
+STOCK: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
+
+
+def _steps(shape: tuple[int, ...], activation: str | None) -> dict[str, Callable[[], object]]:
+    """Return the training steps of both sides."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
+    x.requires_grad_()
+    ours, stock = OURS[len(shape)](shape[1], activation=activation), STOCK[len(shape)](shape[1])
+
+    def of_ours() -> object:
+        return torch.autograd.grad(ours(x), [x, *ours.parameters()], dy)
+
+    def of_torch() -> object:
+        y = stock(x)
+        return torch.autograd.grad(y if activation is None else F.relu(y), [x, *stock.parameters()], dy)
+
+    return {"ours": of_ours, "torch": of_torch}
+
+
+def measure() -> list[dict[str, Any]]:
+    """Return one record per shape and activation."""
+    records = []
+    for shape in SHAPES:
+        for activation in (None, "relu"):
+            steps = _steps(shape, activation)
+            times = interleaved({name: sampler(step) for name, step in steps.items()}, SECONDS)
+            records.append(
+                {
+                    "shape": list(shape),
+                    "bytes": 4 * torch.Size(shape).numel(),
+                    "positions": torch.Size(shape[2:]).numel(),
+                    "activation": activation or "none",
+                    "microseconds": {name: summary([1e6 * s for s in seconds]) for name, seconds in times.items()},
+                    "times_faster": summary(ratios(times["torch"], times["ours"])),
+                }
+            )
+    return records
+
+
+def main() -> None:
+    """Measure, write the file and print one line per record."""
+    bn.tune_allocator()
+    records = measure()
+    content = {
+        "command": "python benchmarks/small_batches.py",
+        "machine": describe(allocator="tuned"),
+        "results": records,
+    }
+    RESULTS.write_text(json.dumps(content | {"results": records}, indent=1) + "\n")
+    for record in records:
+        shape = "x".join(map(str, record["shape"]))
+        print(f"{shape:>14}  {record['activation']:<5} {record['times_faster']['median']:.2f}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
