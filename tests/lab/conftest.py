@@ -1,4 +1,4 @@
-"""A browser, and axe-core: what the tests of the pages look through."""
+"""Fixtures for the tests of the lab: data sets, a browser and axe-core."""
 
 import functools
 import os
@@ -8,19 +8,31 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
+from batchnorm.lab.data.dataset import prepare
+from batchnorm.lab.data.tables import read_table
+from support import PageVisit, skip_or_fail
+
 AXE = Path(__file__).parents[2] / ".venv/axe/package/axe.min.js"
 
 
-def missing(sentence):
-    """Skip the test with a word; in CI fail it."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(sentence)
+@pytest.fixture(scope="session")
+def digits():
+    """The data set of handwritten digits, prepared."""
+    return prepare(read_table("digits"))
+
+
+@pytest.fixture(scope="session")
+def wine():
+    """The data set of wines, prepared."""
+    return prepare(read_table("wine"))
 
 
 @pytest.fixture(scope="module")
 def chromium():
+    """A browser."""
     executable = shutil.which("chromium") or shutil.which("chromium-browser")
     if executable is None:
-        missing("this test looks at a page in a browser: apt-get install chromium")
+        skip_or_fail("this test needs a browser: apt-get install chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
         yield browser
@@ -29,29 +41,23 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def axe_source():
-    """The source of axe-core, which finds faults of accessibility."""
+    """The source of axe-core, which finds accessibility faults."""
     path = Path(os.environ.get("AXE_CORE", AXE))
     if not path.is_file():
-        missing(f"this test needs axe-core; there is no file {path}: make test fetches it, or AXE_CORE names one")
+        skip_or_fail(f"this test needs axe-core; there is no file {path}: make test fetches it, or AXE_CORE names one")
     return path.read_text(encoding="utf-8")
 
 
-class ReportVisit:
-    """A report that is open in a browser, and what went wrong or out of it."""
+class ReportVisit(PageVisit):
+    """A report open in a browser."""
 
-    def __init__(self, browser, path, *, width=1280, **options):
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, **options)
-        self.page = self.context.new_page()
-        self.complaints, self.requests = [], []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(path.as_uri())
+    def open(self, path):
+        """Load the report, and wait until its figures are drawn."""
+        super().open(path)
         self.page.wait_for_selector("html[data-figures=drawn]")
 
     def axis(self, figure, name, plot=0):
-        """The drawn axis of a plot of a figure."""
+        """Return the drawn axis of a plot of a figure."""
         return self.page.evaluate(
             "([figure, name, plot]) => { const axis = document.querySelectorAll(`#figure-${figure} .plot`)[plot]"
             "._fullLayout[name + 'axis']; return { type: axis.type, range: axis.range, title: axis.title.text }; }",
@@ -59,13 +65,13 @@ class ReportVisit:
         )
 
     def drawn(self, figure, plot=0):
-        """What Plotly was given to draw in a plot of a figure."""
+        """Return the traces that Plotly draws in a plot of a figure."""
         return self.page.evaluate(
             "([figure, plot]) => document.querySelectorAll(`#figure-${figure} .plot`)[plot].data", [figure, plot]
         )
 
     def lines(self, figure, plot=0):
-        """Colour, and last x, of the drawn lines of a plot of a figure."""
+        """Return the color and the last x of each line in a plot of a figure."""
         return [
             [trace["line"]["color"], trace["x"][-1]]
             for trace in self.drawn(figure, plot)
@@ -73,18 +79,19 @@ class ReportVisit:
         ]
 
     def press(self, figure, control, value):
+        """Click a control of a figure."""
         self.page.click(f"#figure-{figure} [data-control={control}][data-value='{value}']")
 
 
 @pytest.fixture(scope="module")
 def new_visit(chromium):
-    """Opens a report, to be closed by who asked."""
+    """``new_visit(path)``: open a report; the caller closes it."""
     return functools.partial(ReportVisit, chromium)
 
 
 @pytest.fixture
 def open_report(new_visit):
-    """Opens a report in a browser of its own kind, for one test."""
+    """``open_report(path, **options)``: open a report in a browser context of its own until the end of the test."""
     opened = []
 
     def open_it(path, **options):

@@ -1,0 +1,208 @@
+"""Helpers that several test files share: ``from support import randn``."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import batchnorm as bn
+
+ROOT = Path(__file__).parents[1]
+
+# Marks
+
+
+def compiles(test):
+    """Mark a test that compiles a model, and ignore the deprecation warnings that torch.compile itself causes."""
+    return pytest.mark.compile(pytest.mark.filterwarnings("ignore::DeprecationWarning")(test))
+
+
+def skip_or_fail(reason):
+    """Skip the running test because the machine lacks a tool; in CI, where every tool is installed, fail it."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+# Tensors
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    """Draw standard normal values from a generator of their own.
+
+    Dtypes of less precision get the float32 values, rounded.
+    """
+    drawn = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=drawn).to(dtype)
+
+
+def with_layout(x, layout):
+    """Return the values of x (N, C, *) in a memory layout: "contiguous", "channels last" or "expanded".
+
+    "channels last" stores the channels next to each other, and leaves (N, C) as it is; "expanded" repeats the first
+    value along the last dimension with a stride of 0.
+    """
+    if layout == "expanded":
+        return x[..., :1].expand_as(x)
+    if layout == "contiguous" or x.dim() == 2:
+        return x.contiguous()
+    if layout != "channels last":
+        raise ValueError(f"layout must be 'contiguous', 'channels last' or 'expanded'; got {layout!r}")
+    if x.dim() == 3:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+def reduced_dims(x):
+    """Return the dimensions of x (N, C, *) that batch normalization reduces: all but the channels."""
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def by_channel(values, x):
+    """Reshape values (C,) so that they broadcast against x (N, C, *)."""
+    return values.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def full_mask(x, mask):
+    """Expand a mask (N, *) to the shape of x (N, C, *); None is a mask of ones."""
+    return torch.ones_like(x, dtype=torch.bool) if mask is None else mask.unsqueeze(1).expand_as(x)
+
+
+def largest_excess(found, expected, bound):
+    """Return the largest error in units of the error allowed; NaN if any value is NaN.
+
+    Allowed is ``bound`` plus the rounding of the dtype in which ``found`` is stored.
+    """
+    rounding = torch.finfo(found.dtype)
+    stored = rounding.eps / 2 * expected.abs() + rounding.smallest_normal * rounding.eps
+    return ((found.double() - expected).abs() / (bound + stored)).max() if found.numel() else torch.tensor(0.0)
+
+
+class PassThroughMode(TorchDispatchMode):
+    """A dispatch mode that changes nothing. While it is active, layers call operators rather than the kernels."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+# Models
+
+
+def norm_layers(model):
+    """Return the batch norm layers of a model, ours and torch's."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, bn.BatchNorm)
+    return [layer for layer in model.modules() if isinstance(layer, kinds)]
+
+
+def copied_buffers(module):
+    """Return copies of the buffers of a module by name."""
+    return {name: values.clone() for name, values in module.named_buffers()}
+
+
+def copied_state(module):
+    """Return copies of the state of a module by name."""
+    return {name: values.clone() for name, values in module.state_dict().items()}
+
+
+def changed_names(before, module):
+    """Return the names of ``before``, as `copied_state` gave it, whose values in the module differ now."""
+    now = module.state_dict()
+    return [name for name, values in before.items() if not torch.equal(values, now[name])]
+
+
+def assert_same_state(found, expected):
+    """Compare two dictionaries of tensors: same names, dtypes and values, bit by bit, NaN included."""
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name].dtype == values.dtype, name
+        torch.testing.assert_close(found[name], values, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def saved_and_loaded(value, **options):
+    """Return the value after a round trip through torch.save and torch.load, which takes the options."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
+# The command line
+
+
+def run_command(*arguments, cwd=".", status=0):
+    """Run ``batchnorm ARGUMENTS`` in this process, in a folder, and check its exit status.
+
+    The terminal has 80 columns. Returns ``stdout`` and ``stderr``.
+    """
+    from batchnorm.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(cwd):
+        patch.setattr(sys, "argv", ["batchnorm", *map(str, arguments)])
+        patch.setenv("COLUMNS", "80")
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            main()
+    assert (ended.value.code or 0) == status, err.getvalue()
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def usage_error(*arguments, cwd="."):
+    """Run a command that must exit with status 2 and print one sentence, and return the sentence."""
+    done = run_command(*arguments, cwd=cwd, status=2)
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+# Benchmarks and their results
+
+
+def benchmark_script(name):
+    """Import ``benchmarks/NAME.py``."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def benchmark_results(name):
+    """Read the committed results ``benchmarks/results/NAME.json``."""
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+# Pages in a browser
+
+
+class PageVisit:
+    """A page open in a browser: the requests it makes, and the errors, dialogs and console messages it causes."""
+
+    def __init__(self, browser, path, *, width=1280, **options):
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        self.page = self.context.new_page()
+        self.complaints, self.requests = [], []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.open(path)
+
+    def open(self, path):
+        """Load a page, and forget what the page before it caused."""
+        self.complaints.clear()
+        self.requests.clear()
+        self.page.goto(path.as_uri())
+
+    def violations(self, axe_source):
+        """Return the accessibility faults that axe-core finds: rule, impact and elements."""
+        self.page.evaluate(axe_source)
+        found = self.page.evaluate("axe.run()")["violations"]
+        return [(fault["id"], fault["impact"], [node["target"] for node in fault["nodes"]]) for fault in found]
