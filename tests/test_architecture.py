@@ -10,7 +10,7 @@ import pytest
 import batchnorm
 
 ROOT = Path(batchnorm.__file__).parent
-ORDER = ["errors", "kernels", "ops", "functional", "nn", "statistics"]
+ORDER = ["errors", "text", "reports", "kernels", "ops", "functional", "nn", "statistics"]
 ORDER += ["diagnostics", "lab", "cli"]
 HEAVY = ["typer", "rich", "plotly", "polars", "sklearn", "scipy", "joblib", "jinja2", "triton"]
 HEAVY += ["transformers", "batchnorm.lab"]

@@ -15,6 +15,10 @@ class InputError(BatchNormError, ValueError):
     """An argument, a tensor or an option that breaks a rule; also a ``ValueError``, as torch's own are."""
 
 
+class MissingDependencyError(BatchNormError, ImportError):
+    """A package that an extra of the library brings is not installed."""
+
+
 class DataError(BatchNormError, ValueError):
     """A table or data set that can't be used as it is."""
 

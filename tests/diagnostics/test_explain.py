@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, InputError
-from batchnorm.diagnostics.explain import WIDTH, explain, format_column, format_table
+from batchnorm.diagnostics.explain import explain
+from batchnorm.text import WIDTH
 
 Z = torch.tensor([[2.9], [-0.9], [2.2], [-0.7]], dtype=torch.float64)
 
@@ -223,19 +224,6 @@ def test_the_repr_is_one_short_line():
     assert repr(explain(nn.BatchNorm1d(2), batch_of(4, 2).float())) == (
         "Explanation(BatchNorm1d, channels=2, values per channel=4)"
     )
-
-
-def test_columns_are_decimals_that_line_up_or_exponents():
-    assert format_column([0.0, -1e-9, 0.5]) == ["0.0", "0.0", "0.5"]
-    assert format_column([99.99, -0.123]) == ["99.990", "-0.123"]
-    assert format_column([1234567.0, 1.0]) == ["1.23e+06", "1.00e+00"]
-    assert format_column([1234567.0, 1.0], digits=7) == ["1234567", "1"]
-    assert format_column([0.001, None]) == ["1.00e-03", ""]
-    assert format_column([math.nan, math.inf, 1.5]) == ["nan", "inf", "1.5"]
-
-
-def test_tables_put_the_first_column_to_the_left_and_the_others_to_the_right():
-    assert format_table(["a", "b"], [["long", "x"], ["1", "22"]]) == ["  a       b", "  long    1", "  x      22"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +15,10 @@ from torch.nn.parameter import is_lazy
 from batchnorm.errors import InputError
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import reference
+from batchnorm.text import WIDTH, format_column, format_table
 
-__all__ = ["Calculation", "Explanation", "explain", "format_column", "format_table"]
+__all__ = ["Calculation", "Explanation", "explain"]
 
-WIDTH = 80
 CHANNELS_SHOWN = 3
 VALUES_SHOWN = 8
 PLAIN = {
@@ -178,39 +177,6 @@ class Explanation:
                     columns.append(["g(y)", *first(calculation.output)])
         hidden = self.count - len(shown)
         return [*format_table(header, columns), *([f"  ... and {hidden} more values"] if hidden else [])]
-
-
-def format_column(values: Sequence[float | None], digits: int = 5) -> list[str]:
-    """Write numbers with one number of decimals, so that right-aligned they line up; None is left blank.
-
-    The largest shows `digits` digits; zeros that all of them end with are dropped. A column whose largest is
-    below 0.01, or has two digits more than that, is written with exponents.
-
-    >>> format_column([2.9, -0.9, None, 10 / 3])
-    ['2.9000', '-0.9000', '', '3.3333']
-    >>> format_column([100.0, 89.0])
-    ['100', '89']
-    """
-    finite = [abs(v) for v in values if v is not None and math.isfinite(v)]
-    largest = max(finite, default=0.0)
-    if largest and not 1e-2 <= largest < 10 ** (digits + 1):
-        return ["" if v is None else f"{v:.2e}" for v in values]
-    whole = math.floor(math.log10(largest)) + 1 if largest else 1
-    decimals = max(digits - whole, 0)
-    while decimals and all(f"{v:.{decimals}f}".endswith("0") for v in finite):
-        decimals -= 1
-    return ["" if v is None else f"{v:z.{decimals}f}" for v in values]
-
-
-def format_table(header: Sequence[str], columns: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table whose columns are as wide as they need, the first to the left, the others to the right."""
-    widths = [max(len(cell) for cell in (head, *cells)) for head, cells in zip(header, columns, strict=True)]
-    gap = "   " if 2 + sum(widths) + 3 * (len(widths) - 1) <= WIDTH else " "
-    lines = []
-    for row in [header, *zip(*columns, strict=True)]:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        lines.append(f"  {gap.join(cells)}".rstrip())
-    return lines
 
 
 def _checked(layer: nn.Module, x: Tensor) -> TorchBatchNorm:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from batchnorm.diagnostics.explain import WIDTH, format_column, format_table
+from batchnorm.text import WIDTH, format_column, format_table
 
 __all__ = ["worked_text"]
 

@@ -1,0 +1,107 @@
+"""The protocol that every report keeps: table, short repr, plain values, data frame, HTML."""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from batchnorm.errors import MissingDependencyError
+from batchnorm.reports import Entries, Report, Table, json_safe
+
+
+@dataclass(frozen=True, repr=False)
+class Sample(Report):
+    """A report of its own, with all kinds of blocks."""
+
+    paths: tuple[str, ...] = ("a<b", "c" * 90)
+    drift: float = math.inf
+    _private: object = None
+
+    def _blocks(self):
+        yield Table(["layer", "drift"], [self.paths, ["1", "2"]])
+        yield ""
+        yield Entries([("System", "word " * 30)])
+        yield "word & " * 30
+
+    def _summary(self):
+        return f"{len(self.paths)} layers"
+
+    def _records(self):
+        return [{"layer": path, "drift": self.drift} for path in self.paths]
+
+
+REPORTS = {"Sample": Sample}
+
+
+@pytest.fixture(params=REPORTS)
+def report(request):
+    return REPORTS[request.param]()
+
+
+def test_str_is_a_table_of_at_most_80_columns(report):
+    lines = str(report).splitlines()
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 80
+
+
+def test_repr_is_one_short_line_that_begins_with_the_type(report):
+    assert "\n" not in repr(report)
+    assert len(repr(report)) <= 80
+    assert repr(report).startswith(f"{type(report).__name__}(")
+
+
+def test_to_dict_is_ready_for_json_and_holds_no_private_field(report):
+    values = report.to_dict()
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    assert not any(name.startswith("_") for name in values)
+
+
+def test_frame_has_rows_and_named_columns(report):
+    frame = report.frame()
+    assert isinstance(frame, pl.DataFrame)
+    assert frame.height > 0
+    assert frame.columns
+
+
+def test_frame_names_the_extra_when_polars_is_missing(report, monkeypatch):
+    monkeypatch.setitem(sys.modules, "polars", None)
+    with pytest.raises(MissingDependencyError, match=r"frame\(\) needs polars: pip install 'batchnorm\[lab\]'"):
+        report.frame()
+
+
+def test_a_notebook_shows_a_table(report):
+    assert report._repr_html_().startswith("<div>")
+    assert "<table>" in report._repr_html_()
+
+
+def test_html_is_escaped_and_leaves_nothing_out():
+    html = Sample()._repr_html_()
+    assert "<td>a&lt;b</td>" in html
+    assert f"<td>{'c' * 90}</td>" in html
+    assert "<th>System</th><td>word word" in html
+    assert "<p>word &amp; word" in html
+    assert "<p></p>" not in html
+
+
+def test_json_safe_replaces_what_json_lacks():
+    values = {
+        1: (np.float32(0.5), np.int64(2), np.bool_(True)),
+        "tensor": torch.tensor([[1.0, -math.inf]]),
+        "array": np.array([math.nan, 2.0]),
+        "none": None,
+        "sample": Sample(),
+        "object": torch.float32,
+    }
+    assert json_safe(values) == {
+        "1": [0.5, 2, True],
+        "tensor": [[1.0, None]],
+        "array": [None, 2.0],
+        "none": None,
+        "sample": {"paths": ["a<b", "c" * 90], "drift": None},
+        "object": "torch.float32",
+    }
