@@ -198,7 +198,7 @@ def test_what_the_page_says_of_bytes_and_crossovers_is_the_models(script):
     layers = script.NETWORKS["ResNet-50"]
     for collective, way in (("all_gather", "forward"), ("all_reduce", "backward")):
         assert f"{sum(script.message(collective, channels) for channels in layers):,} bytes {way}" in TEXT
-    assert f"{script.received(layers, 4096) / 1e9:.1f} GB a step" in TEXT
+    assert f"{script.received(layers, 4096) / 1e9:.1f} GB per step" in TEXT
     sizes = [alpha / beta for alpha, beta in script.ASSUMED.values()]
     assert "{:,.0f} and {:,.0f} bytes".format(*sizes) in TEXT
     channels = [int((size - 16) / 16) for size in sizes]
