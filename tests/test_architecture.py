@@ -10,7 +10,8 @@ import pytest
 import batchnorm
 
 ROOT = Path(batchnorm.__file__).parent
-ORDER = ["errors", "text", "reports", "kernels", "ops", "functional", "nn", "statistics"]
+ORDER = ["errors", "version", "checks", "text", "reports", "processes", "kernels", "ops", "functional", "nn"]
+ORDER += ["statistics"]
 ORDER += ["diagnostics", "lab", "cli"]
 HEAVY = ["typer", "rich", "plotly", "polars", "sklearn", "scipy", "joblib", "jinja2", "triton"]
 HEAVY += ["transformers", "batchnorm.lab"]

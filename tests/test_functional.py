@@ -59,9 +59,7 @@ BAD = {
     "mask must be bool and of shape \\(4,\\).*\\(3,\\)": {"mask": torch.ones(3, dtype=torch.bool)},
     "activation must be None or one of relu.*got 'swish'": {"activation": "swish"},
     "activation must be None or one of relu.*got \\['relu'\\]": {"activation": ["relu"]},
-    "residual must be a tensor; got float": {"residual": 3.0},
-    "mask must be a tensor; got str": {"mask": "x"},
-    "momentum must be None or from 0 to 1.*got 5": {"momentum": 5},
+    "momentum must be None or a number from 0 to 1.*got 5": {"momentum": 5},
     "eps must be finite and at least 0; got -1": {"eps": -1},
     "more than 1 value per channel.*\\(1, 3\\)": {"x": torch.ones(1, 3)},
     "running_mean and running_var must be given": {"training": False},
@@ -73,3 +71,9 @@ def test_bad_input_is_refused_with_the_rule_and_the_value(message):
     arguments = {"x": torch.randn(4, 3), "running_mean": None, "running_var": None, "training": True} | BAD[message]
     with pytest.raises(bn.InputError, match=message):
         bn.batch_norm(**arguments)
+
+
+@pytest.mark.parametrize(("name", "value", "type_name"), [("residual", 3.0, "float"), ("mask", "x", "str")])
+def test_an_operand_that_is_no_tensor_is_refused(name, value, type_name):
+    with pytest.raises(bn.InputTypeError, match=f"^{name} must be a tensor; got {type_name}$"):
+        bn.batch_norm(torch.randn(4, 3), None, None, training=True, **{name: value})

@@ -10,7 +10,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from batchnorm.diagnostics.explain import Explanation, explain
-from batchnorm.errors import BatchNormError, DataError, InputError, KernelError, RunError
+from batchnorm.errors import (
+    BatchNormError,
+    DataError,
+    DistributedError,
+    DivergedError,
+    InputError,
+    InputTypeError,
+    KernelError,
+    MissingDependencyError,
+    RunError,
+    UnsupportedError,
+)
 from batchnorm.functional import Stats, batch_norm, lengths_to_mask, normalize
 from batchnorm.kernels.allocator import tune_allocator
 from batchnorm.kernels.chosen import kernels
@@ -42,12 +53,11 @@ from batchnorm.statistics import (
     restore,
     snapshot,
 )
+from batchnorm.version import __version__
 
 if TYPE_CHECKING:
     from batchnorm import lab
     from batchnorm.lab.estimators import BatchNormMLPClassifier, BatchNormMLPRegressor
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BatchNorm",
@@ -58,19 +68,24 @@ __all__ = [
     "BatchNormMLPClassifier",
     "BatchNormMLPRegressor",
     "DataError",
+    "DistributedError",
+    "DivergedError",
     "Explanation",
     "InputError",
+    "InputTypeError",
     "KernelError",
     "LazyBatchNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "MissingDependencyError",
     "Moments",
     "Renorm",
     "RenormSchedule",
     "RunError",
     "Snapshot",
     "Stats",
+    "UnsupportedError",
     "__version__",
     "accumulate",
     "adapt",

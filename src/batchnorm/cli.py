@@ -29,8 +29,9 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: the command line needs pip install 'batchnorm[lab]'; {missing.name} is not installed")
 
-import batchnorm
 from batchnorm.errors import BatchNormError, InputError, RunError
+from batchnorm.kernels.allocator import tune_allocator
+from batchnorm.version import __version__
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -39,7 +40,7 @@ OF_ANY_RUN = {"resume", "jobs", "json_output", "quiet"}
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"batchnorm {batchnorm.__version__}")
+        typer.echo(f"batchnorm {__version__}")
         raise typer.Exit
 
 
@@ -166,7 +167,7 @@ def compare(
             settings=settings.to_json(),
             data=dataset.describe(),
         )
-    batchnorm.tune_allocator()
+    tune_allocator()
     progress = terminal.Silence() if quiet else terminal.Bars()
     if not quiet:
         terminal.describe_data(console(stderr=True), run.content["data"], notes)

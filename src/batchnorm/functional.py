@@ -2,91 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from batchnorm import ops
-from batchnorm.errors import InputError
-from batchnorm.kernels.reference import ACTIVATIONS
+from batchnorm.checks import check, check_count, check_numbers
+from batchnorm.errors import InputError, InputTypeError
 
-__all__ = [
-    "Stats",
-    "batch_norm",
-    "check",
-    "check_activation",
-    "check_momentum",
-    "is_real",
-    "is_whole",
-    "lengths_to_mask",
-    "normalize",
-]
-
-
-def is_real(value: object) -> bool:
-    """Whether the value is a number, of Python or NumPy, and not NaN."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
-
-
-def is_whole(value: object) -> bool:
-    """Whether the value is a whole number, of Python or NumPy."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def check_activation(activation: str | None) -> None:
-    """Raise `InputError` unless the activation is None or a known name."""
-    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
-        raise InputError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-
-
-def check_momentum(momentum: float | None) -> None:
-    """Raise `InputError` unless the momentum is None or a weight."""
-    if momentum is not None and not (is_real(momentum) and 0 <= momentum <= 1):
-        raise InputError(f"momentum must be None or from 0 to 1, the weight of the new value; got {momentum!r}")
-
-
-def _check_numbers(momentum: float | None, eps: float, activation: str | None) -> None:
-    check_momentum(momentum)
-    if not is_real(eps) or not 0 <= eps < math.inf:
-        raise InputError(f"eps must be finite and at least 0; got {eps!r}")
-    check_activation(activation)
-
-
-def check(x: Tensor, residual: Tensor | None, mask: Tensor | None, **per_channel: Tensor | None) -> None:
-    """Raise `InputError` unless shapes and dtypes fit: x (N, C, *), residual as x, mask (N, *), the others (C,)."""
-    if x.dim() < 2:
-        raise InputError(f"input must have at least 2 dimensions, (N, C, *); got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise InputError(f"input must be of a floating dtype; got {x.dtype}")
-    for name, values in per_channel.items():
-        if values is not None and values.shape != x.shape[1:2]:
-            raise InputError(
-                f"{name} must have one number for each of the input's {x.shape[1]} channels (dimension 1); "
-                f"got {values.numel()} for input of shape {tuple(x.shape)}"
-            )
-    if residual is not None:
-        if not isinstance(residual, Tensor):
-            raise InputError(f"residual must be a tensor; got {type(residual).__name__}")
-        if residual.shape != x.shape:
-            raise InputError(f"residual must have the input's shape {tuple(x.shape)}; got {tuple(residual.shape)}")
-    if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise InputError(f"mask must be a tensor; got {type(mask).__name__}")
-        whole = (x.shape[0], *x.shape[2:])
-        fits = mask.dim() == len(whole) and all(size in (1, of) for size, of in zip(mask.shape, whole, strict=True))
-        if mask.dtype != torch.bool or not fits:
-            raise InputError(
-                f"mask must be bool and of shape {whole}, each size equal or 1; got {mask.dtype} {tuple(mask.shape)}"
-            )
-
-
-def check_count(x: Tensor) -> None:
-    """Raise `InputError` where each channel has a single value, which has no variance to divide by."""
-    if x.numel() == x.shape[1] > 0:
-        raise InputError(f"training needs more than 1 value per channel; got input of shape {tuple(x.shape)}")
+__all__ = ["Stats", "batch_norm", "lengths_to_mask", "normalize"]
 
 
 def batch_norm(
@@ -147,7 +72,7 @@ def batch_norm(
             [ 1.,  1.]])
     """
     check(x, residual, mask, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    _check_numbers(momentum, eps, activation)
+    check_numbers(momentum, eps, activation)
     if training:
         check_count(x)
     elif running_mean is None or running_var is None:
@@ -225,7 +150,7 @@ def normalize(
     residual = residual.movedim(channel_dim, 1) if isinstance(residual, Tensor) else residual
     mean, var, count = stats
     check(x, residual, mask, mean=mean, var=var, weight=weight, bias=bias)
-    _check_numbers(momentum, eps, activation)
+    check_numbers(momentum, eps, activation)
     if training:
         check_count(x)
     used = ops.Running(mean, var, None, momentum, moving=False)
@@ -257,7 +182,9 @@ def lengths_to_mask(lengths: Tensor, size: int | None = None) -> Tensor:
     Raises
     ------
     InputError
-        Lengths that are no tensor, of another shape or dtype, below 0 or above ``size``.
+        Lengths of another shape or dtype, below 0 or above ``size``.
+    InputTypeError
+        Lengths that are no tensor.
 
     Examples
     --------
@@ -266,7 +193,7 @@ def lengths_to_mask(lengths: Tensor, size: int | None = None) -> Tensor:
             [ True,  True,  True]])
     """
     if not isinstance(lengths, Tensor):
-        raise InputError(f"lengths must be a tensor of whole numbers; got {type(lengths).__name__}")
+        raise InputTypeError(f"lengths must be a tensor of whole numbers; got {type(lengths).__name__}")
     if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise InputError(f"lengths must be whole numbers of shape (N,); got {lengths.dtype} {tuple(lengths.shape)}")
     greatest = int(lengths.max()) if lengths.numel() else 0

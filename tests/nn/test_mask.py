@@ -266,7 +266,7 @@ def test_a_mask_that_does_not_fit_is_refused(mask, dim):
 
 
 def test_lengths_that_are_no_tensor_are_refused_by_their_type():
-    with pytest.raises(bn.InputError, match="lengths must be a tensor of whole numbers; got list"):
+    with pytest.raises(bn.InputTypeError, match="lengths must be a tensor of whole numbers; got list"):
         bn.lengths_to_mask([1, 2])
 
 

@@ -24,8 +24,8 @@ REFUSED = {
     "activation": ({"activation": "swish"}, r"relu, leaky_relu, silu, gelu, tanh, sigmoid; got 'swish'"),
     "activation=list": ({"activation": ["relu"]}, r"one of relu, .*; got \['relu'\]"),
     "small_batch=list": ({"small_batch": ["raise"]}, r"small_batch must be 'raise' or 'running'; got \['raise'\]"),
-    "momentum=1.1": ({"momentum": 1.1}, r"momentum must be None or from 0 to 1.*; got 1\.1"),
-    "momentum=-0.1": ({"momentum": -0.1}, r"momentum must be None or from 0 to 1.*; got -0\.1"),
+    "momentum=1.1": ({"momentum": 1.1}, r"momentum must be None or a number from 0 to 1.*; got 1\.1"),
+    "momentum=-0.1": ({"momentum": -0.1}, r"momentum must be None or a number from 0 to 1.*; got -0\.1"),
     "momentum=nan": ({"momentum": float("nan")}, r"momentum must be .*; got nan"),
     "momentum='0.1'": ({"momentum": "0.1"}, r"momentum must be .*; got '0\.1'"),
     "momentum=True": ({"momentum": True}, r"momentum must be .*; got True"),
@@ -165,9 +165,9 @@ def test_what_becomes_of_batches_that_are_not_finite_may_be_set_later():
 @pytest.mark.parametrize("channel_dim", [1, 0, -1])
 def test_a_residual_or_mask_that_is_no_tensor_is_refused_by_its_type(channel_dim):
     layer, x = bn.BatchNorm1d(3, channel_dim=channel_dim), torch.randn(3, 3)
-    with pytest.raises(bn.InputError, match="residual must be a tensor; got float"):
+    with pytest.raises(bn.InputTypeError, match="residual must be a tensor; got float"):
         layer(x, 3.0)
-    with pytest.raises(bn.InputError, match="mask must be a tensor; got str"):
+    with pytest.raises(bn.InputTypeError, match="mask must be a tensor; got str"):
         layer(x, mask="x")
 
 
@@ -223,7 +223,7 @@ def test_a_residual_of_another_shape_is_refused(shape, channel_dim):
 )
 def test_a_mask_of_another_shape_or_dtype_is_refused(mask, channel_dim):
     x = torch.randn(4, 5, 7) if channel_dim == 1 else torch.randn(4, 7, 5)
-    with pytest.raises(bn.InputError, match=r"mask must be bool and of shape \(4, 7\), each .*; got torch\."):
+    with pytest.raises(bn.InputError, match=r"mask must be bool and of shape \(4, 7\), where each .*; got torch\."):
         bn.BatchNorm1d(5, channel_dim=channel_dim)(x, mask=mask)
 
 

@@ -352,7 +352,7 @@ def in_groups(rank):
     layer = bn.BatchNorm1d(C, sync=True, process_group=groups[rank % 2])
     stranger = bn.BatchNorm1d(C, sync=True, process_group=groups[1 - rank % 2])
     assert copy.deepcopy(layer).process_group is layer.process_group
-    with pytest.raises(bn.errors.InputError, match="process group"):
+    with pytest.raises(bn.errors.UnsupportedError, match="process group"):
         pickle.dumps(layer)
     x = numbers(9, C).float().split((2, 3, 4))[rank]
     layer(x), stranger(x)
@@ -406,7 +406,7 @@ def other_layers(rank):
 
 def test_ranks_at_different_layers_are_told_which(tmp_path):
     for error in on_ranks(other_layers, 2, tmp_path, expected=2):
-        assert isinstance(error, bn.errors.InputError)
+        assert isinstance(error, bn.errors.DistributedError)
         assert "rank 0 of the group is at '1: 3 channels of torch.float32, eps=1e-05'" in str(error)
         assert "rank 1 of the group is at '1: 4 channels" in str(error)
 
@@ -420,7 +420,7 @@ def other_order(rank):
 
 def test_ranks_that_use_layers_in_another_order_are_told_which(tmp_path):
     for error in on_ranks(other_order, 2, tmp_path, expected=2):
-        assert isinstance(error, bn.errors.InputError)
+        assert isinstance(error, bn.errors.DistributedError)
         assert "rank 0 of the group is at '3 channels of torch.float32, eps=0.001'" in str(error)
 
 
@@ -432,8 +432,8 @@ def one_layer_more(rank):
 
 def test_a_rank_with_a_layer_more_is_told_that_it_is_alone(tmp_path):
     alone, other = on_ranks(one_layer_more, 2, tmp_path, expected=2)
-    assert isinstance(alone, bn.errors.InputError)
-    assert "rank 1 of the group has come to no such layer within the timeout, while this one is at '1: 3" in str(alone)
+    assert isinstance(alone, bn.errors.DistributedError)
+    assert "rank 1 of the group did not answer within the timeout, while this one is at '1: 3" in str(alone)
     assert isinstance(other, RuntimeError)
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-import batchnorm
 from batchnorm.errors import KernelError
 from batchnorm.kernels.allocator import tune_allocator
 from batchnorm.kernels.chosen import REMEDY, VARIABLE, Kernels, kernels
+from batchnorm.version import __version__
 
 __all__ = ["Findings", "examine", "installed"]
 
@@ -174,7 +174,7 @@ def examine() -> Findings:
     cores = len(own.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Findings(
         versions={
-            "batchnorm": batchnorm.__version__,
+            "batchnorm": __version__,
             "Python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,

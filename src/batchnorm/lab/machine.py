@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-import batchnorm
+from batchnorm.kernels.chosen import kernels
+from batchnorm.version import __version__
 
 __all__ = ["caches", "describe", "last_level_cache", "machine"]
 
@@ -70,7 +71,7 @@ def _system() -> str:
 
 def _kernels() -> str:
     """The kernels of CPU tensors; a reason why they aren't native could name a folder, and is left out."""
-    cpu = batchnorm.kernels().cpu
+    cpu = kernels().cpu
     return cpu.name if cpu.instructions is None else f"{cpu.name} ({cpu.instructions})"
 
 
@@ -87,7 +88,7 @@ def describe(*, allocator: str) -> dict[str, Any]:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "torch": str(torch.__version__),
         "torch_instructions": torch.backends.cpu.get_cpu_capability(),
-        "batchnorm": batchnorm.__version__,
+        "batchnorm": __version__,
         "kernels": _kernels(),
         "allocator": allocator,
     }

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from torch.utils._python_dispatch import _disable_current_modes
 
 from batchnorm import ops
+from batchnorm.checks import check
 from batchnorm.errors import InputError
-from batchnorm.functional import check
 from batchnorm.kernels.plan import Plan
 from batchnorm.nn import accumulated, exporting, sync
 from batchnorm.nn.accumulated import Pool
@@ -22,6 +22,7 @@ from batchnorm.nn.small_batch import place, refuse_single_value, warn_of_one_sam
 from batchnorm.nn.state import State
 from batchnorm.nn.sync import Spread
 from batchnorm.ops import Rule, Running
+from batchnorm.processes import group_of, has_processes
 
 __all__ = ["Layer", "layers_of", "stock_layers_of"]
 
@@ -119,7 +120,7 @@ class Layer(State):
         weight, bias = self.weight_and_bias()
         statistics = self.held(self.active_domain)
         y = ops.again(plan, x, weight, bias, residual, *statistics, self._buffers["skipped_batches"])
-        if y is not None and plan.moving and sync.has_processes():
+        if y is not None and plan.moving and has_processes():
             self.count_samples(x.shape[0])
         return y
 
@@ -142,7 +143,7 @@ class Layer(State):
         compiling = torch.compiler.is_compiling()
         learning = self.training and not self.frozen_statistics
         own = learning or (mean is None and var is None)  # whether the batch's statistics are used
-        group = sync.group_of(self) if self.sync and learning else None
+        group = group_of(self.process_group) if self.sync and learning else None
         spread = None if group is None else sync.spread(self, x, mask, group)
         if own and (x.numel() == self.num_features > 0 if spread is None else spread.single):
             if not (learning and self.small_batch == "running"):
@@ -155,7 +156,7 @@ class Layer(State):
         # Activation checkpointing runs forward again within the backward; compiled it counts once by itself.
         again = not compiling and torch._C._current_graph_task_id() != -1
         counts = learning and self.track_running_stats and not again and not self._held
-        if counts and sync.has_processes():
+        if counts and has_processes():
             self.count_samples(samples)
         pool = self._pool if counts else None
         moving = counts and pool is None

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch.distributed as dist
 
+from batchnorm.checks import check_activation, check_momentum, is_real, is_whole
 from batchnorm.errors import InputError, warn
-from batchnorm.functional import check_activation, check_momentum, is_real, is_whole
 from batchnorm.nn.renorm import Renorm, RenormSchedule
 
 __all__ = ["ATTRIBUTES", "Options", "checked_numbers", "checked_options"]

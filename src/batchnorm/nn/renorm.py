@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from batchnorm.checks import is_real, is_whole
 from batchnorm.errors import InputError
-from batchnorm.functional import is_real, is_whole
 from batchnorm.kernels.native import are_plain
 from batchnorm.kernels.reference import Moments, statistics_dtype
 from batchnorm.ops import Limits

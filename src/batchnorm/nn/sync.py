@@ -23,28 +23,21 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from batchnorm import ops
-from batchnorm.errors import InputError
+from batchnorm.errors import DistributedError, UnsupportedError
 from batchnorm.kernels import native, reference
 from batchnorm.kernels.reference import ACTIVATIONS, Moments
 from batchnorm.nn.small_batch import place
 from batchnorm.ops import Normalised, Rule, Running
+from batchnorm.processes import Group, all_gather_through_store, gather_in_graph, sum_in_graph
 
 if TYPE_CHECKING:
     from batchnorm.nn.layer import Layer
 
-__all__ = ["Group", "Shared", "Spread", "group_of", "has_processes", "normalise", "spread"]
-
-
-class Group(NamedTuple):
-    """The processes that a batch is spread over: the group's name, and how many they are."""
-
-    name: str
-    size: int
+__all__ = ["Shared", "Spread", "normalise", "spread"]
 
 
 class Spread(NamedTuple):
@@ -65,26 +58,10 @@ class Shared:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        raise InputError(
+        raise UnsupportedError(
             "a process group belongs to the processes that run, so a layer that has one can't be pickled: save its "
             f"state_dict(), or set its process_group to None; got {self.group!r}"
         )
-
-
-def has_processes() -> bool:
-    """Whether torch.distributed is at work."""
-    return DISTRIBUTED and dist.is_initialized()
-
-
-def group_of(layer: Layer) -> Group | None:
-    """The group that the layer's training batches are spread over; None where all of a batch is here."""
-    if not has_processes():
-        return None
-    size = dist.get_world_size(layer.process_group)  # -1 outside of the group
-    if size <= 1:
-        return None
-    group: Any = dist.group.WORLD if layer.process_group is None else layer.process_group
-    return Group(group.group_name, size)
 
 
 @torch.no_grad()
@@ -93,11 +70,15 @@ def spread(layer: Layer, x: Tensor, mask: Tensor | None, group: Group) -> Spread
 
     Raises
     ------
-    InputError
-        At the layer's first batch, on all ranks: they are not at the same layer. Under a transform of torch.func.
+    DistributedError
+        At the layer's first batch, on all ranks: they are not at the same layer.
+    UnsupportedError
+        Under a transform of torch.func.
     """
     if torch._C._are_functorch_transforms_active():
-        raise InputError("sync=True exchanges statistics with other processes, which torch.func's transforms can't do")
+        raise UnsupportedError(
+            "sync=True exchanges statistics with other processes, which torch.func's transforms can't do"
+        )
     compiling = torch.compiler.is_compiling()
     if compiling:
         layer._agreed = True  # nothing to be said in a graph; nor later, outside of it, where other ranks say nothing
@@ -109,7 +90,7 @@ def spread(layer: Layer, x: Tensor, mask: Tensor | None, group: Group) -> Spread
     counts = own.mean.new_full((2,), values)
     if mask is not None:
         counts[1] = own.count
-    gathered = _gathered(torch.cat((own.mean, own.var, counts)), group)
+    gathered = gather_in_graph(torch.cat((own.mean, own.var, counts)), group)
     mean, var, counts = gathered.tensor_split((x.shape[1], 2 * x.shape[1]), 1)
     # Only a rank that has at most one value waits for the device to tell how many there are: where all have one
     # together, that is each of them. In a graph, which can't wait, such a batch gives beta and moves no statistics.
@@ -117,7 +98,6 @@ def spread(layer: Layer, x: Tensor, mask: Tensor | None, group: Group) -> Spread
     return Spread(reference.pooled(Moments(mean, var, counts[:, 1])), single, group)
 
 
-DISTRIBUTED = dist.is_available()
 SAME_LAYERS = "with sync=True all ranks must run the same layers in the same order"
 _MET: Counter[str] = Counter()
 """How many layers have had their first batch, by group."""
@@ -126,35 +106,15 @@ _MET: Counter[str] = Counter()
 def _agree(layer: Layer, x: Tensor, group: Group) -> None:
     """See that all ranks are at the same layer; through the store, since a collective would meet another layer's."""
     mine = f"{place(layer)}{layer.num_features} channels of {x.dtype}, eps={layer.eps}"
-    store = dist.distributed_c10d.PrefixStore(
-        f"batchnorm/{group.name}/{_MET[group.name]}", dist.distributed_c10d._get_default_store()
-    )
+    key = f"batchnorm/{group.name}/{_MET[group.name]}"
     _MET[group.name] += 1
-    store.set(str(dist.get_rank(layer.process_group)), mine)
-    said = []
-    for rank in range(group.size):
-        try:
-            said.append(store.get(str(rank)).decode())
-        except (dist.DistStoreError, RuntimeError) as error:
-            raise InputError(
-                f"{SAME_LAYERS}; rank {rank} of the group has come to no such layer within the timeout, while this one "
-                f"is at {mine!r}"
-            ) from error
+    try:
+        said = all_gather_through_store(mine, key, layer.process_group)
+    except DistributedError as error:
+        raise DistributedError(f"{SAME_LAYERS}; {error}, while this one is at {mine!r}") from error
     if len(set(said)) > 1:
         at = "; ".join(f"rank {rank} of the group is at {text!r}" for rank, text in enumerate(said))
-        raise InputError(f"{SAME_LAYERS}; {at}")
-
-
-def _gathered(values: Tensor, group: Group) -> Tensor:
-    """The values (K,) of all ranks (ranks, K)."""
-    found = torch.ops._c10d_functional.all_gather_into_tensor(values.unsqueeze(0), group.size, group.name)
-    return torch.ops._c10d_functional.wait_tensor(found)  # type: ignore[no-any-return]
-
-
-def _summed(values: Tensor, group: str) -> Tensor:
-    """The sum of all ranks' values."""
-    found = torch.ops._c10d_functional.all_reduce(values, "sum", group)
-    return torch.ops._c10d_functional.wait_tensor(found)  # type: ignore[no-any-return]
+        raise DistributedError(f"{SAME_LAYERS}; {at}")
 
 
 def normalise(
@@ -226,7 +186,7 @@ class _Normalise(torch.autograd.Function):
             dy, x, torch.stack((mean, var)), gamma, beta, y, mask, ctx.eps, ctx.activation, False, wanted
         )
         if of_x:
-            means = _summed(torch.stack((dgamma, dbeta)), ctx.group) / count.clamp(min=1)
+            means = sum_in_graph(torch.stack((dgamma, dbeta)), ctx.group) / count.clamp(min=1)
             scale, shift = -gamma * torch.rsqrt(var + ctx.eps) * means
             dx, _ = torch.ops.batchnorm.forward(x, mean, var, scale, shift, dx, mask, ctx.eps, None)
         if of_residual and y is None:

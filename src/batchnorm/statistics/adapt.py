@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm import ops
 from batchnorm.errors import InputError
+from batchnorm.processes import process_group_of
 from batchnorm.statistics.changes import LayerChange, changes, table
 from batchnorm.statistics.forwards import (
     Forward,
@@ -33,7 +34,7 @@ from batchnorm.statistics.forwards import (
     uncompiled,
     unwrapped,
 )
-from batchnorm.statistics.measuring import Measuring, check_passes, put_back_on_error, ranks_of
+from batchnorm.statistics.measuring import Measuring, check_passes, put_back_on_error
 from batchnorm.statistics.moments import Moments
 
 __all__ = ["Adaptation", "adapt"]
@@ -147,7 +148,9 @@ def adapt(
         return _between(path, layer, moments, seen, prior)
 
     with put_back_on_error(model, layers) as before:
-        found = Measuring(model, loader, settle, forward, task="adapting", ranks=ranks_of(group)).layerwise(layers)
+        found = Measuring(model, loader, settle, forward, task="adapting", ranks=process_group_of(group)).layerwise(
+            layers
+        )
         undo = ExitStack()
         for path in found:
             undo.callback(_write, layers[path], running_names(layers[path]), before[path])

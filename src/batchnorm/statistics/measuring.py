@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm import ops
-from batchnorm.errors import BatchNormError, InputError
+from batchnorm.errors import DistributedError, InputError
 from batchnorm.kernels import reference
-from batchnorm.nn.sync import has_processes
+from batchnorm.processes import all_gather_objects
 from batchnorm.statistics.changes import named
 from batchnorm.statistics.forwards import (
     Forward,
@@ -36,7 +36,7 @@ from batchnorm.statistics.forwards import (
 from batchnorm.statistics.interrupts import held_back, let_through
 from batchnorm.statistics.moments import Moments
 
-__all__ = ["Measuring", "check_passes", "put_back_on_error", "ranks_of"]
+__all__ = ["Measuring", "check_passes", "put_back_on_error"]
 
 FEWEST_BATCHES = 8
 POOLED_AT_ONCE = 32
@@ -288,12 +288,11 @@ def _of_all_ranks(
     """What the pass saw on all processes; where it failed on one it fails on all."""
     moments, orders, uses, samples = own
     if ranks is not None:
-        told: list[Any] = [None] * dist.get_world_size(ranks)
         said = None if failed is None else repr(failed)
-        dist.all_gather_object(told, (list(moments), orders, uses, samples, said), group=ranks)
+        told = all_gather_objects((list(moments), orders, uses, samples, said), ranks)
         for rank, (*_, error) in enumerate(told):
             if failed is None and error is not None:
-                raise BatchNormError(f"rank {rank} of the group failed, and so nothing was changed: {error}")
+                raise DistributedError(f"rank {rank} of the group failed, and so nothing was changed: {error}")
         measured = dict.fromkeys(path for each in told for path in each[0])
         orders = [order for each in told for order in each[1]]
         uses = functools.reduce(operator.or_, (each[2] for each in told))
@@ -322,10 +321,3 @@ def _in_order(orders: list[tuple[str, ...]]) -> list[str]:
         return list(follow.static_order())
     except CycleError:  # batches use the layers in contrary orders
         return list(dict.fromkeys(path for order in orders for path in order))
-
-
-def ranks_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The group given, all processes where none is; None where there is one, or this one is none of the group."""
-    if not has_processes() or dist.get_world_size(group) <= 1:  # -1 outside of it
-        return None
-    return dist.group.WORLD if group is None else group

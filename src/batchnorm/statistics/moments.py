@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchnorm import ops
+from batchnorm.checks import check
 from batchnorm.errors import InputError
-from batchnorm.functional import check
 from batchnorm.kernels import reference
-from batchnorm.nn.sync import has_processes
+from batchnorm.processes import all_gather, group_size
 
 __all__ = ["Moments"]
 
@@ -94,13 +94,13 @@ class Moments:
 
         Where torch.distributed is not initialised, and outside of the group, there is one rank.
         """
-        if not has_processes() or dist.get_world_size(group) <= 1:
+        if group_size(group) == 1:
             return self
         packed = torch.cat((self.count.reshape(1), self.mean, self.m2))
-        gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, packed, group=group)
         channels = len(self.mean)
-        return merged([Moments(each[0], each[1 : channels + 1], each[channels + 1 :]) for each in gathered])
+        return merged(
+            [Moments(each[0], each[1 : channels + 1], each[channels + 1 :]) for each in all_gather(packed, group)]
+        )
 
 
 def merged(parts: Sequence[Moments]) -> Moments:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.errors import InputError
 from batchnorm.kernels import reference
+from batchnorm.processes import all_gather, all_gather_objects, group_size
 from batchnorm.statistics.forwards import statistics_layers, suffixes_of, unwrapped
-from batchnorm.statistics.measuring import ranks_of
 
 __all__ = ["pool_running_stats"]
 
@@ -84,7 +84,7 @@ def pool_running_stats(model: nn.Module, group: dist.ProcessGroup | None = None,
     if samples is not None and samples < 0:
         raise InputError(f"samples must be None or at least 0; got {samples!r}")
     sets = _sets(unwrapped(model))
-    if ranks_of(group) is None:
+    if group_size(group) == 1:
         return
     _check_same(sets, group)
     given, *columns = _gathered(sets, samples, group)
@@ -121,9 +121,7 @@ def _sets(model: nn.Module) -> list[_Held]:
 
 def _check_same(sets: list[_Held], group: dist.ProcessGroup | None) -> None:
     own = [(held.name, len(held.mean)) for held in sets]
-    ranks: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(ranks, own, group=group)
-    for rank, theirs in enumerate(ranks):
+    for rank, theirs in enumerate(all_gather_objects(own, group)):
         if theirs != own:
             here, there = next((a, b) for a, b in zip_longest(own, theirs, fillvalue="none") if a != b)
             raise InputError(
@@ -140,9 +138,7 @@ def _gathered(sets: list[_Held], samples: int | None, group: dist.ProcessGroup |
         counts = held.since() if samples is None else (samples, 0)
         parts += held.mean, held.var, torch.tensor(counts)
     own = torch.cat([part.detach().to(device, torch.float64) for part in parts])
-    ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(ranks, own, group=group)
-    return list(torch.split(torch.stack(ranks), [len(part) for part in parts], dim=1))
+    return list(torch.split(all_gather(own, group), [len(part) for part in parts], dim=1))
 
 
 def _check_finite(held: _Held, ranks: reference.Moments) -> None:

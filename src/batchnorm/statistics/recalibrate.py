@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm.errors import InputError
+from batchnorm.processes import process_group_of
 from batchnorm.statistics.changes import LayerChange, changes, table
 from batchnorm.statistics.forwards import Forward, Statistics, kept_variance, statistics_layers, unwrapped
-from batchnorm.statistics.measuring import Measuring, check_passes, put_back_on_error, ranks_of
+from batchnorm.statistics.measuring import Measuring, check_passes, put_back_on_error
 from batchnorm.statistics.moments import Moments
 
 __all__ = ["Recalibration", "recalibrate"]
@@ -127,7 +128,7 @@ def recalibrate(
         progress,
         task="recalibrating",
         instead=AT_ONCE,
-        ranks=ranks_of(group),
+        ranks=process_group_of(group),
     )
     with put_back_on_error(model, layers) as before:
         found = run.at_once(layers) if mode == "at_once" else run.layerwise(layers)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import batchnorm
 from batchnorm.errors import InputError
 from batchnorm.lab.bench.run import Job, Settings, across_allocators
 from batchnorm.lab.bench.share import share_of_batch_norm
+from batchnorm.nn import BatchNorm2d
 
 __all__ = ["LAYOUTS", "MODELS", "differences", "model_job", "network", "step_of", "swapped"]
 
@@ -63,7 +63,7 @@ def swapped(model: nn.Module) -> nn.Module:
         if isinstance(getattr(module, "normalization", None), nn.BatchNorm2d):
             stock = module.normalization
             fuse = isinstance(getattr(module, "activation", None), nn.ReLU)
-            ours = batchnorm.BatchNorm2d(stock.num_features, stock.eps, activation="relu" if fuse else None)
+            ours = BatchNorm2d(stock.num_features, stock.eps, activation="relu" if fuse else None)
             ours.momentum = stock.momentum  # MobileNetV2's 0.997 is Keras's convention, of which the layer would warn
             ours.load_state_dict(stock.state_dict())
             module.normalization = ours

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-import batchnorm
 from batchnorm.errors import RunError
+from batchnorm.kernels.allocator import tune_allocator
 from batchnorm.lab.bench import sides
 from batchnorm.lab.bench.check import fault
 from batchnorm.lab.bench.floors import floor, ideal_bytes
@@ -136,7 +136,7 @@ def start(kind: str, settings: Settings, command: str) -> dict[str, Any]:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if kind == "kernels":
-        allocator = "tuned" if settings.tuned_allocator and batchnorm.tune_allocator() else "as it is"
+        allocator = "tuned" if settings.tuned_allocator and tune_allocator() else "as it is"
     else:
         allocator = "tuned and as it is"
     return {

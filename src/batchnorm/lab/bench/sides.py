@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import batchnorm
 from batchnorm.lab.bench.registry import OPERATIONS, Case
+from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 __all__ = ["OURS", "Inputs", "copy", "inputs", "ours", "stock", "timed_call"]
 
 EPS = 1e-5
 OURS: dict[int, type[nn.Module]] = {
-    2: batchnorm.BatchNorm1d,
-    3: batchnorm.BatchNorm1d,
-    4: batchnorm.BatchNorm2d,
-    5: batchnorm.BatchNorm3d,
+    2: BatchNorm1d,
+    3: BatchNorm1d,
+    4: BatchNorm2d,
+    5: BatchNorm3d,
 }
 STOCK: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 

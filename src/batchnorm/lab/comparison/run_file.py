@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-import batchnorm
 from batchnorm.errors import RunError
 from batchnorm.lab.files import json_safe, write_file
 from batchnorm.lab.machine import machine
 from batchnorm.lab.training.runs import Run
+from batchnorm.version import __version__
 
 __all__ = ["FILE", "RunFile", "new_folder", "read_run"]
 
@@ -72,7 +72,7 @@ class RunFile:
     @classmethod
     def create(cls, folder: Path, **content: Any) -> RunFile:
         """A new run in an empty folder."""
-        versions = {"batchnorm": batchnorm.__version__} | {name: metadata.version(name) for name in PACKAGES}
+        versions = {"batchnorm": __version__} | {name: metadata.version(name) for name in PACKAGES}
         head = {
             "format": FORMAT,
             "version": VERSION,
