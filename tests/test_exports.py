@@ -1,5 +1,10 @@
 """The public names, by hand: a name added or lost here is a decision."""
 
+import subprocess
+import sys
+
+import pytest
+
 import batchnorm as bn
 
 PUBLIC = [
@@ -63,3 +68,18 @@ def test_every_public_name_is_there():
 
 def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(bn, "BatchNorm4d")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import batchnorm; assert 'torch' not in sys.modules; batchnorm.BatchNorm1d; assert 'torch' in sys.modules",
+        "import batchnorm, torch; batchnorm.Moments; torch.ops.batchnorm.forward.default",
+        "import torch, batchnorm; torch.ops.batchnorm.forward.default",
+        "from batchnorm.kernels import native; import batchnorm; batchnorm.kernels().cpu",
+        "from batchnorm import kernels; from batchnorm.kernels import native; kernels().cpu; native.reason()",
+    ],
+    ids=["torch is loaded late", "operators", "torch is there", "subpackage first", "function first"],
+)
+def test_the_core_is_loaded_at_the_first_use_of_a_name(code):
+    subprocess.run([sys.executable, "-c", f"import sys; {code}"], check=True)

@@ -1,15 +1,17 @@
 """Batch normalization for PyTorch: layers, estimators, and the evidence of what it changes.
 
-``import batchnorm as bn``. Importing it loads torch and nothing heavier: the estimators and the lab, which need
-``pip install 'batchnorm[lab]'``, are loaded at first use.
+``import batchnorm as bn``. The first use of a public name loads torch and the core, and nothing heavier; if torch is
+loaded already, the import does. Until then the import is cheap, so that ``batchnorm --help`` answers at once. The
+estimators and the lab, which need ``pip install 'batchnorm[lab]'``, are loaded when they are used.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.diagnostics.explain import Explanation, explain
 from batchnorm.errors import (
     BatchNormError,
     DataError,
@@ -22,42 +24,36 @@ from batchnorm.errors import (
     RunError,
     UnsupportedError,
 )
-from batchnorm.functional import Stats, batch_norm, lengths_to_mask, normalize
-from batchnorm.kernels.allocator import tune_allocator
-from batchnorm.kernels.chosen import kernels
-from batchnorm.nn import (
-    BatchNorm,
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    LazyBatchNorm,
-    LazyBatchNorm1d,
-    LazyBatchNorm2d,
-    LazyBatchNorm3d,
-    Renorm,
-    RenormSchedule,
-    accumulate,
-    domain,
-    domains,
-    freeze,
-    no_stat_updates,
-    unfreeze,
-)
-from batchnorm.statistics import (
-    Moments,
-    Snapshot,
-    adapt,
-    detect_shift,
-    pool_running_stats,
-    recalibrate,
-    restore,
-    snapshot,
-)
 from batchnorm.version import __version__
 
 if TYPE_CHECKING:
     from batchnorm import lab
+    from batchnorm.diagnostics.explain import Explanation, explain
+    from batchnorm.functional import Stats, batch_norm, lengths_to_mask, normalize
+    from batchnorm.kernels.allocator import tune_allocator
+    from batchnorm.kernels.chosen import kernels
     from batchnorm.lab.estimators import BatchNormMLPClassifier, BatchNormMLPRegressor
+    from batchnorm.nn import (
+        BatchNorm,
+        BatchNorm1d,
+        BatchNorm2d,
+        BatchNorm3d,
+        LazyBatchNorm,
+        LazyBatchNorm1d,
+        LazyBatchNorm2d,
+        LazyBatchNorm3d,
+        Renorm,
+        RenormSchedule,
+        accumulate,
+        freeze,
+        no_stat_updates,
+        unfreeze,
+    )
+    from batchnorm.nn.domains import domain, domains
+    from batchnorm.statistics import Moments, detect_shift, pool_running_stats
+    from batchnorm.statistics.adapt import adapt
+    from batchnorm.statistics.recalibrate import recalibrate
+    from batchnorm.statistics.snapshot import Snapshot, restore, snapshot
 
 __all__ = [
     "BatchNorm",
@@ -108,16 +104,52 @@ __all__ = [
     "unfreeze",
 ]
 
-_LAZY = {"BatchNormMLPClassifier": "batchnorm.lab.estimators", "BatchNormMLPRegressor": "batchnorm.lab.estimators"}
+_CORE = [
+    "batchnorm.functional",
+    "batchnorm.kernels.allocator",
+    "batchnorm.kernels.chosen",
+    "batchnorm.nn",
+    "batchnorm.statistics",
+    "batchnorm.diagnostics.explain",
+]
+_ESTIMATORS = ["BatchNormMLPClassifier", "BatchNormMLPRegressor"]
+
+
+class _Package(ModuleType):
+    """Type of this module, in which ``kernels`` is the public function and never the subpackage of the same name."""
+
+    @property
+    def kernels(self) -> Any:
+        return importlib.import_module("batchnorm.kernels.chosen").kernels
+
+    @kernels.setter
+    def kernels(self, subpackage: ModuleType) -> None:
+        """Ignore the assignment that Python makes when it imports the subpackage."""
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def _load_core() -> None:
+    """Import torch and the core, which registers the operators, and add the public names to this module."""
+    for module in map(importlib.import_module, _CORE):
+        globals().update({name: getattr(module, name) for name in module.__all__ if name in __all__})
 
 
 def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "lab":
         return importlib.import_module("batchnorm.lab")
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _ESTIMATORS:
+        return getattr(importlib.import_module("batchnorm.lab.estimators"), name)
+    _load_core()
+    return globals()[name]
 
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if "torch" in sys.modules:
+    _load_core()
