@@ -37,10 +37,9 @@ PUBLIC = [
     "__version__",
     "accumulate",
     "adapt",
+    "add_domains",
     "batch_norm",
     "detect_shift",
-    "domain",
-    "domains",
     "explain",
     "freeze",
     "kernels",
@@ -54,6 +53,7 @@ PUBLIC = [
     "snapshot",
     "tune_allocator",
     "unfreeze",
+    "use_domain",
 ]
 
 

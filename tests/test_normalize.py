@@ -269,7 +269,7 @@ def assert_buffers_equal(stacked, models):
 ENSEMBLES = {
     "defaults": {},
     "cumulative": {"momentum": None, "activation": "relu"},
-    "propagate, biased": {"nonfinite": "propagate", "running_var": "biased"},
+    "propagate, biased": {"nonfinite": "propagate", "unbiased": False},
     "virtual batches": {"virtual_batch_size": 3},
     "renorm": {"renorm": bn.Renorm(1.5, 0.5)},
     "scheduled renorm": {"renorm": bn.RenormSchedule(start=0, r_end=3, d_end=2), "virtual_batch_size": 4},

@@ -85,10 +85,9 @@ __all__ = [
     "__version__",
     "accumulate",
     "adapt",
+    "add_domains",
     "batch_norm",
     "detect_shift",
-    "domain",
-    "domains",
     "explain",
     "freeze",
     "kernels",
@@ -102,6 +101,7 @@ __all__ = [
     "snapshot",
     "tune_allocator",
     "unfreeze",
+    "use_domain",
 ]
 
 _CORE = [

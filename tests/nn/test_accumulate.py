@@ -92,7 +92,7 @@ def test_the_update_has_the_weight_that_momentum_gives_one_batch(momentum):
 
 
 def test_a_layer_that_keeps_the_biased_variance_gets_the_biased_one_of_all():
-    layer, parts = bn.BatchNorm1d(4, running_var="biased"), micro_batches(3, 2)
+    layer, parts = bn.BatchNorm1d(4, unbiased=False), micro_batches(3, 2)
     with bn.accumulate(layer):
         for x in parts:
             layer(x)
@@ -468,12 +468,12 @@ def test_a_model_with_torchs_layers_too_raises_with_the_path_of_one():
 
 
 def test_each_domain_moves_by_the_micro_batches_seen_in_it():
-    layer = bn.domains(bn.BatchNorm1d(4), ["real", "drawn"])
+    layer = bn.add_domains(bn.BatchNorm1d(4), ["real", "drawn"])
     real, drawn, none = micro_batches(4, 5, 6)
     with bn.accumulate(layer):
-        with bn.domain(layer, "real"):
+        with bn.use_domain(layer, "real"):
             layer(real)
-        with bn.domain(layer, "drawn"):
+        with bn.use_domain(layer, "drawn"):
             layer(drawn)
         layer(none)
     for name, values in (("_real", real), ("_drawn", drawn), ("", none)):

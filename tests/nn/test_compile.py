@@ -126,7 +126,7 @@ OPTIONS = {
         "renorm": bn.Renorm(1.5, 0.5),
         "activation": "leaky_relu",
     },
-    "biased": {"running_var": "biased"},
+    "biased": {"unbiased": False},
     "activation": {"activation": "gelu"},
     "nothing tracked": {"track_running_stats": False},
 }

@@ -16,7 +16,7 @@ KINDS = ("running_mean", "running_var", "num_batches_tracked")
 def network(names=NAMES):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), bn.BatchNorm1d(3), nn.Sequential(nn.ReLU(), bn.BatchNorm1d(3)))
-    return bn.domains(model, names) if names else model
+    return bn.add_domains(model, names) if names else model
 
 
 def batch(mean, seed=0):
@@ -33,15 +33,15 @@ def equal(one, other):
 
 def test_the_model_given_is_returned_and_gamma_and_beta_are_shared():
     model = network([])
-    assert bn.domains(model, NAMES) is model
+    assert bn.add_domains(model, NAMES) is model
     assert [name for name, _ in model[1].named_parameters()] == ["weight", "bias"]
 
 
 def test_a_batch_in_a_domain_moves_its_statistics_and_no_others():
-    layer = bn.domains(bn.BatchNorm1d(3), NAMES)
+    layer = bn.add_domains(bn.BatchNorm1d(3), NAMES)
     before, of_real = statistics(layer), statistics(layer, "real")
     x = batch(5.0)
-    with bn.domain(layer, "drawn"):
+    with bn.use_domain(layer, "drawn"):
         layer(x)
     assert equal(before, statistics(layer))
     assert equal(of_real, statistics(layer, "real"))
@@ -53,12 +53,12 @@ def test_a_batch_in_a_domain_moves_its_statistics_and_no_others():
 
 @pytest.mark.parametrize("momentum", [0.1, None], ids=str)
 def test_interleaved_domains_learn_as_layers_of_their_own(momentum):
-    layer = bn.domains(bn.BatchNorm1d(3, momentum=momentum), NAMES)
+    layer = bn.add_domains(bn.BatchNorm1d(3, momentum=momentum), NAMES)
     own = {name: nn.BatchNorm1d(3, momentum=momentum) for name in NAMES}
     for seed in range(6):
         for name in NAMES[: 1 + seed % 2]:
             x = batch(2.0 if name == "real" else -7.0, seed)
-            with bn.domain(layer, name):
+            with bn.use_domain(layer, name):
                 layer(x)
             own[name](x)
     for name in NAMES:
@@ -68,7 +68,7 @@ def test_interleaved_domains_learn_as_layers_of_their_own(momentum):
 
 
 def test_without_a_domain_the_layers_own_statistics_move():
-    layer = bn.domains(bn.BatchNorm1d(3), NAMES)
+    layer = bn.add_domains(bn.BatchNorm1d(3), NAMES)
     before = statistics(layer, "real")
     layer(batch(5.0))
     assert int(layer.num_batches_tracked) == 1
@@ -76,8 +76,8 @@ def test_without_a_domain_the_layers_own_statistics_move():
 
 
 def test_eval_in_a_domain_is_the_formula_with_its_statistics():
-    layer, x = bn.domains(bn.BatchNorm1d(3), NAMES), batch(3.0)
-    with bn.domain(layer, "drawn"):
+    layer, x = bn.add_domains(bn.BatchNorm1d(3), NAMES), batch(3.0)
+    with bn.use_domain(layer, "drawn"):
         layer(batch(5.0))
         y = layer.eval()(x)
     mean, var = layer.running_mean_drawn.double(), layer.running_var_drawn.double()
@@ -88,8 +88,8 @@ def test_eval_in_a_domain_is_the_formula_with_its_statistics():
 
 
 def test_a_single_sample_under_running_uses_the_domains_statistics():
-    layer = bn.domains(bn.BatchNorm1d(3, small_batch="running"), NAMES)
-    with bn.domain(layer, "drawn"):
+    layer = bn.add_domains(bn.BatchNorm1d(3, small_batch="running"), NAMES)
+    with bn.use_domain(layer, "drawn"):
         layer(batch(5.0))
         before = statistics(layer, "drawn")
         y = layer(batch(1.0)[:1])
@@ -98,19 +98,19 @@ def test_a_single_sample_under_running_uses_the_domains_statistics():
 
 
 def test_a_frozen_layer_uses_the_domains_statistics_and_moves_none():
-    layer = bn.freeze(bn.domains(bn.BatchNorm1d(3), NAMES))
+    layer = bn.freeze(bn.add_domains(bn.BatchNorm1d(3), NAMES))
     layer.running_mean_drawn.fill_(4.0)
     before = statistics(layer, "drawn")
-    with bn.domain(layer, "drawn"):
+    with bn.use_domain(layer, "drawn"):
         y = layer(torch.full((2, 3), 4.0))
     assert torch.equal(y, torch.zeros(2, 3))
     assert equal(before, statistics(layer, "drawn"))
 
 
 def test_a_poisoned_batch_leaves_the_domain_as_it_was():
-    layer = bn.domains(bn.BatchNorm1d(3), NAMES)
+    layer = bn.add_domains(bn.BatchNorm1d(3), NAMES)
     before = statistics(layer, "drawn")
-    with bn.domain(layer, "drawn"):
+    with bn.use_domain(layer, "drawn"):
         layer(torch.full((4, 3), torch.nan))
     assert equal(before, statistics(layer, "drawn"))
     assert int(layer.skipped_batches) == 1
@@ -118,7 +118,7 @@ def test_a_poisoned_batch_leaves_the_domain_as_it_was():
 
 def test_the_domain_is_of_all_layers_of_the_model():
     model = network()
-    with bn.domain(model, "real"):
+    with bn.use_domain(model, "real"):
         model(torch.randn(8, 4))
     layers = (model[1], model[2][1])
     assert [int(layer.num_batches_tracked_real) for layer in layers] == [1, 1]
@@ -126,9 +126,9 @@ def test_the_domain_is_of_all_layers_of_the_model():
 
 
 def test_a_nested_domain_ends_in_the_outer_one_and_that_in_none():
-    layer = bn.domains(bn.BatchNorm1d(3), NAMES)
-    with bn.domain(layer, "real"):
-        with bn.domain(layer, "drawn"):
+    layer = bn.add_domains(bn.BatchNorm1d(3), NAMES)
+    with bn.use_domain(layer, "real"):
+        with bn.use_domain(layer, "drawn"):
             layer(batch(1.0))
         layer(batch(1.0))
         layer(batch(1.0))
@@ -138,8 +138,8 @@ def test_a_nested_domain_ends_in_the_outer_one_and_that_in_none():
 
 
 def test_an_exception_ends_the_domain():
-    layer = bn.domains(bn.BatchNorm1d(3), NAMES)
-    with pytest.raises(ZeroDivisionError), bn.domain(layer, "real"):
+    layer = bn.add_domains(bn.BatchNorm1d(3), NAMES)
+    with pytest.raises(ZeroDivisionError), bn.use_domain(layer, "real"):
         1 / 0
     layer(batch(1.0))
     assert (int(layer.num_batches_tracked), int(layer.num_batches_tracked_real)) == (1, 0)
@@ -147,21 +147,24 @@ def test_an_exception_ends_the_domain():
 
 def test_an_unknown_domain_is_named_with_the_known_ones_and_no_layer_enters_it():
     model = network()
-    bn.domains(model[1], ["cartoon"])
+    bn.add_domains(model[1], ["cartoon"])
     with (
-        pytest.raises(bn.InputError, match=r"2\.1 has no domain 'cartoon', but real, drawn"),
-        bn.domain(model, "cartoon"),
+        pytest.raises(bn.InputError, match=r"2\.1 must have the domain 'cartoon'.*; got real, drawn"),
+        bn.use_domain(model, "cartoon"),
     ):
         pass
     assert model[1].active_domain is None
-    with pytest.raises(bn.InputError, match="no domain 'real', but none"), bn.domain(bn.BatchNorm1d(3), "real"):
+    with (
+        pytest.raises(bn.InputError, match=r"must have the domain 'real'.*; got none"),
+        bn.use_domain(bn.BatchNorm1d(3), "real"),
+    ):
         pass
 
 
 @pytest.mark.parametrize("names", ["real", [], ["a b"], ["a.b"], [3], [""]], ids=repr)
 def test_names_that_can_be_no_buffers_are_refused(names):
     with pytest.raises(bn.InputError, match="name"):
-        bn.domains(bn.BatchNorm1d(3), names)
+        bn.add_domains(bn.BatchNorm1d(3), names)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,7 @@ def test_names_that_can_be_no_buffers_are_refused(names):
 )
 def test_a_model_without_layers_that_keep_statistics_is_refused(model):
     with pytest.raises(bn.InputError, match=f"{type(model).__name__} has none"):
-        bn.domains(model, NAMES)
+        bn.add_domains(model, NAMES)
 
 
 # State dicts, casts, copies.
@@ -178,15 +181,15 @@ def test_a_model_without_layers_that_keep_statistics_is_refused(model):
 def trained():
     model = network()
     for i, name in enumerate(NAMES):
-        with bn.domain(model, name):
+        with bn.use_domain(model, name):
             model(torch.randn(8, 4) + i)
     return model
 
 
 def test_a_lazy_layer_that_has_seen_no_batch_is_refused_by_its_path():
     model = nn.Sequential(bn.BatchNorm1d(3), bn.LazyBatchNorm1d())
-    with pytest.raises(bn.InputError, match="of which 1 has none before its first batch"):
-        bn.domains(model, ["real"])
+    with pytest.raises(bn.InputError, match="and 1 has none before its first batch"):
+        bn.add_domains(model, ["real"])
     assert model[0].domain_names == []
 
 
@@ -208,42 +211,42 @@ def test_a_model_with_other_domains_refuses_the_state_dict(names):
 
 
 def test_the_statistics_of_domains_stay_float32_bitwise_through_a_cast():
-    layer, fine = bn.domains(bn.BatchNorm1d(3), NAMES), 1 + 2.0**-20
+    layer, fine = bn.add_domains(bn.BatchNorm1d(3), NAMES), 1 + 2.0**-20
     layer.running_var_real.fill_(fine)
     layer.bfloat16()
     assert layer.running_var_real.dtype == torch.float32
     assert layer.running_var_real.tolist() == [fine] * 3
-    with bn.domain(layer, "real"):
+    with bn.use_domain(layer, "real"):
         layer(batch(2.0).bfloat16())
     assert layer.running_mean_real.dtype == torch.float32
     assert int(layer.num_batches_tracked_real) == 1
 
 
 def test_a_deepcopy_has_domains_of_its_own():
-    layer = bn.domains(bn.BatchNorm1d(3), NAMES)
+    layer = bn.add_domains(bn.BatchNorm1d(3), NAMES)
     twin = copy.deepcopy(layer)
     before = statistics(layer, "real")
-    with bn.domain(twin, "real"):
+    with bn.use_domain(twin, "real"):
         twin(batch(2.0))
     assert equal(before, statistics(layer, "real"))
     assert int(twin.num_batches_tracked_real) == 1
 
 
 def test_a_copy_made_within_a_domain_is_in_none():
-    layer = bn.domains(bn.BatchNorm1d(3), NAMES)
-    with bn.domain(layer, "real"):
+    layer = bn.add_domains(bn.BatchNorm1d(3), NAMES)
+    with bn.use_domain(layer, "real"):
         twin = copy.deepcopy(layer)
     twin(batch(2.0))
     assert (int(twin.num_batches_tracked), int(twin.num_batches_tracked_real)) == (1, 0)
 
 
 def test_a_domain_added_later_copies_the_layers_statistics_and_leaves_those_there():
-    layer = bn.domains(bn.BatchNorm1d(3), ["real"])
-    with bn.domain(layer, "real"):
+    layer = bn.add_domains(bn.BatchNorm1d(3), ["real"])
+    with bn.use_domain(layer, "real"):
         layer(batch(2.0))
     of_real = statistics(layer, "real")
     layer(batch(5.0))
-    bn.domains(layer, ["real", "drawn"])
+    bn.add_domains(layer, ["real", "drawn"])
     assert equal(statistics(layer, "drawn"), statistics(layer))
     assert equal(statistics(layer, "real"), of_real)
     layer(batch(5.0))
@@ -251,8 +254,8 @@ def test_a_domain_added_later_copies_the_layers_statistics_and_leaves_those_ther
 
 
 def test_resetting_resets_the_domains_too_and_the_repr_names_them():
-    layer = bn.domains(bn.BatchNorm1d(3), NAMES)
-    with bn.domain(layer, "real"):
+    layer = bn.add_domains(bn.BatchNorm1d(3), NAMES)
+    with bn.use_domain(layer, "real"):
         layer(batch(2.0))
     layer.reset_running_stats()
     assert equal(statistics(layer, "real"), [torch.zeros(3), torch.ones(3), torch.tensor(0)])

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import batchnorm as bn
-from batchnorm.nn.state import COUNTS
+from batchnorm.nn.running import COUNTS
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")  # torch's word to those who call what is tested here
@@ -266,8 +266,8 @@ def test_script_of_a_frozen_layer_stays_frozen_through_train():
 
 
 def test_script_within_a_domain_has_that_domains_statistics():
-    layer, x = bn.domains(bn.BatchNorm1d(3), ["drawn"]), torch.randn(8, 3)
-    with bn.domain(layer, "drawn"):
+    layer, x = bn.add_domains(bn.BatchNorm1d(3), ["drawn"]), torch.randn(8, 3)
+    with bn.use_domain(layer, "drawn"):
         trained(layer, (8, 3))
         torch.testing.assert_close(torch.jit.script(layer)(x), layer(x), **CLOSE)
 

@@ -30,7 +30,7 @@ OURS = {
     "nonfinite": {"nonfinite": "propagate"},
     "virtual_batch_size": {"virtual_batch_size": 2},
     "renorm": {"renorm": bn.Renorm(2.0, 1.0)},
-    "running_var": {"running_var": "biased"},
+    "unbiased": {"unbiased": False},
     "dtype=bfloat16": {"dtype": torch.bfloat16},
 }
 

@@ -93,7 +93,7 @@ OPTIONS = {
     "no statistics": {"track_running_stats": False},
     "cumulative": {"momentum": None},
     "propagate": {"nonfinite": "propagate"},
-    "biased": {"running_var": "biased"},
+    "biased": {"unbiased": False},
     "eps": {"eps": 1e-2},
     "virtual batches": {"virtual_batch_size": 2},
 }
@@ -203,7 +203,7 @@ CHANGES = {
     "cumulative": set_option("momentum", None),
     "activation": set_option("activation", "relu"),
     "composed activation": set_option("activation", "silu"),
-    "variance": set_option("running_var_kind", "biased"),
+    "variance": set_option("unbiased", False),
     "nonfinite": set_option("nonfinite", "propagate"),
     "virtual batches": set_option("virtual_batch_size", 2),
     "renormalization": set_option("renorm", bn.Renorm(1.1, 0.1)),
@@ -313,9 +313,9 @@ def test_contexts_that_hold_or_gather_statistics_are_heeded():
         layer(x)
         assert torch.equal(layer.running_mean, before)
     assert not torch.equal(layer.running_mean, before)
-    bn.domains(fresh, ["other"])
+    bn.add_domains(fresh, ["other"])
     fresh(x)
-    with bn.domain(fresh, "other"):
+    with bn.use_domain(fresh, "other"):
         fresh(x)
     assert int(fresh.num_batches_tracked_other) == int(layer.num_batches_tracked) == 3
 

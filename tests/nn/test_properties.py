@@ -259,7 +259,7 @@ def cases(draw):
         "options": options,
         "dim": draw(st.sampled_from([1, -1])),
         "momentum": draw(st.sampled_from([0.25, None])),
-        "kept": draw(st.sampled_from(["unbiased", "biased"])),
+        "unbiased": draw(st.sampled_from([True, False])),
         "way": draw(st.sampled_from([contextlib.nullcontext, Watched])),
     }
 
@@ -284,7 +284,7 @@ def test_options_together_are_the_formula_in_float64(case):
         dtype=x.dtype,
         channel_dim=dim,
         momentum=case["momentum"],
-        running_var=case["kept"],
+        unbiased=case["unbiased"],
         **options,
     )
     with torch.no_grad():
@@ -313,7 +313,7 @@ def test_options_together_are_the_formula_in_float64(case):
     mean, var, _ = masked_moments(x.double(), inside)
     m = int(inside[:, :1].sum())
     share = (0.25 if case["momentum"] is not None else 1 / 4) * (m > 1)
-    kept = var.flatten() * (1 if case["kept"] == "biased" else m / max(m - 1, 1))
+    kept = var.flatten() * (m / max(m - 1, 1) if case["unbiased"] else 1)
     for name, buffer, old, new in (
         ("running mean", layer.running_mean, running[0], mean.flatten()),
         ("running var", layer.running_var, running[1], kept),

@@ -194,7 +194,7 @@ def test_limits_of_1_and_0_are_plain_batch_normalization(case, chunk, path):
     assert_equal(*found, torch.float64)
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"running_var": "biased"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"unbiased": False}], ids=str)
 @pytest.mark.parametrize("path", [None, Passing], ids=["native", "operators"])
 def test_statistics_move_as_in_the_plain_layer(options, path):
     layer, plain = (ready(bn.BatchNorm1d, limits, **options) for limits in (LIMITS, None))

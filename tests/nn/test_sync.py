@@ -85,7 +85,7 @@ SETTINGS = {
     "channels last": {"shape": (C, 2, 3), "channels_last": True, "activation": "relu"},
     "channel_dim": {"shape": (2, C), "channel_dim": -1, "with_residual": True, "masked": True},
     "renorm": {"renorm": bn.Renorm(9.0, 9.0), "activation": "relu"},
-    "kept as in Keras": {"running_var": "biased", "momentum": None},
+    "kept as in Keras": {"unbiased": False, "momentum": None},
 }
 
 
@@ -520,7 +520,7 @@ def test_without_other_processes_it_is_a_plain_layer(tmp_path):
     ("options", "words"),
     [
         ({"sync": 1}, "sync must be True or False; got 1"),
-        ({"sync": True, "virtual_batch_size": 4}, "can't be had together; got virtual_batch_size=4"),
+        ({"sync": True, "virtual_batch_size": 4}, "exclude each other.*; got virtual_batch_size=4"),
         ({"sync": True, "process_group": "gloo"}, "must be None or a torch.distributed.ProcessGroup; got 'gloo'"),
         ({"process_group": "gloo"}, "got sync=False"),
     ],

@@ -240,7 +240,7 @@ def test_without_gamma_or_beta_they_are_1_and_0(options):
     assert_equal([layer(x)], [chunk_by_chunk(x, one, zero, [3, 3, 1])], torch.float64)
 
 
-@pytest.mark.parametrize("options", [{"momentum": None}, {"running_var": "biased"}], ids=str)
+@pytest.mark.parametrize("options", [{"momentum": None}, {"unbiased": False}], ids=str)
 def test_the_one_update_is_that_of_a_layer_without_virtual_batches(options):
     layer, plain = (bn.BatchNorm1d(3, virtual_batch_size=size, **options).double() for size in (3, None))
     for seed in range(3):

@@ -102,9 +102,9 @@ def test_as_a_context_it_is_undone_at_the_end_and_after_an_error():
 
 
 def test_a_domain_that_was_active_is_what_is_undone():
-    layer = bn.domains(bn.BatchNorm1d(4).double(), ["drawn"])
+    layer = bn.add_domains(bn.BatchNorm1d(4).double(), ["drawn"])
     before = buffers(layer)
-    with bn.domain(layer, "drawn"):
+    with bn.use_domain(layer, "drawn"):
         report = bn.adapt(layer, [rows()])
     assert torch.equal(layer.running_mean, before["running_mean"])
     assert not torch.equal(layer.running_mean_drawn, before["running_mean_drawn"])

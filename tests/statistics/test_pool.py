@@ -12,7 +12,7 @@ TRAINED = """
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(3, 4), bn.BatchNorm1d(4), nn.Tanh(), nn.BatchNorm1d(4), bn.BatchNorm1d(4))
 model[0].weight.data.fill_(1.0)
-bn.domains(model[1], ["real"])
+bn.add_domains(model[1], ["real"])
 bn.freeze(model[4])
 wrapped = DistributedDataParallel(model, broadcast_buffers=False)
 
@@ -27,7 +27,7 @@ def statistics():
 
 train(rank + 1)
 if rank == 1:
-    with bn.domain(model[1], "real"):
+    with bn.use_domain(model[1], "real"):
         model[1](torch.randn(8, 4) + 5)
     model[4].running_mean.fill_(7.0)
 """
@@ -179,12 +179,12 @@ def test_a_rank_weighs_the_samples_that_it_has_trained_on_in_this_process(on_ran
 
 def test_a_domain_and_a_compiled_layer_count_their_own_samples(on_ranks):
     code = """
-    layer = bn.domains(bn.BatchNorm1d(2), ["real"])
+    layer = bn.add_domains(bn.BatchNorm1d(2), ["real"])
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     for size in (4, 6):
         layer(torch.randn(size, 2))
         compiled(torch.randn(size, 2))
-    with bn.domain(layer, "real"):
+    with bn.use_domain(layer, "real"):
         layer(torch.randn(8, 2))
     with bn.no_stat_updates(layer):
         layer(torch.randn(8, 2))

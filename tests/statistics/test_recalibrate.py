@@ -33,7 +33,7 @@ def network(dropout=0.5):
         nn.BatchNorm1d(5, momentum=None),
         nn.Tanh(),
         nn.Linear(5, 3),
-        bn.BatchNorm1d(3, running_var="biased"),
+        bn.BatchNorm1d(3, unbiased=False),
     ).double()
 
 
@@ -73,7 +73,7 @@ def test_a_deep_network_gets_what_one_pass_of_all_the_data_gives_each_layer_in_t
     bn.recalibrate(model, x.split(32))
     for index in (1, 4, 7):
         values = expected[:index](x).detach()
-        unbiased = getattr(expected[index], "running_var_kind", "unbiased") == "unbiased"
+        unbiased = getattr(expected[index], "unbiased", True)
         expected[index].running_mean.copy_(values.mean(0))
         expected[index].running_var.copy_(values.var(0, correction=unbiased))
     for found, wanted in zip(norms_of(model), norms_of(expected), strict=True):
@@ -94,7 +94,7 @@ def test_at_once_each_layer_gets_the_moments_of_what_it_sees_in_training():
     for batch in x.split(32):
         twin(batch)
     for layer, inputs, in_training in zip(norms_of(model), seen, trained, strict=True):
-        unbiased = getattr(layer, "running_var_kind", "unbiased") == "unbiased"
+        unbiased = getattr(layer, "unbiased", True)
         assert_holds(layer, torch.cat(in_training), unbiased=unbiased)
         torch.testing.assert_close(torch.cat(inputs), torch.cat(in_training), **EXACT)
 
@@ -355,9 +355,9 @@ def test_only_values_that_a_mask_counts_are_measured():
 
 
 def test_the_active_domain_alone_is_put_right():
-    layer, x = bn.domains(bn.BatchNorm1d(4).double(), ["real", "drawn"]), data()
+    layer, x = bn.add_domains(bn.BatchNorm1d(4).double(), ["real", "drawn"]), data()
     before = buffers(layer)
-    with bn.domain(layer, "drawn"):
+    with bn.use_domain(layer, "drawn"):
         bn.recalibrate(layer, x.split(32))
     after = buffers(layer)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -528,17 +528,17 @@ def test_tolerance_waits_for_the_variance_too():
 
 
 def test_a_domain_may_not_change_within_forward():
-    layer = bn.domains(bn.BatchNorm1d(4), ["real"])
+    layer = bn.add_domains(bn.BatchNorm1d(4), ["real"])
     before = buffers(layer)
 
     def forward(model, batch):
-        with bn.domain(model, "real"):
+        with bn.use_domain(model, "real"):
             model(batch)
 
     with pytest.raises(bn.InputError, match=r"must keep its domain; have batchnorm\.domain around the call"):
         bn.recalibrate(layer, [data().float()], forward=forward)
     assert_bits(layer, before)
-    with bn.domain(layer, "real"):
+    with bn.use_domain(layer, "real"):
         bn.recalibrate(layer, [data().float()])
     assert torch.equal(layer.running_mean, before["running_mean"])
     torch.testing.assert_close(layer.running_mean_real, data().mean(0).float())

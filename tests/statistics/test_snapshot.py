@@ -61,12 +61,12 @@ def test_restored_statistics_are_those_of_the_snapshot_to_the_bit(taken):
 
 def test_domains_and_frozen_layers_go_along(taken):
     model = network()
-    bn.domains(model[1], ["real", "drawn"])
-    with bn.domain(model[1], "drawn"):
+    bn.add_domains(model[1], ["real", "drawn"])
+    with bn.use_domain(model[1], "drawn"):
         trained(model)
     before = bits(model)
     snapshot = taken(model)
-    with bn.domain(model[1], "drawn"):
+    with bn.use_domain(model[1], "drawn"):
         trained(model, seed=2)
     bn.freeze(model[1])
     bn.restore(model, snapshot)

@@ -312,7 +312,7 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
         momentum=_momentum(layer, copied),
         new_running_mean=copied.running_mean,
         new_running_var=copied.running_var,
-        running_var_kind=getattr(layer, "running_var_kind", "unbiased"),
+        running_var_kind="unbiased" if getattr(layer, "unbiased", True) else "biased",
     )
 
 

@@ -1,7 +1,7 @@
-"""Layers, and what is done with them in a model."""
+"""Batch normalization layers, and functions that change the layers of a model."""
 
 from batchnorm.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.nn.domains import domain, domains
+from batchnorm.nn.domains import add_domains, use_domain
 from batchnorm.nn.freezing import freeze, unfreeze
 from batchnorm.nn.lazy import LazyBatchNorm, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.nn.renorm import Renorm, RenormSchedule
@@ -19,9 +19,9 @@ __all__ = [
     "Renorm",
     "RenormSchedule",
     "accumulate",
-    "domain",
-    "domains",
+    "add_domains",
     "freeze",
     "no_stat_updates",
     "unfreeze",
+    "use_domain",
 ]

@@ -1,6 +1,6 @@
-"""Running statistics of their own for each domain that a model sees, with gamma and beta shared.
+"""Separate running statistics for each domain that a model sees; gamma and beta are shared.
 
-Chang et al. (2019), "Domain-Specific Batch Normalization", shares less: there gamma and beta are the domain's too.
+Chang et al. (2019), "Domain-Specific Batch Normalization", shares less: there each domain has its own gamma and beta.
 """
 
 from __future__ import annotations
@@ -8,29 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import InputError
 from batchnorm.nn.layer import Layer, layers_of
-from batchnorm.nn.state import STATISTICS
 
-__all__ = ["domain", "domains"]
+__all__ = ["add_domains", "use_domain"]
 
 
-def domains(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """Give every layer running statistics of their own for each domain, in place; a domain that is there stays.
+def add_domains(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Give every layer separate running statistics for each domain, in place; a domain that exists stays as it is.
 
-    They begin as a copy of the layer's, which go on serving where no domain is active. A state dict then has their
-    keys too, as ``norm.running_mean_real``: a model must have the same domains before it can load it strictly.
+    They begin as a copy of the layer's own, which are still used where no domain is active. A state dict then has their
+    keys too, such as ``norm.running_mean_real``: a model needs the same domains before it can load it strictly.
 
     Parameters
     ----------
     model : Module
-        With layers of ours that keep running statistics.
+        A model with layers of ours that keep running statistics.
     names : iterable of str
-        Words as Python's identifiers are.
+        Python identifiers.
 
     Returns
     -------
@@ -40,57 +38,57 @@ def domains(model: nn.Module, names: Iterable[str]) -> nn.Module:
     Raises
     ------
     InputError
-        A name that is no identifier, a text in the place of several names, a model without such layers, or with a lazy
-        one that has seen no batch.
+        A name is not an identifier, one string is given instead of several names, the model has no such layers, or a
+        lazy one has not seen a batch yet.
 
     Examples
     --------
     >>> import batchnorm as bn, torch
-    >>> layer = bn.domains(bn.BatchNorm1d(1), ["real", "drawn"])
-    >>> with bn.domain(layer, "drawn"):
+    >>> layer = bn.add_domains(bn.BatchNorm1d(1), ["real", "drawn"])
+    >>> with bn.use_domain(layer, "drawn"):
     ...     y = layer(torch.full((4, 1), 10.0))
     >>> layer.running_mean_real, layer.running_mean_drawn, layer.running_mean
     (tensor([0.]), tensor([1.]), tensor([0.]))
     """
     wanted = list(names) if not isinstance(names, str) else [names]
     if isinstance(names, str) or not wanted:
-        raise InputError(f"domains takes a list of names; got {names!r}")
+        raise InputError(f"names must be a list of domain names; got {names!r}")
     for name in wanted:
         if not isinstance(name, str) or not name.isidentifier():
-            raise InputError(f"a domain's name must be an identifier, as it becomes part of a buffer's; got {name!r}")
+            raise InputError(
+                f"a domain's name must be an identifier, as it becomes part of a buffer's name; got {name!r}"
+            )
     layers = _layers(model)
     for path, layer in layers.items():
         assert layer.running_mean is not None
         if is_lazy(layer.running_mean):
             raise InputError(
-                f"domains copy the running statistics, of which {path or 'the layer'} has none before its first batch: "
-                "give it one"
+                f"domains begin as a copy of running statistics, and {path or 'the layer'} has none before its first "
+                "batch; run the model on one batch first"
             )
     for layer in layers.values():
         for name in wanted:
-            if name in layer.domain_names:
-                continue
-            for kind in STATISTICS:
-                layer.register_buffer(f"{kind}_{name}", getattr(layer, kind).clone())
-            none_seen = torch.zeros_like(layer.get_buffer("samples_seen"))
-            layer.register_buffer(f"samples_seen_{name}", none_seen, persistent=False)
+            if name not in layer.domain_names:
+                layer.register_domain(name)
     return model
 
 
 @contextmanager
-def domain(model: nn.Module, name: str) -> Iterator[None]:
-    """Use, and in training move, the running statistics of one domain.
+def use_domain(model: nn.Module, name: str) -> Iterator[None]:
+    """Use the running statistics of one domain, which training within the context also updates.
 
     Raises
     ------
     InputError
-        A layer does not know the domain.
+        A layer has no such domain.
     """
     layers = _layers(model)
     for path, layer in layers.items():
         if name not in layer.domain_names:
             known = ", ".join(layer.domain_names) or "none"
-            raise InputError(f"{path or 'the layer'} has no domain {name!r}, but {known}; batchnorm.domains adds it")
+            raise InputError(
+                f"{path or 'the layer'} must have the domain {name!r}, which batchnorm.add_domains adds; got {known}"
+            )
     before = {layer: layer.active_domain for layer in layers.values()}
     for layer in before:
         layer.active_domain = name
@@ -105,6 +103,7 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
     layers = {path: layer for path, layer in layers_of(model).items() if layer.running_mean is not None}
     if not layers:
         raise InputError(
-            f"domains need batchnorm's layers that keep running statistics; {type(model).__name__} has none"
+            "domains need a model with batchnorm's layers that keep running statistics; "
+            f"{type(model).__name__} has none"
         )
     return layers

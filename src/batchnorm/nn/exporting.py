@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm.errors import InputError
 from batchnorm.kernels.reference import ACTIVATIONS
+from batchnorm.nn.layout import dimension_of_channels
+from batchnorm.nn.running import STATISTICS
 
 if TYPE_CHECKING:
     from batchnorm.nn.layer import Layer
@@ -53,7 +55,7 @@ def in_torchs_operators(layer: Layer, x: Tensor, residual: Tensor | None, mask: 
         The layer is in training mode and has an option that torch's has not, or there is a mask, and the batch's own
         statistics are used.
     """
-    mean, var, batches = layer.held(layer.active_domain)
+    mean, var, batches = layer.running_statistics(layer.active_domain)
     learning = layer.training and not layer.frozen_statistics
     if learning:
         _refuse(layer, "torch.jit.trace")
@@ -63,7 +65,7 @@ def in_torchs_operators(layer: Layer, x: Tensor, residual: Tensor | None, mask: 
             "a trace or export is made of torch's batch normalization, which takes no mask where it uses the batch's "
             "own statistics; got a mask"
         )
-    dim = layer.dimension(x)
+    dim = dimension_of_channels(x, layer.channel_dim)
     x = x if dim == 1 else x.movedim(dim, 1)
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     weight, bias = (v if v is None or v.dtype == wide else v.to(wide) for v in layer.weight_and_bias())
@@ -99,7 +101,7 @@ def _refusal(layer: Layer, reader: str) -> str:
         "renorm": (layer.renorm, None),
         "sync": (layer.sync, False),
         "small_batch": (layer.small_batch, "raise"),
-        "running_var": (layer.running_var_kind, "unbiased"),
+        "unbiased": (layer.unbiased, True),
     }
     for name, (value, torchs) in options.items():
         if value != torchs:
@@ -116,7 +118,7 @@ class Scriptable(TorchBatchNorm):
         for name, value in zip(("weight", "bias"), layer.weight_and_bias(), strict=True):
             taken = None if value is None else nn.Parameter(value.detach())  # pruned values are no parameter
             self._parameters[name] = value if isinstance(value, nn.Parameter) else taken
-        held = zip(("running_mean", "running_var", "num_batches_tracked"), layer.held(layer.active_domain), strict=True)
+        held = zip(STATISTICS, layer.running_statistics(layer.active_domain), strict=True)
         self._buffers.update(held)
         self.activation = layer.activation or ""
         self.frozen = layer.frozen_statistics

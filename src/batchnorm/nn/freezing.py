@@ -1,4 +1,4 @@
-"""Batch normalization layers that go on as in eval, whatever mode their model is in."""
+"""Freezing of layers: they use their running statistics, whatever mode the model around them is in."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ __all__ = ["freeze", "unfreeze"]
 
 
 def freeze(model: nn.Module, statistics: bool = True, affine: bool = False) -> nn.Module:
-    """Freeze the batch normalization layers of a model, in place; what is not asked for stays as it is.
+    """Freeze the batch normalization layers of a model, in place; False leaves statistics or affine as they are.
 
     Parameters
     ----------
     model : Module
-        Its layers must be ours: torch's keep no such state through ``train()``.
+        A model whose layers are ours: torch's do not keep such a state through ``train()``.
     statistics : bool
-        Normalise with the running statistics in training too, and move them no more.
+        Normalize with the running statistics in training too, and stop updating them.
     affine : bool
-        Keep gamma and beta: they take no gradient, and an optimizer leaves them alone.
+        Keep gamma and beta constant: they get no gradient, and an optimizer leaves them alone.
 
     Returns
     -------
@@ -30,7 +30,7 @@ def freeze(model: nn.Module, statistics: bool = True, affine: bool = False) -> n
     Raises
     ------
     InputError
-        The model has no batch normalization layer, or one of torch's, or one without running statistics.
+        The model has no batch normalization layer, has one of torch's, or has one without running statistics.
 
     Examples
     --------
@@ -43,8 +43,8 @@ def freeze(model: nn.Module, statistics: bool = True, affine: bool = False) -> n
     for path, layer in layers.items():
         if statistics and layer.running_mean is None:
             raise InputError(
-                f"to freeze the statistics of {path or 'the layer'} there must be running ones; it was built with "
-                "track_running_stats=False"
+                f"{path or 'the layer'} must keep running statistics to freeze them; got track_running_stats=False. "
+                "Freeze its gamma and beta alone with statistics=False, affine=True"
             )
     for layer in layers.values():
         layer.freeze(statistics=statistics, affine=affine)
@@ -52,7 +52,7 @@ def freeze(model: nn.Module, statistics: bool = True, affine: bool = False) -> n
 
 
 def unfreeze(model: nn.Module, statistics: bool = True, affine: bool = True) -> nn.Module:
-    """Undo `freeze`, in place: statistics are those of the batch again and move, gamma and beta take gradients.
+    """Undo `freeze`, in place: batch statistics are used and running ones updated, gamma and beta get gradients.
 
     Returns
     -------
@@ -62,21 +62,21 @@ def unfreeze(model: nn.Module, statistics: bool = True, affine: bool = True) -> 
     Raises
     ------
     InputError
-        The model has no batch normalization layer, or one of torch's.
+        The model has no batch normalization layer, or has one of torch's.
     """
     for layer in _layers(model, "unfreeze").values():
         layer.unfreeze(statistics=statistics, affine=affine)
     return model
 
 
-def _layers(model: nn.Module, what: str) -> dict[str, Layer]:
+def _layers(model: nn.Module, function: str) -> dict[str, Layer]:
     layers = layers_of(model)
     stock = list(stock_layers_of(model))
     if stock:
         raise InputError(
-            f"{what} needs batchnorm's layers: torch's keep no such state; got {len(stock)} of torch's, the first "
-            f"{stock[0] or 'the model itself'}"
+            f"{function} needs batchnorm's layers, since torch's do not keep such a state; got {len(stock)} of "
+            f"torch's, the first at {stock[0] or 'the model itself'}"
         )
     if not layers:
-        raise InputError(f"{what} needs a model with batch normalization layers; {type(model).__name__} has none")
+        raise InputError(f"{function} needs a model with batch normalization layers; {type(model).__name__} has none")
     return layers

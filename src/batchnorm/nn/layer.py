@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from batchnorm import ops
 from batchnorm.checks import check
-from batchnorm.errors import InputError
+
 from batchnorm.kernels.plan import Plan
 from batchnorm.nn import accumulated, exporting, sync
 from batchnorm.nn.accumulated import Pool
-from batchnorm.nn.options import ATTRIBUTES, Options, checked_numbers, checked_options
+from batchnorm.nn.layout import dimension_of_channels, refuse_channels
+from batchnorm.nn.options import Activation, Nonfinite, Options, SmallBatch, checked_numbers, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
-from batchnorm.nn.small_batch import place, refuse_single_value, warn_of_one_sample
+from batchnorm.nn.small_batch import label_of, refuse_single_value, warn_of_one_sample
 from batchnorm.nn.state import State
 from batchnorm.nn.sync import Spread
 from batchnorm.ops import Rule, Running
@@ -32,9 +33,7 @@ SHAPES, FORMS = 64, 4
 
 
 class Layer(State):
-    """What our layers add to torch's class of the same name, in front of which they stand."""
-
-    activation: str | None
+    """Mixin with our `forward`. It precedes torch's class of the same name in the MRO."""
 
     def __init__(
         self,
@@ -47,15 +46,15 @@ class Layer(State):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        activation: str | None = None,
-        small_batch: str = "raise",
-        nonfinite: str = "skip",
+        activation: Activation | None = None,
+        small_batch: SmallBatch = "raise",
+        nonfinite: Nonfinite = "skip",
         virtual_batch_size: int | None = None,
         renorm: Renorm | RenormSchedule | None = None,
         sync: bool = False,
         process_group: Any = None,
         channel_dim: int = 1,
-        running_var: str = "unbiased",
+        unbiased: bool = True,
     ) -> None:
         options = Options(
             activation,
@@ -66,7 +65,7 @@ class Layer(State):
             sync,
             process_group,
             channel_dim,
-            running_var,
+            unbiased,
         )
         num_features, eps, momentum = checked_numbers(num_features, eps, momentum)
         options = checked_options(options, track_running_stats=track_running_stats)
@@ -97,9 +96,9 @@ class Layer(State):
                 y = self._again(plan, input, residual)
                 if y is not None:
                     return y
-        dim = 1 if self.channel_dim == 1 else self.dimension(input)
+        dim = 1 if self.channel_dim == 1 else dimension_of_channels(input, self.channel_dim)
         if input.shape[dim] != self.num_features:
-            self._refuse_features(input, dim)
+            refuse_channels(input, dim, self.num_features, label_of(self))
         if dim == 1:
             return self._normalised(input, residual, mask, input.shape[0], input.shape, plans)
         if residual is not None:
@@ -118,7 +117,7 @@ class Layer(State):
     def _again(self, plan: Plan, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """As forward, by a plan; None where the tensors are others than it was made for."""
         weight, bias = self.weight_and_bias()
-        statistics = self.held(self.active_domain)
+        statistics = self.running_statistics(self.active_domain)
         y = ops.again(plan, x, weight, bias, residual, *statistics, self._buffers["skipped_batches"])
         if y is not None and plan.moving and has_processes():
             self.count_samples(x.shape[0])
@@ -139,7 +138,7 @@ class Layer(State):
         """
         check(x, residual, mask)
         weight, bias = self.weight_and_bias()
-        mean, var, batches = self.held(self.active_domain)
+        mean, var, batches = self.running_statistics(self.active_domain)
         compiling = torch.compiler.is_compiling()
         learning = self.training and not self.frozen_statistics
         own = learning or (mean is None and var is None)  # whether the batch's statistics are used
@@ -161,7 +160,7 @@ class Layer(State):
         pool = self._pool if counts else None
         moving = counts and pool is None
         rule, skipped = Rule(self.eps, self.activation, own), self._buffers["skipped_batches"]
-        running = Running(mean, var, batches, self.momentum, skipped, self.running_var_kind == "biased", moving)
+        running = Running(mean, var, batches, self.momentum, skipped, not self.unbiased, moving)
         if learning and self.virtual_batch_size is not None:
             rule = _virtual(rule, x, samples, self.virtual_batch_size)
         if not learning or (self.renorm is None and pool is None and spread is None):
@@ -231,31 +230,9 @@ class Layer(State):
             accumulated.add(pool, self.active_domain, batch, running)
         return y
 
-    def dimension(self, x: Tensor) -> int:
-        """The dimension of x that has the channels, from 0."""
-        if not -x.dim() <= self.channel_dim < x.dim():
-            raise InputError(
-                f"channel_dim={self.channel_dim} must be a dimension of the input; got shape {tuple(x.shape)}"
-            )
-        return self.channel_dim % x.dim()
-
-    def _refuse_features(self, x: Tensor, dim: int) -> NoReturn:
-        shape = tuple(x.shape)
-        at = "" if torch.compiler.is_compiling() else place(self)  # as where a single value is refused
-        message = (
-            f"{at}input must have num_features={self.num_features} channels in dimension {dim}; got {shape[dim]}, "
-            f"in shape {shape}"
-        )
-        elsewhere = [i for i, size in enumerate(shape) if size == self.num_features and i not in (0, dim)]
-        if elsewhere:
-            axes = "(N, L, C)" if len(shape) == 3 and elsewhere == [2] else f"channels in dimension {elsewhere[-1]}"
-            given = -1 if elsewhere[-1] == len(shape) - 1 else elsewhere[-1]
-            message += f". For {axes}, build the layer with channel_dim={given}"
-        raise InputError(message)
-
     def extra_repr(self) -> str:
         """Torch's settings, then those of ours that differ from its behaviour."""
-        settings = {field.name: (getattr(self, ATTRIBUTES[field.name]), field.default) for field in fields(Options)}
+        settings = {field.name: (getattr(self, field.name), field.default) for field in fields(Options)}
         settings |= {name: (getattr(self, name), False) for name in ("frozen_statistics", "frozen_affine")}
         settings["domains"] = (self.domain_names, [])
         said = "".join(f", {name}={value!r}" for name, (value, default) in settings.items() if value != default)

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 
 from batchnorm.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.layer import Layer
+from batchnorm.nn.layout import dimension_of_channels
 from batchnorm.nn.options import Options, checked_numbers, checked_options
 
 __all__ = ["LazyBatchNorm", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
@@ -42,7 +43,7 @@ class _Lazy(_LazyNormBase, Layer):
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:  # noqa: A002
         """Take the number of channels from the first batch, or from the state loaded before it."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        dim = self.dimension(input)
+        dim = dimension_of_channels(input, self.channel_dim)
         super().initialize_parameters(input.movedim(dim, 1))
         known = next((values for values in (self.weight, self.running_mean) if values is not None), None)
         self.num_features = input.shape[dim] if known is None else known.shape[0]

@@ -1,9 +1,10 @@
-"""What a layer may be asked for, checked when it is built: each option, and those that make no sense together."""
+"""The options of a layer, and their checks, which run when it is built and when an option is set."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch.distributed as dist
 
@@ -11,37 +12,34 @@ from batchnorm.checks import check_activation, check_momentum, is_real, is_whole
 from batchnorm.errors import InputError, warn
 from batchnorm.nn.renorm import Renorm, RenormSchedule
 
-__all__ = ["ATTRIBUTES", "Options", "checked_numbers", "checked_options"]
+__all__ = ["Activation", "Nonfinite", "Options", "SmallBatch", "checked_numbers", "checked_options"]
 
-CHOICES = {
-    "small_batch": ("raise", "running"),
-    "nonfinite": ("skip", "propagate"),
-    "running_var": ("unbiased", "biased"),
-}
+Activation = Literal["relu", "leaky_relu", "silu", "gelu", "tanh", "sigmoid"]
+SmallBatch = Literal["raise", "running"]
+Nonfinite = Literal["skip", "propagate"]
+
+CHOICES = {"small_batch": get_args(SmallBatch), "nonfinite": get_args(Nonfinite)}
 KERAS_FROM = 0.9
+"""Momentum from which a warning asks whether Keras's convention is meant."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What our layers have beside torch's settings, with the defaults."""
+    """The options that our layers have and torch's do not, with their defaults."""
 
-    activation: str | None = None
-    small_batch: str = "raise"
-    nonfinite: str = "skip"
+    activation: Activation | None = None
+    small_batch: SmallBatch = "raise"
+    nonfinite: Nonfinite = "skip"
     virtual_batch_size: int | None = None
     renorm: Renorm | RenormSchedule | None = None
     sync: bool = False
     process_group: object = None
     channel_dim: int = 1
-    running_var: str = "unbiased"
-
-
-# The attribute of a layer that holds each option; running_var is the name of a buffer.
-ATTRIBUTES = {field.name: field.name for field in fields(Options)} | {"running_var": "running_var_kind"}
+    unbiased: bool = True
 
 
 def checked_numbers(num_features: int, eps: float, momentum: float | None) -> tuple[int, float, float | None]:
-    """Torch's settings as Python's numbers.
+    """Return torch's settings as numbers of Python.
 
     Raises
     ------
@@ -51,7 +49,7 @@ def checked_numbers(num_features: int, eps: float, momentum: float | None) -> tu
     if not is_whole(num_features) or num_features < 0:
         raise InputError(f"num_features must be a whole number from 0; got {num_features!r}")
     if not is_real(eps) or not 0 < eps < math.inf:
-        raise InputError(f"eps must be above 0: where a channel is constant all is divided by its root; got {eps!r}")
+        raise InputError(f"eps must be positive (a constant channel is divided by sqrt(eps)) and finite; got {eps!r}")
     check_momentum(momentum)
     if momentum is not None and momentum >= KERAS_FROM:
         _warn_of_keras(momentum)
@@ -59,18 +57,21 @@ def checked_numbers(num_features: int, eps: float, momentum: float | None) -> tu
 
 
 def checked_options(options: Options, *, track_running_stats: bool) -> Options:
-    """The options, with Python's numbers in the place of NumPy's.
+    """Return the options with numbers of Python in the place of NumPy's.
 
     Raises
     ------
     InputError
-        One is out of its range, or needs another that is not there.
+        One is out of its range, or needs another that is not set.
     """
     check_activation(options.activation)
     for name, known in CHOICES.items():
         value = getattr(options, name)
         if not (isinstance(value, str) and value in known):
             raise InputError(f"{name} must be {' or '.join(map(repr, known))}; got {value!r}")
+    for name in ("sync", "unbiased"):
+        if not isinstance(getattr(options, name), bool):
+            raise InputError(f"{name} must be True or False; got {getattr(options, name)!r}")
     size = options.virtual_batch_size
     if size is not None and not (is_whole(size) and size >= 2):
         raise InputError(f"virtual_batch_size must be None or a whole number of samples from 2; got {size!r}")
@@ -81,26 +82,27 @@ def checked_options(options: Options, *, track_running_stats: bool) -> Options:
         raise InputError(f"channel_dim must be a whole number; got {options.channel_dim!r}")
     if not track_running_stats:
         unfit = {"renorm": options.renorm is not None, "small_batch='running'": options.small_batch == "running"}
-        for name in (name for name, asked in unfit.items() if asked):
-            raise InputError(f"{name} uses the running statistics, of which track_running_stats=False keeps none")
+        for name in (name for name, is_set in unfit.items() if is_set):
+            raise InputError(f"{name} uses the running statistics; got track_running_stats=False, which keeps none")
     return replace(
         options, channel_dim=int(options.channel_dim), virtual_batch_size=None if size is None else int(size)
     )
 
 
 def _check_sync(options: Options) -> None:
-    if not isinstance(options.sync, bool):
-        raise InputError(f"sync must be True or False; got {options.sync!r}")
     if options.sync and options.virtual_batch_size is not None:
         raise InputError(
-            "sync=True gives a batch one mean and variance over all processes, virtual batches have many in each: they "
-            f"can't be had together; got virtual_batch_size={options.virtual_batch_size}"
+            "sync=True and virtual_batch_size exclude each other: one takes a single mean and variance over all "
+            "processes, the other several in each process; got "
+            f"virtual_batch_size={options.virtual_batch_size}"
         )
     group = options.process_group
     if group is None:
         return
     if not options.sync:
-        raise InputError(f"process_group is what sync=True takes statistics over; got sync=False and {group!r}")
+        raise InputError(
+            f"process_group needs sync=True, which shares statistics over it; got sync=False and {group!r}"
+        )
     if not dist.is_available() or not (
         isinstance(group, dist.ProcessGroup) or group == dist.GroupMember.NON_GROUP_MEMBER
     ):
@@ -110,5 +112,5 @@ def _check_sync(options: Options) -> None:
 def _warn_of_keras(momentum: float) -> None:
     warn(
         f"momentum={momentum} gives the newest batch {momentum:.0%} of the running statistics, as in torch; Keras "
-        f"weighs the old value: its {momentum} is momentum={1 - momentum:.4g} here"
+        f"weighs the old value, so that its {momentum} is momentum={1 - momentum:.4g} here"
     )

@@ -1,4 +1,4 @@
-"""Training batches with too little in them: what to say, and of which layer."""
+"""Messages about training batches with too few values, which name the layer and the ways out."""
 
 from __future__ import annotations
 
@@ -11,41 +11,45 @@ from torch import nn
 
 from batchnorm.errors import InputError, warn
 
-__all__ = ["place", "refuse_single_value", "warn_of_one_sample"]
+__all__ = ["label_of", "refuse_single_value", "warn_of_one_sample"]
 
 
 def refuse_single_value(layer: nn.Module, shape: Sequence[int]) -> NoReturn:
-    """Raise the error of a batch in which each channel has a single value, which has no variance to divide by."""
-    # No frames are seen in a graph. Where it need not be whole, torch runs a function that raises once more without.
-    at = "" if torch.compiler.is_compiling() else place(layer)
+    """Raise the error of a batch in which each channel has a single value, and so no variance."""
     ways = ["give it more samples", "drop the last incomplete batch (DataLoader's drop_last=True)"]
     if layer.track_running_stats:
         ways.append(
-            "build the layer with small_batch='running', which normalises such a batch with the running statistics"
+            "build the layer with small_batch='running', which normalizes such a batch with the running statistics"
         )
     raise InputError(
-        f"{at}batch statistics need more than 1 value per channel; got input of shape {tuple(shape)}. "
+        f"{label_of(layer)}batch statistics need more than 1 value per channel; got input of shape {tuple(shape)}. "
         f"Ways out: {'; '.join(ways)}"
     )
 
 
 def warn_of_one_sample(layer: nn.Module, shape: Sequence[int]) -> None:
-    """Say that the statistics are those of one sample: with such a last batch training can diverge."""
+    """Warn that the statistics are those of one sample; training can diverge where the last batch is such a batch."""
     warn(
-        f"{place(layer)}a training batch of one sample, shape {tuple(shape)}, has the statistics of its positions "
+        f"{label_of(layer)}a training batch of one sample, shape {tuple(shape)}, has the statistics of its positions "
         "alone, far from those of a batch: drop the last incomplete batch (DataLoader's drop_last=True)"
     )
 
 
-def place(layer: nn.Module) -> str:
-    """The layer's path in the outermost module whose forward is running, as "features.3.norm: "."""
-    # torch.compile fails at what looks at frames; where it is not loaded, disabling it would load it.
-    look = torch.compiler.disable(_path) if "torch._dynamo" in sys.modules else _path  # type: ignore[no-untyped-call]
-    path = look(layer)
+def label_of(layer: nn.Module) -> str:
+    """Return the layer's module path in the outermost module whose forward is running, as "features.3.norm: ".
+
+    It is empty in a compiled graph, which sees no frames. Where the graph may break, torch then runs the function that
+    raises once more without a graph.
+    """
+    if torch.compiler.is_compiling():
+        return ""
+    # torch.compile fails on code that looks at frames; where it is not loaded, disabling it would load it.
+    search = torch.compiler.disable(_module_path) if "torch._dynamo" in sys.modules else _module_path  # type: ignore[no-untyped-call]
+    path = search(layer)
     return f"{path}: " if path else ""
 
 
-def _path(layer: nn.Module) -> str:
+def _module_path(layer: nn.Module) -> str:
     path = ""
     frame = sys._getframe(1)
     while frame is not None:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.errors import InputError
 from batchnorm.kernels.plan import Plan
 from batchnorm.nn.accumulated import Pool
-from batchnorm.nn.options import ATTRIBUTES, Options, checked_options
+from batchnorm.nn.options import Activation, Nonfinite, Options, SmallBatch, checked_options
 from batchnorm.nn.renorm import FirstRuns, Renorm, RenormSchedule
+from batchnorm.nn.running import COUNTS, RunningBuffers
 from batchnorm.nn.sync import Shared
 
-__all__ = ["STATISTICS", "State"]
+__all__ = ["State"]
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-COUNTS = ("skipped_batches", "samples_seen")
-"""Counts that are in no state dict: of batches left out, and of samples, where there are several processes."""
-SETTINGS = {*ATTRIBUTES.values(), "eps", "momentum", "training", "track_running_stats"}
+SETTINGS = {*(field.name for field in fields(Options)), "eps", "momentum", "training", "track_running_stats"}
 
 
 def _is_narrow(values: Tensor) -> bool:
@@ -36,23 +33,23 @@ def _constant(values: Tensor | None) -> Tensor | None:
     return values.detach() if values is not None and values.requires_grad else values
 
 
-class State(TorchBatchNorm):
+class State(RunningBuffers):
     """Torch's parameters and running statistics, and beside them our options and what belongs to the step at hand."""
 
-    activation: str | None
-    small_batch: str
-    nonfinite: str
+    activation: Activation | None
+    small_batch: SmallBatch
+    nonfinite: Nonfinite
     virtual_batch_size: int | None
     renorm: Renorm | RenormSchedule | None
     sync: bool
     process_group: Any
     channel_dim: int
-    running_var_kind: str  # the buffer has the option's name
+    unbiased: bool
     _plans: dict[torch.Size, list[Plan]]  # of forwards, by the input's shape
 
     def _take(self, options: Options, device: torch.device | str | None) -> None:
         """Set what our layers have beside torch's attributes."""
-        self.__dict__.update({attribute: getattr(options, name) for name, attribute in ATTRIBUTES.items()})
+        self.__dict__.update({field.name: getattr(options, field.name) for field in fields(Options)})
         self.frozen_statistics = self.frozen_affine = False
         self._untrained: list[str] = []  # what took no gradient before it was frozen
         self.active_domain: str | None = None
@@ -61,9 +58,7 @@ class State(TorchBatchNorm):
         self._first_runs = FirstRuns()
         self._warned_of_one_sample = False
         self._agreed = False  # whether all ranks were seen at this layer together
-        self.register_buffer("skipped_batches", self._no_skipped(device), persistent=False)
-        seen = torch.zeros((), dtype=torch.int64, device=device) if self.track_running_stats else None
-        self.register_buffer("samples_seen", seen, persistent=False)
+        self.register_counts(device)
         for name, buffer in self._buffers.items():
             if buffer is not None and _is_narrow(buffer):
                 kept = torch.float32
@@ -72,24 +67,20 @@ class State(TorchBatchNorm):
                 else:
                     self._buffers[name] = buffer.to(kept)
 
-    def _no_skipped(self, device: torch.device | str | None) -> Tensor | None:
-        """A count of skipped batches that begins, where they are to be skipped."""
-        counts = self.track_running_stats and self.nonfinite == "skip"
-        return torch.zeros((), dtype=torch.int64, device=device) if counts else None
-
     def __setattr__(self, name: str, value: Any) -> None:
         """Check an option that is set on a layer that has been built as if it were built so, and forget all plans."""
-        if name in ATTRIBUTES.values():
-            options = Options(**{option: getattr(self, attribute) for option, attribute in ATTRIBUTES.items()})
-            option = next(option for option, attribute in ATTRIBUTES.items() if attribute == name)
-            options = checked_options(replace(options, **{option: value}), track_running_stats=self.track_running_stats)
-            value = getattr(options, option)
+        if name in Options.__dataclass_fields__:
+            options = Options(**{option: getattr(self, option) for option in Options.__dataclass_fields__})
+            options = checked_options(replace(options, **{name: value}), track_running_stats=self.track_running_stats)
+            value = getattr(options, name)
         same = name in self.__dict__ and self.__dict__[name] is value  # as where train() is called at each step
         super().__setattr__(name, value)
         if not same:
             self.__dict__["_plans"] = {}  # a new one: a forward on another thread may be about to add to the old
         if name == "nonfinite":
-            self.skipped_batches = self._no_skipped(None if self.running_mean is None else self.running_mean.device)
+            self.skipped_batches = self.new_skipped_batches(
+                None if self.running_mean is None else self.running_mean.device
+            )
 
     def may_plan(self) -> bool:
         """Whether what the layer is set to is its own to know: a subclass may compute it, and tell of no change."""
@@ -103,32 +94,6 @@ class State(TorchBatchNorm):
         else:
             weight, bias = self.weight, self.bias
         return (_constant(weight), _constant(bias)) if self.frozen_affine else (weight, bias)
-
-    def held(self, domain: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Running mean, variance and count of batches of a domain."""
-        buffers = self._buffers
-        if domain is None:
-            return buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        return tuple(buffers[f"{name}_{domain}"] for name in STATISTICS)  # type: ignore[return-value]
-
-    def count_samples(self, samples: int) -> None:
-        """Count what the running statistics have moved by, as this process's weight in `pool_running_stats`."""
-        suffix = "" if self.active_domain is None else f"_{self.active_domain}"
-        seen = self._buffers[f"samples_seen{suffix}"]
-        if seen is not None and not torch._C._are_functorch_transforms_active():
-            seen.add_(samples)
-
-    def reset_running_stats(self) -> None:
-        """Set the running statistics, of every domain too, and the counts to where they begin."""
-        super().reset_running_stats()
-        for name, buffer in self._buffers.items():
-            if buffer is not None and name.startswith((*(f"{kind}_" for kind in STATISTICS), *COUNTS)):
-                buffer.fill_(1 if name.startswith("running_var_") else 0)
-
-    @property
-    def domain_names(self) -> list[str]:
-        """The domains that have running statistics of their own."""
-        return [name.removeprefix("running_mean_") for name in self._buffers if name.startswith("running_mean_")]
 
     # Statistics keep their precision.
 

@@ -30,7 +30,7 @@ from batchnorm import ops
 from batchnorm.errors import DistributedError, UnsupportedError
 from batchnorm.kernels import native, reference
 from batchnorm.kernels.reference import ACTIVATIONS, Moments
-from batchnorm.nn.small_batch import place
+from batchnorm.nn.small_batch import label_of
 from batchnorm.ops import Normalised, Rule, Running
 from batchnorm.processes import Group, all_gather_through_store, gather_in_graph, sum_in_graph
 
@@ -105,7 +105,7 @@ _MET: Counter[str] = Counter()
 
 def _agree(layer: Layer, x: Tensor, group: Group) -> None:
     """See that all ranks are at the same layer; through the store, since a collective would meet another layer's."""
-    mine = f"{place(layer)}{layer.num_features} channels of {x.dtype}, eps={layer.eps}"
+    mine = f"{label_of(layer)}{layer.num_features} channels of {x.dtype}, eps={layer.eps}"
     key = f"batchnorm/{group.name}/{_MET[group.name]}"
     _MET[group.name] += 1
     try:

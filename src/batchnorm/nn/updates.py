@@ -95,5 +95,5 @@ def accumulate(model: nn.Module) -> Iterator[None]:
             layer._pool = None
     for layer, pool in pools:
         for domain, seen in (pool or {}).items():
-            kept, biased = layer._buffers["skipped_batches"], layer.running_var_kind == "biased"
-            accumulated.commit(seen, Running(*layer.held(domain), layer.momentum, kept, biased))
+            kept, biased = layer._buffers["skipped_batches"], not layer.unbiased
+            accumulated.commit(seen, Running(*layer.running_statistics(domain), layer.momentum, kept, biased))

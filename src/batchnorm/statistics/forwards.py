@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.errors import InputError
 from batchnorm.nn.layer import Layer
+from batchnorm.nn.layout import dimension_of_channels
 from batchnorm.statistics.moments import Moments
 
 __all__ = [
@@ -164,14 +165,16 @@ def set_running_statistics(layer: TorchBatchNorm, mean: Tensor, var: Tensor) -> 
 
 def kept_variance(layer: TorchBatchNorm, moments: Moments) -> Tensor:
     """The variance that a layer's running statistics keep of such moments."""
-    return moments.var(unbiased=not isinstance(layer, Layer) or layer.running_var_kind == "unbiased")
+    return moments.var(unbiased=not isinstance(layer, Layer) or layer.unbiased)
 
 
 def _input_of(layer: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """What a layer is called with: its input as (N, C, *), and its mask (N, *)."""
     names = dict(zip(("input", "residual", "mask"), arguments, strict=False)) | given
     x = names["input"]
-    return x.movedim(layer.dimension(x) if isinstance(layer, Layer) else 1, 1), names.get("mask")
+    return x.movedim(dimension_of_channels(x, layer.channel_dim) if isinstance(layer, Layer) else 1, 1), names.get(
+        "mask"
+    )
 
 
 class _Watched:

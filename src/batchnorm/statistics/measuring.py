@@ -223,7 +223,7 @@ class Measuring:
         def add(path: str, x: Tensor, mask: Tensor | None) -> Statistics | None:
             if running_names(layers[path]) != domains[path]:
                 raise InputError(
-                    f"{named(path)} must keep its domain; have batchnorm.domain around the call, not within"
+                    f"{named(path)} must keep its domain; have batchnorm.use_domain around the call, not within"
                 )
             in_batch[path] += 1
             if not pooled:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import InputError
-from batchnorm.nn.state import STATISTICS
+from batchnorm.nn.running import STATISTICS
 from batchnorm.statistics.forwards import running_layers, suffixes_of, unwrapped
 
 __all__ = ["Snapshot", "restore", "snapshot"]

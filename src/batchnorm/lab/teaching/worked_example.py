@@ -220,7 +220,7 @@ def _normalised(calculation: Calculation) -> dict[str, Any]:
 
 def _place(x: Tensor, activation: str | None, target: Tensor | None, learning_rate: float) -> dict[str, Any]:
     """All figures of a layer that normalises x (rows, 1)."""
-    layer = BatchNorm1d(1, dtype=x.dtype, activation=activation)
+    layer = BatchNorm1d(1, dtype=x.dtype, activation=activation)  # type: ignore[arg-type]  # checked above
     first = explain(layer, x)
     step = None if target is None else _gradient_step(copy.deepcopy(layer), x, target, learning_rate)
     running, seen = [], 0

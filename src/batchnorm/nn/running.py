@@ -1,0 +1,194 @@
+"""Running statistics of a layer and of its domains: the names of their buffers, and one way to read all layers.
+
+Every layer has a set of its own; `add_domains` gives it one more per domain. The buffers of a domain have its name as a
+suffix, as in ``running_mean_real``. Only the skipped batches are counted per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
+
+from batchnorm.nn.layout import dimension_of_channels
+from batchnorm.nn.options import Nonfinite
+
+__all__ = [
+    "COUNTS",
+    "STATISTICS",
+    "RunningBuffers",
+    "RunningSet",
+    "TorchBatchNorm",
+    "active_set",
+    "channels_second",
+    "is_frozen",
+    "keeps_unbiased_variance",
+    "running_layers",
+    "running_sets",
+]
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""The buffers in the state dict, named as torch's."""
+
+SKIPPED, SAMPLES = "skipped_batches", "samples_seen"
+COUNTS = (SKIPPED, SAMPLES)
+"""Counts that no state dict has: batches left out, and samples, which are counted where there are several processes."""
+
+
+def _named(kind: str, domain: str | None) -> str:
+    return kind if domain is None else f"{kind}_{domain}"
+
+
+class RunningBuffers(TorchBatchNorm):
+    """The running statistics of a layer of ours: one set per domain, and one that is used outside of all domains."""
+
+    active_domain: str | None
+    channel_dim: int
+    frozen_statistics: bool
+    nonfinite: Nonfinite
+    unbiased: bool
+
+    @property
+    def domain_names(self) -> list[str]:
+        """The domains that have running statistics of their own."""
+        prefix = f"{STATISTICS[0]}_"
+        return [name.removeprefix(prefix) for name in self._buffers if name.startswith(prefix)]
+
+    def running_statistics(self, domain: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the running mean, the running variance and the count of batches of a domain."""
+        buffers = self._buffers
+        if domain is None:
+            return buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        return tuple(buffers[f"{kind}_{domain}"] for kind in STATISTICS)  # type: ignore[return-value]
+
+    def register_counts(self, device: torch.device | str | None) -> None:
+        """Register the counts that no state dict has."""
+        self.register_buffer(SKIPPED, self.new_skipped_batches(device), persistent=False)
+        samples = torch.zeros((), dtype=torch.int64, device=device) if self.track_running_stats else None
+        self.register_buffer(SAMPLES, samples, persistent=False)
+
+    def new_skipped_batches(self, device: torch.device | str | None) -> Tensor | None:
+        """Return a count of 0 skipped batches; None where batches are not skipped."""
+        skips = self.track_running_stats and self.nonfinite == "skip"
+        return torch.zeros((), dtype=torch.int64, device=device) if skips else None
+
+    def register_domain(self, domain: str) -> None:
+        """Give a domain running statistics of its own, which begin as a copy of the layer's."""
+        for kind in STATISTICS:
+            self.register_buffer(_named(kind, domain), self.get_buffer(kind).clone())
+        self.register_buffer(_named(SAMPLES, domain), torch.zeros_like(self.get_buffer(SAMPLES)), persistent=False)
+
+    def count_samples(self, samples: int) -> None:
+        """Count the samples that update the running statistics: this process's weight in `pool_running_stats`."""
+        seen = self._buffers[_named(SAMPLES, self.active_domain)]
+        if seen is not None and not torch._C._are_functorch_transforms_active():
+            seen.add_(samples)
+
+    def reset_running_stats(self) -> None:
+        """Set the running statistics, those of every domain too, and the counts to their initial values."""
+        super().reset_running_stats()
+        for name, buffer in self._buffers.items():
+            if buffer is not None and name.startswith((*(f"{kind}_" for kind in STATISTICS), *COUNTS)):
+                buffer.fill_(1 if name.startswith("running_var_") else 0)
+
+
+@dataclass(frozen=True)
+class RunningSet:
+    """One set of running statistics of a layer, ours or torch's. Reading it gives the buffers as they are now.
+
+    Attributes
+    ----------
+    layer : Module
+    domain : str or None
+        None is the layer's own set, the only one that torch's layers have.
+    """
+
+    layer: TorchBatchNorm
+    domain: str | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """The running mean (C,)."""
+        return self.layer.get_buffer(_named("running_mean", self.domain))
+
+    @property
+    def var(self) -> Tensor:
+        """The running variance (C,)."""
+        return self.layer.get_buffer(_named("running_var", self.domain))
+
+    @property
+    def batches(self) -> Tensor | None:
+        """The count of batches."""
+        return self.layer._buffers[_named("num_batches_tracked", self.domain)]
+
+    @property
+    def samples(self) -> Tensor | None:
+        """The count of samples since the last pooling; None for torch's layers."""
+        return self.layer._buffers.get(_named(SAMPLES, self.domain))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the buffers that a state dict has, by their names in the layer."""
+        for kind in STATISTICS:
+            name = _named(kind, self.domain)
+            values = self.layer._buffers[name]
+            if values is not None:
+                yield name, values
+
+    @torch.no_grad()
+    def write(self, mean: Tensor, var: Tensor) -> None:
+        """Write the running mean and variance in place."""
+        self.mean.copy_(mean)
+        self.var.copy_(var)
+
+    def swap(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Put other tensors in the place of the running mean and variance, and return those that were there.
+
+        Layers of ours take the tensors as they are: in float64 they hold a mean that float32 could not.
+        """
+        before = self.mean, self.var
+        for kind, values, old in zip(("running_mean", "running_var"), (mean, var), before, strict=True):
+            ours = isinstance(self.layer, RunningBuffers)
+            self.layer._buffers[_named(kind, self.domain)] = values if ours else values.to(old.dtype)
+        return before
+
+
+def running_layers(model: nn.Module) -> dict[str, TorchBatchNorm]:
+    """Return the layers with running statistics, ours and torch's, by path."""
+    return {
+        path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, TorchBatchNorm) and layer.running_mean is not None and layer.running_var is not None
+    }
+
+
+def running_sets(layer: TorchBatchNorm) -> list[RunningSet]:
+    """Return all sets of running statistics of a layer: its own, then those of its domains."""
+    domains = layer.domain_names if isinstance(layer, RunningBuffers) else []
+    return [RunningSet(layer, domain) for domain in (None, *domains)]
+
+
+def active_set(layer: TorchBatchNorm) -> RunningSet:
+    """Return the running statistics that a forward of the layer would use now."""
+    return RunningSet(layer, layer.active_domain if isinstance(layer, RunningBuffers) else None)
+
+
+def is_frozen(layer: TorchBatchNorm, model: nn.Module) -> bool:
+    """Return whether training leaves the running statistics alone: by `freeze`, or torch's by eval mode of the layer.
+
+    A layer of torch's that is in eval mode counts as frozen where the model around it is in training mode.
+    """
+    return layer.frozen_statistics if isinstance(layer, RunningBuffers) else model.training and not layer.training
+
+
+def keeps_unbiased_variance(layer: TorchBatchNorm) -> bool:
+    """Return whether the running variance is the unbiased one, as it always is in torch's layers."""
+    return layer.unbiased if isinstance(layer, RunningBuffers) else True
+
+
+def channels_second(layer: TorchBatchNorm, x: Tensor) -> Tensor:
+    """Return the input of a layer as (N, C, *)."""
+    dim = dimension_of_channels(x, layer.channel_dim) if isinstance(layer, RunningBuffers) else 1
+    return x.movedim(dim, 1)
