@@ -231,7 +231,7 @@ def test_a_saved_script_runs_where_it_is_loaded():
     [
         ("virtual_batch_size", 2),
         ("renorm", bn.Renorm(2.0, 1.0)),
-        ("running_var", "biased"),
+        ("unbiased", False),
         ("small_batch", "running"),
         ("channel_dim", -1),
     ],

@@ -98,7 +98,8 @@ class Layer(State):
                     return y
         dim = 1 if self.channel_dim == 1 else dimension_of_channels(input, self.channel_dim)
         if input.shape[dim] != self.num_features:
-            refuse_channels(input, dim, self.num_features, label_of(self))
+            label = "" if torch.compiler.is_compiling() else label_of(self)  # a graph sees no frames
+            refuse_channels(input, dim, self.num_features, label)
         if dim == 1:
             return self._normalised(input, residual, mask, input.shape[0], input.shape, plans)
         if residual is not None:

@@ -16,13 +16,15 @@ __all__ = ["label_of", "refuse_single_value", "warn_of_one_sample"]
 
 def refuse_single_value(layer: nn.Module, shape: Sequence[int]) -> NoReturn:
     """Raise the error of a batch in which each channel has a single value, and so no variance."""
+    # A graph sees no frames. Where it may break, torch runs this function, which raises, once more without a graph.
+    label = "" if torch.compiler.is_compiling() else label_of(layer)
     ways = ["give it more samples", "drop the last incomplete batch (DataLoader's drop_last=True)"]
     if layer.track_running_stats:
         ways.append(
             "build the layer with small_batch='running', which normalizes such a batch with the running statistics"
         )
     raise InputError(
-        f"{label_of(layer)}batch statistics need more than 1 value per channel; got input of shape {tuple(shape)}. "
+        f"{label}batch statistics need more than 1 value per channel; got input of shape {tuple(shape)}. "
         f"Ways out: {'; '.join(ways)}"
     )
 
@@ -36,13 +38,7 @@ def warn_of_one_sample(layer: nn.Module, shape: Sequence[int]) -> None:
 
 
 def label_of(layer: nn.Module) -> str:
-    """Return the layer's module path in the outermost module whose forward is running, as "features.3.norm: ".
-
-    It is empty in a compiled graph, which sees no frames. Where the graph may break, torch then runs the function that
-    raises once more without a graph.
-    """
-    if torch.compiler.is_compiling():
-        return ""
+    """Return the layer's module path in the outermost module whose forward is running, as "features.3.norm: "."""
     # torch.compile fails on code that looks at frames; where it is not loaded, disabling it would load it.
     search = torch.compiler.disable(_module_path) if "torch._dynamo" in sys.modules else _module_path  # type: ignore[no-untyped-call]
     path = search(layer)
