@@ -11,13 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from torch.utils._python_dispatch import _disable_current_modes
 
 from batchnorm import ops
-from batchnorm.checks import check
-
+from batchnorm.checks import Activation, check
 from batchnorm.kernels.plan import Plan
 from batchnorm.nn import accumulated, exporting, sync
 from batchnorm.nn.accumulated import Pool
 from batchnorm.nn.layout import dimension_of_channels, refuse_channels
-from batchnorm.nn.options import Activation, Nonfinite, Options, SmallBatch, checked_numbers, checked_options
+from batchnorm.nn.options import Nonfinite, Options, SmallBatch, checked_numbers, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
 from batchnorm.nn.small_batch import label_of, refuse_single_value, warn_of_one_sample
 from batchnorm.nn.state import State

@@ -8,13 +8,12 @@ from typing import Literal, get_args
 
 import torch.distributed as dist
 
-from batchnorm.checks import check_activation, check_momentum, is_real, is_whole
+from batchnorm.checks import Activation, check_activation, check_momentum, is_real, is_whole
 from batchnorm.errors import InputError, warn
 from batchnorm.nn.renorm import Renorm, RenormSchedule
 
-__all__ = ["Activation", "Nonfinite", "Options", "SmallBatch", "checked_numbers", "checked_options"]
+__all__ = ["Nonfinite", "Options", "SmallBatch", "checked_numbers", "checked_options"]
 
-Activation = Literal["relu", "leaky_relu", "silu", "gelu", "tanh", "sigmoid"]
 SmallBatch = Literal["raise", "running"]
 Nonfinite = Literal["skip", "propagate"]
 

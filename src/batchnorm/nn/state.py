@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer
 
+from batchnorm.checks import Activation
 from batchnorm.errors import InputError
 from batchnorm.kernels.plan import Plan
 from batchnorm.nn.accumulated import Pool
-from batchnorm.nn.options import Activation, Nonfinite, Options, SmallBatch, checked_options
+from batchnorm.nn.options import Nonfinite, Options, SmallBatch, checked_options
 from batchnorm.nn.renorm import FirstRuns, Renorm, RenormSchedule
 from batchnorm.nn.running import COUNTS, RunningBuffers
 from batchnorm.nn.sync import Shared
