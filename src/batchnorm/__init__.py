@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         no_stat_updates,
         unfreeze,
     )
-    from batchnorm.nn.domains import domain, domains
+    from batchnorm.nn.domains import add_domains, use_domain
     from batchnorm.statistics import Moments, detect_shift, pool_running_stats
     from batchnorm.statistics.adapt import adapt
     from batchnorm.statistics.recalibrate import recalibrate
