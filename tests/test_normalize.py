@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import batchnorm as bn
-from batchnorm import ops
+from batchnorm.ops import running
 
 C = 5
 # Sums of 60 float32 products of size 10 in another order: 60 x 10 x 2**-24 = 4e-5.
@@ -20,7 +20,7 @@ uses_jvp = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.fixture(autouse=True)
 def not_yet_warned():
     """The warning of captured statistics is given once in a process: begin anew."""
-    ops._warn_of_captured.cache_clear()
+    running._warn_of_captured.cache_clear()
 
 
 def numbers(*shape, seed=0, dtype=torch.float32):

@@ -10,6 +10,7 @@ from torch import Tensor
 from batchnorm import ops
 from batchnorm.checks import check, check_count, check_numbers
 from batchnorm.errors import InputError, InputTypeError
+from batchnorm.kernels.records import Operands, Rule, Running
 
 __all__ = ["Stats", "batch_norm", "lengths_to_mask", "normalize"]
 
@@ -77,8 +78,8 @@ def batch_norm(
         check_count(x)
     elif running_mean is None or running_var is None:
         raise InputError("without training, running_mean and running_var must be given; got None")
-    running = ops.Running(running_mean, running_var, None, momentum)
-    return ops.batch_norm(x, weight, bias, residual, mask, running, ops.Rule(eps, activation, training))
+    running = Running(running_mean, running_var, None, momentum)
+    return ops.batch_norm(Operands(x, weight, bias, residual, mask), running, Rule(eps, activation, training))
 
 
 class Stats(NamedTuple):
@@ -153,15 +154,14 @@ def normalize(
     check_numbers(momentum, eps, activation)
     if training:
         check_count(x)
-    used = ops.Running(mean, var, None, momentum, moving=False)
-    rule = ops.Rule(eps, activation, training)
-    y, batch, _ = ops.normalise(x, weight, bias, residual, mask, used, rule)
+    used = Running(mean, var, None, momentum, update=False)
+    rule = Rule(eps, activation, training)
+    y, batch, _ = ops.normalize(Operands(x, weight, bias, residual, mask), used, rule)
     y = y.movedim(1, channel_dim)
     if not training:
         return y, stats
     assert batch is not None
-    moved = ops.moved(ops.Running(mean, var, count, momentum), batch)
-    return y, Stats(*moved)
+    return y, Stats(*ops.running.updated(Running(mean, var, count, momentum), batch))
 
 
 def lengths_to_mask(lengths: Tensor, size: int | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from batchnorm import ops
 from batchnorm.kernels import reference
 from batchnorm.kernels.chosen import cpu_kernel
+from batchnorm.kernels.records import BatchMoments, Operands, Rule, Running
 
 EXAMPLES = int(os.environ.get("BATCHNORM_FUZZ", "0"))
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -111,7 +112,7 @@ def test_outputs_gradients_and_running_statistics_are_those_of_float64(case):
     # 256 x 2**-24 = 1.5e-5 were all roundings of one sign (t = 1e-5 is also what is promised), and 3e-14 in double.
     t = 1e-13 if x.dtype == torch.float64 else 1e-5
     mean, var = torch.zeros(channels), torch.ones(channels)
-    used = reference.moments(exact[0], mask) if training else reference.Moments(mean.double(), var.double(), 0)
+    used = reference.moments(exact[0], mask) if training else BatchMoments(mean.double(), var.double(), 0)
     args = (exact[0], used, exact[1], exact[2], eps)
     expected = reference.forward(*args, activation, exact[3], mask)
     z = reference.forward(*args, None, exact[3], mask)
@@ -129,8 +130,8 @@ def test_outputs_gradients_and_running_statistics_are_those_of_float64(case):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        running = ops.Running(mean, var, None, 0.5)
-        y = ops.batch_norm(*leaves, mask, running, ops.Rule(eps, activation, training))
+        running = Running(mean, var, None, 0.5)
+        y = ops.batch_norm(Operands(*leaves, mask), running, Rule(eps, activation, training))
         found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
     finally:
         torch.set_num_threads(before)

@@ -12,6 +12,7 @@ import batchnorm as bn
 from batchnorm import ops
 from batchnorm.kernels import native, reference
 from batchnorm.kernels.chosen import cpu_kernel
+from batchnorm.kernels.records import BatchMoments, Operands, Rule, Running
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -149,8 +150,8 @@ def check(x, weight=None, bias=None, residual=None, mask=None, activation=None, 
     ours = [None if values is None else values.detach().requires_grad_() for values in (x, weight, bias, residual)]
     training = given is None
     running_mean, running_var = (torch.zeros(x.shape[1]), torch.ones(x.shape[1])) if training else given
-    running = ops.Running(running_mean, running_var, torch.tensor(0), 0.25)
-    y = ops.batch_norm(*ours, mask, running, ops.Rule(eps, activation, training))
+    running = Running(running_mean, running_var, torch.tensor(0), 0.25)
+    y = ops.batch_norm(Operands(*ours, mask), running, Rule(eps, activation, training))
     assert y.dtype == x.dtype
     assert y.shape == x.shape
     assert y.stride() == torch.empty_like(native.ready(x)).stride()
@@ -348,7 +349,7 @@ def test_running_statistics_and_the_counter_move_with_every_batch(momentum, kept
     exact_mean, exact_var = mean.double().clone(), var.double().clone()
     for step in range(1, 4):
         x = numbers(17, 3, 5, seed=step) + step
-        ops.batch_norm(x, None, None, None, None, ops.Running(mean, var, batches, momentum), ops.Rule(1e-5, None, True))
+        ops.batch_norm(Operands(x), Running(mean, var, batches, momentum), Rule(1e-5, None, True))
         share = 1 / step if momentum is None else momentum
         exact_mean = exact_mean + share * (x.double().mean((0, 2)) - exact_mean)
         exact_var = exact_var + share * (x.double().var((0, 2)) - exact_var)
@@ -364,7 +365,7 @@ def test_one_of_the_running_statistics_may_be_absent(given, kept):
     x = numbers(17, 3)
     mean = torch.zeros(3, dtype=kept) if given == "mean" else None
     var = torch.zeros(3, dtype=kept) if given == "var" else None
-    ops.batch_norm(x, None, None, None, None, ops.Running(mean, var, None, 1.0), ops.Rule(1e-5, None, True))
+    ops.batch_norm(Operands(x), Running(mean, var, None, 1.0), Rule(1e-5, None, True))
     found, expected = (mean, x.double().mean(0)) if var is None else (var, x.double().var(0))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -386,9 +387,7 @@ def test_the_running_statistics_may_be_strided():
 
 def test_eval_moves_nothing():
     mean, var, batches = torch.zeros(3), torch.ones(3), torch.tensor(0)
-    ops.batch_norm(
-        numbers(17, 3), None, None, None, None, ops.Running(mean, var, batches, 0.5), ops.Rule(1e-5, None, False)
-    )
+    ops.batch_norm(Operands(numbers(17, 3)), Running(mean, var, batches, 0.5), Rule(1e-5, None, False))
     assert not mean.any()
     assert (var == 1).all()
     assert batches == 0
@@ -462,7 +461,7 @@ def test_what_is_not_finite_gives_what_the_reference_gives(bad, activation, trai
     x = laid_out(x, layout).requires_grad_()
     statistics = torch.zeros(5), torch.ones(5)
     exact = x.detach().double()
-    used = reference.moments(exact) if training else reference.Moments(*(s.double() for s in statistics), 168)
+    used = reference.moments(exact) if training else BatchMoments(*(s.double() for s in statistics), 168)
     y = bn.batch_norm(x, *statistics, training=training, activation=activation)
     dy = numbers(4, 5, 6, 7, seed=1, dtype=dtype)
     (dx,) = torch.autograd.grad(y, x, dy)
@@ -626,7 +625,7 @@ def test_empty_batches_give_empty_outputs_and_no_gradient(shape, dtype):
     x = torch.empty(shape, dtype=dtype, requires_grad=True)
     weight, bias = (torch.ones(shape[1], requires_grad=True) for _ in range(2))
     mean, var, batches = torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0)
-    y = ops.batch_norm(x, weight, bias, None, None, ops.Running(mean, var, batches, 0.5), ops.Rule(1e-5, "relu", True))
+    y = ops.batch_norm(Operands(x, weight, bias), Running(mean, var, batches, 0.5), Rule(1e-5, "relu", True))
     dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), torch.ones_like(x))
     assert y.shape == dx.shape == shape
     assert not dweight.any()

@@ -7,8 +7,7 @@ import torch
 
 from batchnorm import ops
 from batchnorm.kernels import native
-from batchnorm.kernels.native import Limits, Rule, Running
-from batchnorm.kernels.reference import Moments
+from batchnorm.kernels.records import BatchMoments, Limits, Operands, Rule, Running, Saved
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FUNCTIONS = {None: lambda z: z, "relu": torch.relu, "leaky_relu": lambda z: torch.nn.functional.leaky_relu(z, 0.01)}
@@ -141,7 +140,7 @@ def check(shape, layout, chunk, dtype, options):
     rule = Rule(EPS, activation, True, chunks, chunk if chunks > 1 else 0, None if given is not None else limits, given)
 
     running = Running(running_mean.clone(), running_var.clone(), torch.tensor(3), 0.25)
-    y, moments, correction = native.forward(x, weight, bias, residual, mask, running, rule)
+    y, moments, correction = native.forward(Operands(x, weight, bias, residual, mask), running, rule)
     assert y.dtype == dtype
     assert y.stride() == x.stride()
     assert moments.shape == (2, *([chunks] if chunks > 1 else []), shape[1])
@@ -194,7 +193,8 @@ def check(shape, layout, chunk, dtype, options):
     wanted = dict(zip(("dx", *(["dresidual"] if with_residual else []), "dweight", "dbias"), wanted, strict=True))
     rule = rule._replace(correction=correction)
     asked = [True, True, True, with_residual]
-    found = native.backward(dy, x, moments, weight, bias, y if with_residual else None, mask, rule, wanted=asked)
+    saved = Saved(Operands(x, weight, bias, None, mask), y if with_residual else None, moments, rule)
+    found = native.backward(dy, saved, asked)
     found = dict(zip(("dx", "dweight", "dbias", "dresidual"), found, strict=True))
     dz = torch.where(inside, dy.double().abs(), 0.0)
     of_dx, of_weight = [], 0.0
@@ -243,10 +243,9 @@ def test_chunks_shared_among_threads_give_bitwise_what_one_thread_gives(shape, l
         threads(count)
         running = Running(torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0), 0.5)
         rule = Rule(EPS, None, True, len(slices), chunk, Limits(3.0, 5.0))
-        y, moments, correction = native.forward(x, weight, None, None, None, running, rule)
-        gradients = native.backward(
-            dy, x, moments, weight, None, None, None, rule._replace(correction=correction), wanted=[True] * 4
-        )
+        y, moments, correction = native.forward(Operands(x, weight), running, rule)
+        saved = Saved(Operands(x, weight), None, moments, rule._replace(correction=correction))
+        gradients = native.backward(dy, saved, [True] * 4)
         results.append([y, moments, correction, *running[:2], *gradients[:2]])
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
@@ -256,9 +255,9 @@ def test_chunks_shared_among_threads_give_bitwise_what_one_thread_gives(shape, l
 def test_chunks_are_the_batches_one_by_one(shape, layout):
     x, weight, bias = laid_out(numbers(*shape), layout), numbers(5, seed=1), numbers(5, seed=2)
     none = Running(None, None, None, 0.0)
-    y, moments, _ = native.forward(x, weight, bias, None, None, none, Rule(EPS, "relu", True, 3, 4))
+    y, moments, _ = native.forward(Operands(x, weight, bias), none, Rule(EPS, "relu", True, 3, 4))
     for i, part in enumerate(x.split(4)):
-        alone, own, _ = native.forward(part, weight, bias, None, None, none, Rule(EPS, "relu", True))
+        alone, own, _ = native.forward(Operands(part, weight, bias), none, Rule(EPS, "relu", True))
         # The whole and the part may be summed by other loops.
         torch.testing.assert_close(y[4 * i : 4 * i + 4], alone, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(moments[:, i], own, rtol=1e-6, atol=1e-6)
@@ -270,47 +269,47 @@ def test_chunks_are_the_batches_one_by_one(shape, layout):
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("kept", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
-@pytest.mark.parametrize("moving", [True, False])
-@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("update", [True, False])
+@pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("counting", [True, False])
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf])
-def test_statistics_move_as_by_ops_move(bad, counting, biased, moving, momentum, kept, chunks):
+def test_statistics_are_updated_as_by_torch_operations(bad, counting, unbiased, update, momentum, kept, chunks):
     x = numbers(12, 3, 4) + 2
     if bad is not None:
         x[5, 1, 2] = bad
 
-    def held():
+    def running_statistics():
         skipped = torch.tensor(7) if counting else None
         return Running(
             numbers(3, seed=1, dtype=kept), numbers(3, seed=2, dtype=kept).exp(), torch.tensor(4), momentum, skipped,
-            biased, moving,
+            unbiased, update,
         )  # fmt: skip
 
-    ours, theirs, before = held(), held(), held()
-    native.forward(x, None, None, None, None, ours, Rule(EPS, None, True, chunks, 4 if chunks > 1 else 0))
+    ours, theirs, before = (running_statistics() for _ in range(3))
+    native.forward(Operands(x), ours, Rule(EPS, None, True, chunks, 4 if chunks > 1 else 0))
     exact = x.double()
-    ops.move(theirs, Moments(exact.mean((0, 2)), exact.var((0, 2), correction=0), 48))
+    ops.running.update_(theirs, BatchMoments(exact.mean((0, 2)), exact.var((0, 2), correction=0), 48))
     # The moments are good to 1e-5 of a deviation, and float32 rounds what it keeps.
     torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-6, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(ours.var, theirs.var, rtol=1e-6, atol=9e-5, equal_nan=True)
     assert ours.batches == theirs.batches
     assert ours.skipped is None or ours.skipped == theirs.skipped
     poisoned = bad is not None and counting
-    moves = moving and not poisoned
-    assert ours.batches == (5 if moves else 4)
-    assert not counting or ours.skipped == (8 if poisoned and moving else 7)
-    if not moves:
+    updates = update and not poisoned
+    assert ours.batches == (5 if updates else 4)
+    assert not counting or ours.skipped == (8 if poisoned and update else 7)
+    if not updates:
         assert torch.equal(ours.mean, before.mean)
         assert torch.equal(ours.var, before.var)
 
 
 def test_the_moved_statistics_are_torchs():
     x = numbers(12, 3, 4) + 2
-    for biased in (True, False):
-        running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), 1.0, torch.tensor(0), biased)
-        native.forward(x, None, None, None, None, running, Rule(EPS, None, True, 3, 4))
+    for unbiased in (True, False):
+        running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), 1.0, torch.tensor(0), unbiased)
+        native.forward(Operands(x), running, Rule(EPS, None, True, 3, 4))
         torch.testing.assert_close(running.mean, x.mean((0, 2)), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(running.var, x.var((0, 2), correction=0 if biased else 1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(running.var, x.var((0, 2), correction=1 if unbiased else 0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.float64], ids=str)
@@ -321,14 +320,12 @@ def test_a_chunk_with_a_nan_stops_the_update_of_all_and_other_chunks_stay_right(
     clean = x.clone(memory_format=torch.preserve_format)
     x[5, 2] = math.nan  # the second of four chunks
     running = Running(torch.zeros(5, dtype=kept), torch.ones(5, dtype=kept), torch.tensor(4), 0.5, torch.tensor(0))
-    y, moments, correction = native.forward(
-        x, None, None, None, None, running, Rule(EPS, None, True, 4, 3, Limits(3.0, 5.0))
-    )
+    y, moments, correction = native.forward(Operands(x), running, Rule(EPS, None, True, 4, 3, Limits(3.0, 5.0)))
     assert (int(running.skipped), int(running.batches)) == (1, 4)
     assert not running.mean.any()
     assert (running.var == 1).all()
-    none = Running(torch.zeros(5), torch.ones(5), None, 0.0, moving=False)
-    other, _, _ = native.forward(clean, None, None, None, None, none, Rule(EPS, None, True, 4, 3, Limits(3.0, 5.0)))
+    none = Running(torch.zeros(5), torch.ones(5), update=False)
+    other, _, _ = native.forward(Operands(clean), none, Rule(EPS, None, True, 4, 3, Limits(3.0, 5.0)))
     left = [c for c in range(5) if c != 2]
     assert torch.equal(y[:, left], other[:, left])
     assert torch.equal(y[[*range(3), *range(6, 12)]], other[[*range(3), *range(6, 12)]])
@@ -343,13 +340,13 @@ def test_a_chunk_of_padding_alone_is_left_out_of_the_statistics_whatever_it_hold
     padding = slice(3 * chunk_of_padding, 3 * chunk_of_padding + 3)
     x[padding], mask[padding] = math.nan, False
     running = Running(torch.zeros(5), torch.ones(5), torch.tensor(0), 1.0, torch.tensor(0))
-    y, moments, _ = native.forward(x, None, None, None, mask, running, Rule(EPS, None, True, 4, 3))
+    y, moments, _ = native.forward(Operands(x, mask=mask), running, Rule(EPS, None, True, 4, 3))
     values = x[mask.any(1)].double()
     torch.testing.assert_close(running.mean.double(), values.mean((0, 2)), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(running.var.double(), values.var((0, 2)), rtol=1e-6, atol=9e-5)
     assert (int(running.skipped), int(running.batches)) == (0, 1)
     assert not y[padding].any()
-    dx, *_ = native.backward(y, x, moments, None, None, None, mask, Rule(EPS, None, True, 4, 3), wanted=[True] * 4)
+    dx, *_ = native.backward(y, Saved(Operands(x, mask=mask), None, moments, Rule(EPS, None, True, 4, 3)), [True] * 4)
     assert not dx[padding].any()
     assert dx.isfinite().all()
 
@@ -363,7 +360,7 @@ def test_chunks_whose_variance_no_float_holds_have_the_right_y_and_are_skipped(s
     x[4:8, 3] *= size
     running = Running(torch.zeros(5), torch.ones(5), torch.tensor(0), 0.5, torch.tensor(0))
     rule = Rule(EPS, None, True, 3, 4)
-    y, moments, _ = native.forward(x, None, None, None, None, running, rule)
+    y, moments, _ = native.forward(Operands(x), running, rule)
     parts = x.double().split(4)
     expected = torch.cat(
         [
@@ -376,13 +373,13 @@ def test_chunks_whose_variance_no_float_holds_have_the_right_y_and_are_skipped(s
     assert not running.mean.any()
     assert (running.var == 1).all()
     wide = Running(torch.zeros(5).double(), torch.ones(5).double(), torch.tensor(0), 1.0, torch.tensor(0))
-    native.forward(x, None, None, None, None, wide, rule)
+    native.forward(Operands(x), wide, rule)
     assert (int(wide.skipped), int(wide.batches)) == (0, 1)
     torch.testing.assert_close(wide.var, x.double().var(dims(x)), rtol=1e-4, atol=1e-5)
 
     # dx is y's gradient over a deviation of that size: scaled back, it is that of the values before.
     dy = numbers(*shape, seed=1)
-    dx, *_ = native.backward(dy, x, moments, None, None, None, None, rule, wanted=[True, False, False, False])
+    dx, *_ = native.backward(dy, Saved(Operands(x), None, moments, rule), [True, False, False, False])
     leaf = x.double().requires_grad_()
     y = torch.cat(
         [

@@ -29,7 +29,7 @@ def numbers(*shape, seed=0, dtype=torch.float64):
 def kernel(request, monkeypatch):
     """The kernels that CPU tensors take."""
     assert native.reason() is None
-    monkeypatch.setattr(ops, "cpu_kernel", lambda: request.param)
+    monkeypatch.setattr(ops.dispatch, "cpu_kernel", lambda: request.param)
 
 
 def normalise(x, weight=None, bias=None, activation=None, residual=None, mean=None, var=None):

@@ -72,7 +72,7 @@ def twins(x, residual=None, **options):
 
 def by_questions(monkeypatch):
     """Let no call go by a plan."""
-    monkeypatch.setattr(ops, "planned", lambda *_: None)
+    monkeypatch.setattr(ops, "make_plan", lambda *_: None)
 
 
 def refuse_questions(monkeypatch):
@@ -81,7 +81,12 @@ def refuse_questions(monkeypatch):
     def refuse(*_, **__):
         pytest.fail("asked again")
 
-    for module, name in ((ops, "normalise"), (ops, "planned"), (native, "form_of"), (native, "backward")):
+    for module, name in (
+        (ops.normalization, "normalize"),
+        (ops, "make_plan"),
+        (native, "layout_of"),
+        (native, "backward"),
+    ):
         monkeypatch.setattr(module, name, refuse)
 
 

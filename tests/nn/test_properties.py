@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
 from batchnorm.kernels import reference
+from batchnorm.kernels.records import BatchMoments
 
 SIZES = st.one_of(st.integers(1, 6), st.sampled_from([7, 13, 16, 17, 33]))
 SEEDS = st.integers(0, 2**31)
@@ -137,7 +138,7 @@ def test_moments_of_the_parts_of_a_batch_are_pooled_to_those_of_the_whole(shape,
         means.append(torch.full((shape[1],), torch.nan) if empty else values.mean(1))
         variances.append(torch.full((shape[1],), torch.nan) if empty else values.var(1, correction=0))
     counts = torch.tensor([part.numel() // shape[1] for part in parts])
-    whole = reference.pooled(reference.Moments(torch.stack(means), torch.stack(variances), counts))
+    whole = reference.pooled(BatchMoments(torch.stack(means), torch.stack(variances), counts))
     values = x.movedim(1, 0).flatten(1)
     assert whole.count == values.shape[1]
     # Means are off by 2**-53 of the offset times a few; their squares of it.

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError
+from batchnorm.kernels.records import Operands, Rule, Running, Saved
 
 __all__ = [
     "FUSED",
-    "Limits",
-    "Rule",
-    "Running",
+    "CallLayout",
     "backward",
-    "can_move",
+    "can_update",
     "forward",
     "instructions",
     "ready",
@@ -37,7 +36,7 @@ __all__ = [
 
 ABI = 3
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-PLAIN = (Tensor, torch.nn.Parameter)
+UNWRAPPED = (Tensor, torch.nn.Parameter)
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 FUSED: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2}
 HERE = Path(__file__).parent
@@ -108,11 +107,11 @@ def instructions() -> str:
     return "" if handle is None else handle.bn_instructions().decode()
 
 
-def are_plain(*tensors: Tensor | None) -> bool:
+def are_unwrapped(*tensors: Tensor | None) -> bool:
     """Whether these are torch's own tensors, that hold their values themselves: no wrappers of others."""
     return all(
         values is None
-        or (type(values) in PLAIN and torch._C._has_storage(values) and not torch._is_functional_tensor(values))
+        or (type(values) in UNWRAPPED and torch._C._has_storage(values) and not torch._is_functional_tensor(values))
         for values in tensors
     )
 
@@ -142,48 +141,7 @@ def ready(x: Tensor) -> Tensor:
     return x if is_ready(x) else x.contiguous()
 
 
-class Running(NamedTuple):
-    """What a training batch moves: running mean and variance (C,), the count of batches, the weight of the new.
-
-    A momentum of None stands for the cumulative mean: one over the number of batches, this one included. Where
-    ``skipped`` is given, a batch that is not finite moves nothing but that count. ``biased`` is the kind of variance
-    that is kept. With ``moving`` False all stay, and are only read.
-    """
-
-    mean: Tensor | None
-    var: Tensor | None
-    batches: Tensor | None
-    momentum: float | None
-    skipped: Tensor | None = None
-    biased: bool = False
-    moving: bool = True
-
-
-class Limits(NamedTuple):
-    """Of batch renormalization: r between 1 / r_max and r_max, d between -d_max and d_max."""
-
-    r_max: float
-    d_max: float
-
-
-class Rule(NamedTuple):
-    """How a batch is normalised.
-
-    ``training`` takes the batch's statistics, those of each of ``chunks`` virtual batches of ``chunk`` samples, the
-    last of which takes what is left over. Batch renormalization finds r and d (2, chunks, C) within ``limits``, from
-    the running statistics, or is given them as ``correction``.
-    """
-
-    eps: float
-    activation: str | None
-    training: bool
-    chunks: int = 1
-    chunk: int = 0
-    limits: Limits | None = None
-    correction: Tensor | None = None
-
-
-def can_move(running: Running) -> bool:
+def can_update(running: Running) -> bool:
     """Whether the kernels can write the running statistics where they are."""
     mean, var, batches, _, skipped, *_ = running
     return (
@@ -194,7 +152,7 @@ def can_move(running: Running) -> bool:
     )
 
 
-class Form(NamedTuple):
+class CallLayout(NamedTuple):
     """What a call is told beside pointers: the fields of the record between them, and the shape of the moments."""
 
     sizes: tuple[int, int, int, int, int, int, int]
@@ -204,7 +162,7 @@ class Form(NamedTuple):
     moments: tuple[int, ...]
 
 
-NOTHING = Running(None, None, None, 0.0, moving=False)
+NOTHING = Running(update=False)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -215,20 +173,21 @@ def _sizes(shape: torch.Size, contiguous: bool) -> tuple[bool, int, int, int, in
     return (True, samples * length, channels, 1, length) if rows else (False, samples, channels, length, 1)
 
 
-def form_of(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, rule: Rule) -> Form:
+def layout_of(operands: Operands, running: Running, rule: Rule) -> CallLayout:
     """Of a call with x, which is `ready`."""
+    x, weight, bias, *_ = operands
     eps, activation, training, chunks, chunk, limits, correction = rule
-    mean, var, _, momentum, _, biased, moving = running
+    mean, var, _, momentum, _, unbiased, update = running
     rows, samples, channels, length, repeats = _sizes(x.shape, x.is_contiguous())
-    return Form(
+    return CallLayout(
         (DTYPES[x.dtype], rows, samples, channels, length, chunks, chunk * repeats),
         (0 if weight is None else DTYPES[weight.dtype], 0 if bias is None else DTYPES[bias.dtype]),
         (0 if mean is None else DTYPES[mean.dtype], 0 if var is None else DTYPES[var.dtype]),
         (
             training,
             FUSED[activation],
-            training and moving,
-            biased,
+            training and update,
+            not unbiased,
             correction is not None,
             -1.0 if momentum is None else momentum,
             eps,
@@ -268,7 +227,7 @@ def _mask_bytes(x: Tensor, mask: Tensor | None) -> Tensor | None:
     return mask.expand(x.shape[0], *x.shape[2:]).contiguous()
 
 
-def reads(x: Tensor, like_x: Sequence[Tensor | None], per_channel: Sequence[Tensor | None]) -> bool:
+def can_read(x: Tensor, like_x: Sequence[Tensor | None], per_channel: Sequence[Tensor | None]) -> bool:
     """Whether the library can read all these where they are, x being `ready`."""
     return all(values is None or _is_like(x, values) for values in like_x) and all(
         _per_channel(values, x.shape[1]) is values for values in per_channel
@@ -304,35 +263,36 @@ def _not_done(function: Callable[[bytes], int], status: int, record: bytes, *ten
         raise MemoryError(NO_MEMORY)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    running: Running,
-    rule: Rule,
-    *,
-    wanted: bool = True,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Normalise x (N, C, *), which is `ready`; where y is not ``wanted`` it is x, and only the moments are taken.
+def forward(operands: Operands, running: Running, rule: Rule) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Normalise x (N, C, *), which is `ready`.
 
     Returns y, the mean and biased variance used (2, C), or (2, chunks, C) of virtual batches, and the r and d of
     batch renormalization. When training the moments are the batch's own, and the running statistics, which
-    `can_move`, do; else those are used.
+    `can_update`, are updated; else those are used.
     """
+    return _forward(operands, running, rule, wanted=True)
+
+
+def moments(x: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
+    """Return the mean and biased variance of x, which is `ready`: (2, C), or (2, chunks, C) of virtual batches."""
+    return _forward(Operands(x, mask=mask), NOTHING, rule, wanted=False)[1]
+
+
+def _forward(operands: Operands, running: Running, rule: Rule, *, wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Do as `forward`; without ``wanted`` y is x, and only the moments are computed."""
+    x, weight, bias, residual, mask = operands
     channels, correction = x.shape[1], rule.correction
-    form = form_of(x, weight, bias, running, rule)
+    layout = layout_of(operands, running, rule)
     mean, var, batches, _, skipped, *_ = running
     check_counts(running)
     if correction is not None:
         _check(correction, 2 * rule.chunks * channels)
     elif rule.limits is not None:
-        correction = torch.empty(*form.moments, dtype=torch.float64, device="cpu")
+        correction = torch.empty(*layout.moments, dtype=torch.float64, device="cpu")
     # A tuple of sizes would take half as long again; there may be another default device.
-    moments = torch.empty(*form.moments, dtype=torch.float64, device="cpu")
+    moments = torch.empty(*layout.moments, dtype=torch.float64, device="cpu")
     y = run_forward(
-        form,
+        layout,
         moments.data_ptr(),
         x,
         _per_channel(weight, channels),
@@ -350,7 +310,7 @@ def forward(
 
 
 def run_forward(
-    form: Form,
+    layout: CallLayout,
     moments: int,
     x: Tensor,
     weight: Tensor | None,
@@ -366,7 +326,7 @@ def run_forward(
     wanted: bool = True,
 ) -> Tensor:
     """y, of tensors that are known to be as the library reads them, and the moments to where they belong."""
-    sizes, parameters, statistics, how, _ = form
+    sizes, parameters, statistics, how, _ = layout
     y = torch.empty_like(x) if wanted else x
     # 0 stands for a tensor that is not there, 1 for one whose memory is not.
     record = _PACK(
@@ -401,26 +361,19 @@ def run_forward(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    moments: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor | None,
-    mask: Tensor | None,
-    rule: Rule,
-    *,
-    wanted: Sequence[bool],
+    dy: Tensor, saved: Saved, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dx, dweight, dbias, dresidual) of `forward`, those that are wanted; y is given with a residual."""
+    operands, y, moments, rule = saved
+    x, weight, bias, _, mask = operands
     channels = x.shape[1]
     if rule.correction is not None:
         _check(rule.correction, 2 * rule.chunks * channels)
     like_x = _like(x, dy)
     assert like_x is not None
     return run_backward(
-        form_of(x, weight, bias, NOTHING, rule),
-        moments.data_ptr(),
+        layout_of(operands, NOTHING, rule),
+        moments.data_ptr() if isinstance(moments, Tensor) else ctypes.addressof(moments),
         like_x,
         x,
         _per_channel(weight, channels),
@@ -433,7 +386,7 @@ def backward(
 
 
 def run_backward(
-    form: Form,
+    layout: CallLayout,
     moments: int,
     dy: Tensor,
     x: Tensor,
@@ -446,7 +399,7 @@ def run_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients that are wanted, of tensors that are known to be as the library reads them."""
-    sizes, parameters, statistics, how, _ = form
+    sizes, parameters, statistics, how, _ = layout
     dx = torch.empty_like(x) if wanted[0] else None
     dweight = torch.empty_like(weight) if wanted[1] and weight is not None else None
     dbias = torch.empty_like(bias) if wanted[2] and bias is not None else None

@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import native
-from batchnorm.kernels.native import Form, Rule, Running
+from batchnorm.kernels.native import CallLayout
+from batchnorm.kernels.records import MomentsBuffer, Operands, Rule, Running, Saved
 
-__all__ = ["Plan", "Room", "as_tensor", "can_plan"]
-
-Room = ctypes.Array[ctypes.c_double]
-"""Where a planned call has its moments, (2, C) or (2, chunks, C): a tensor would take ten times as long to make."""
+__all__ = ["Plan", "as_tensor", "can_plan"]
 
 # Stand for tensors that are not there: each for one, since the same tensor twice is like nothing.
 NO_WEIGHT, NO_BIAS, NO_OTHER, NO_MEAN, NO_VAR, NO_BATCHES, NO_SKIPPED = (torch.empty(0, device="cpu") for _ in range(7))
@@ -88,22 +86,20 @@ class Plan:
 
     def __init__(
         self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
+        operands: Operands,
         running: Running,
         rule: Rule,
-        otherwise: Callable[..., Sequence[Tensor | None]],
+        otherwise: Callable[[Tensor, Saved, Sequence[bool]], Sequence[Tensor | None]],
     ) -> None:
-        mean, var, batches, _, skipped, *_, self.moving = running
+        x, weight, bias, residual, _ = operands
+        mean, var, batches, _, skipped, _, self.update = running
         self.rule = rule
         self._otherwise = otherwise
         self.differentiable = any(values is not None and values.requires_grad for values in (x, weight, bias, residual))
-        self._form = native.form_of(x, weight, bias, running, rule)
-        self._room = ctypes.c_double * math.prod(self._form.moments)
+        self._layout = native.layout_of(operands, running, rule)
+        self._buffer = ctypes.c_double * math.prod(self._layout.moments)
         self._fits = _guard(_present(x, weight, bias, residual, mean, var, batches, skipped))
-        self._back: tuple[Callable[..., bool], Form] | None = None
+        self._back: tuple[Callable[..., bool], CallLayout] | None = None
 
     def forward(
         self,
@@ -115,29 +111,19 @@ class Plan:
         var: Tensor | None,
         batches: Tensor | None,
         skipped: Tensor | None,
-    ) -> tuple[Tensor, Room] | None:
+    ) -> tuple[Tensor, MomentsBuffer] | None:
         """Return y and the moments, where the tensors are like those of the plan."""
         if not self._fits(*_present(x, weight, bias, residual, mean, var, batches, skipped)):
             return None
-        room = self._room()
-        at = ctypes.addressof(room)
-        y = native.run_forward(self._form, at, x, weight, bias, residual, None, mean, var, batches, skipped, None)
-        return y, room
+        buffer = self._buffer()
+        at = ctypes.addressof(buffer)
+        y = native.run_forward(self._layout, at, x, weight, bias, residual, None, mean, var, batches, skipped, None)
+        return y, buffer
 
-    def backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        room: Room,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        y: Tensor | None,
-        mask: None,
-        rule: Rule,
-        *,
-        wanted: Sequence[bool],
-    ) -> Sequence[Tensor | None]:
+    def backward(self, dy: Tensor, saved: Saved, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
         """As `native.backward`; what it found out of the first dy, and of what hooks made of x, is kept."""
+        operands, y, buffer, rule = saved
+        x, weight, bias, _, mask = operands
         tensors = (
             dy,
             x,
@@ -146,15 +132,15 @@ class Plan:
             NO_OTHER if y is None else y,
         )
         if self._back is not None:
-            fits, form = self._back
+            fits, layout = self._back
             if fits(*tensors):
-                at = ctypes.addressof(room)
-                return native.run_backward(form, at, dy, x, weight, bias, y, mask, None, wanted=wanted)
-        if native.are_plain(*tensors) and native.is_ready(x) and native.reads(x, (dy, y), (weight, bias)):
-            self._back = _guard(tensors), native.form_of(x, weight, bias, native.NOTHING, rule)
-        return self._otherwise(dy, x, room, weight, bias, y, mask, rule, wanted=wanted)
+                at = ctypes.addressof(buffer)  # type: ignore[arg-type]
+                return native.run_backward(layout, at, dy, x, weight, bias, y, mask, None, wanted=wanted)
+        if native.are_unwrapped(*tensors) and native.is_ready(x) and native.can_read(x, (dy, y), (weight, bias)):
+            self._back = _guard(tensors), native.layout_of(operands, native.NOTHING, rule)
+        return self._otherwise(dy, saved, wanted)
 
 
-def as_tensor(moments: Tensor | Room) -> Tensor:
+def as_tensor(moments: Tensor | MomentsBuffer) -> Tensor:
     """The moments (2, C), those of chunks one after the other."""
     return moments if isinstance(moments, Tensor) else torch.frombuffer(moments, dtype=torch.float64).view(2, -1)

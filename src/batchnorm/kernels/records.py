@@ -6,11 +6,15 @@ operators spell them out as flat lists of tensors. Tensors are (N, C, *); "(C,)"
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["BatchMoments", "Gradients", "Limits", "Operands", "Rule", "Running", "Saved"]
+__all__ = ["BatchMoments", "Gradients", "Limits", "MomentsBuffer", "Operands", "Rule", "Running", "Saved"]
+
+MomentsBuffer = ctypes.Array[ctypes.c_double]
+"""The moments of a planned call, one row after the other; a tensor would take ten times as long to make."""
 
 
 class Operands(NamedTuple):
@@ -113,14 +117,14 @@ class Saved(NamedTuple):
         Without the residual, whose values no gradient needs.
     y : Tensor or None, shape (N, C, *)
         The output, where its sign is the only way to know the activation's derivative (a residual was added).
-    moments : Tensor, shape (2, C) or (2, chunks, C)
+    moments : Tensor or MomentsBuffer, shape (2, C) or (2, chunks, C)
         Mean and biased variance that normalized the batch.
     rule : Rule
     """
 
     operands: Operands
     y: Tensor | None
-    moments: Tensor
+    moments: Tensor | MomentsBuffer
     rule: Rule
 
 

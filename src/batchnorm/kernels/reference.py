@@ -12,7 +12,7 @@ Backward, with z the activation's argument and s = 1 / sqrt(var + eps)::
     dx     = gamma * s * (dz - 1/m dbeta - x_hat * 1/m dgamma)      batch statistics
     dx     = gamma * s * dz                                         running statistics
 
-Moments are float64 (float32 on Apple's MPS, which has no other). One float can't hold mu where |mu| is far above
+BatchMoments are float64 (float32 on Apple's MPS, which has no other). One float can't hold mu where |mu| is far above
 sqrt(var), so in float32 arithmetic it is taken as two: mu = mean + rest, with mean the float next to mu. Below, d is
 x - mean; then x - mu = d - rest. The rest is taken along in numbers of a channel, so that it costs no further pass over
 the values.
@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from batchnorm.kernels.records import BatchMoments
+
 __all__ = [
     "ACTIVATIONS",
-    "Moments",
     "at_least_one",
     "backward",
     "count_of",
@@ -42,7 +43,7 @@ __all__ = [
     "moments",
     "per_channel",
     "pooled",
-    "renormalised",
+    "renorm_correction",
     "stacked",
     "statistics_dtype",
     "widened",
@@ -85,15 +86,6 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-@dataclass(frozen=True)
-class Moments:
-    """What normalises a batch: its mean and biased variance (C,), and the number of values a channel had."""
-
-    mean: Tensor
-    var: Tensor
-    count: Tensor | int
-
-
 def widened(values: Tensor) -> Tensor:
     """The values in the dtype of the arithmetic: float32 for half precision, else their own."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
@@ -129,7 +121,7 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
+def moments(x: Tensor, mask: Tensor | None = None) -> BatchMoments:
     """Mean and biased variance of each channel of x (N, C, *), over the values that count.
 
     Centred before it is squared, never E[x^2] - E[x]^2. A constant channel of float32 numbers has that constant
@@ -143,10 +135,10 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     d, rest = _centred(x, mean)
     # Squared in the wider type, where values near 1e30 have a variance.
     d = _where(counts, d).to(dtype)
-    return Moments(mean, _sum(d * d) / divisor - rest * rest, count)
+    return BatchMoments(mean, _sum(d * d) / divisor - rest * rest, count)
 
 
-def stacked(parts: Sequence[Moments]) -> Moments:
+def stacked(parts: Sequence[BatchMoments]) -> BatchMoments:
     """The moments (K, C) of several batches, and their counts (K,), for `pooled`."""
     mean, var = torch.stack([part.mean for part in parts]), torch.stack([part.var for part in parts])
     # torch.full keeps a size open in a compiled graph, which torch.as_tensor would fix.
@@ -156,10 +148,10 @@ def stacked(parts: Sequence[Moments]) -> Moments:
         else torch.full((), part.count, dtype=mean.dtype, device=mean.device)
         for part in parts
     ]
-    return Moments(mean, var, torch.stack(counts))
+    return BatchMoments(mean, var, torch.stack(counts))
 
 
-def pooled(parts: Moments) -> Moments:
+def pooled(parts: BatchMoments) -> BatchMoments:
     """The moments (C,) of several batches together, from those of each (K, C) and their counts (K,).
 
     Chan, Golub & LeVeque (1979). A batch with a count of 0 is left out whatever its moments.
@@ -172,11 +164,11 @@ def pooled(parts: Moments) -> Moments:
     about = mean.mean(0)
     whole = about + (share * torch.where(counts > 0, mean - about, 0.0)).sum(0)
     away = torch.where(counts > 0, mean - whole, 0.0)
-    return Moments(whole, (share * (var + away * away)).sum(0), total.squeeze(0))
+    return BatchMoments(whole, (share * (var + away * away)).sum(0), total.squeeze(0))
 
 
-def renormalised(
-    batch: Moments, mean: Tensor, var: Tensor, eps: float, r_max: float | Tensor, d_max: float | Tensor
+def renorm_correction(
+    batch: BatchMoments, mean: Tensor, var: Tensor, eps: float, r_max: float | Tensor, d_max: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """The r and d of batch renormalization, from the batch's moments and the running ones.
 
@@ -221,7 +213,7 @@ def _argument(d: Tensor, gain: Tensor, rest: Tensor, bias: Tensor | None, residu
 
 def forward(
     x: Tensor,
-    statistics: Moments,
+    statistics: BatchMoments,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -240,7 +232,7 @@ def forward(
 def backward(
     dy: Tensor,
     x: Tensor,
-    statistics: Moments,
+    statistics: BatchMoments,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,

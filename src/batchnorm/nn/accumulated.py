@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from batchnorm import ops
 from batchnorm.kernels import reference
-from batchnorm.kernels.reference import Moments
-from batchnorm.ops import Running
+from batchnorm.kernels.records import BatchMoments, Running
 
 __all__ = ["Pool", "add", "commit"]
 
-Pool = dict[str | None, list[Moments]]  # of each domain
+Pool = dict[str | None, list[BatchMoments]]  # of each domain
 
 
-def add(pool: Pool, domain: str | None, batch: Moments, running: Running) -> None:
+def add(pool: Pool, domain: str | None, batch: BatchMoments, running: Running) -> None:
     """Remember a micro-batch; under a transform, with which its numbers end, it is left out.
 
     Raises
@@ -24,7 +21,7 @@ def add(pool: Pool, domain: str | None, batch: Moments, running: Running) -> Non
     InputError
         Under vmap, where it would be many.
     """
-    if not ops.may_write(None):
+    if not ops.running.may_write(None):
         return
     seen = pool.setdefault(domain, [])
     if torch.compiler.is_compiling():  # a graph holds for a list of one length alone
@@ -33,12 +30,12 @@ def add(pool: Pool, domain: str | None, batch: Moments, running: Running) -> Non
         seen.append(batch)
 
 
-def commit(seen: list[Moments], running: Running) -> None:
+def commit(seen: list[BatchMoments], running: Running) -> None:
     """Move running statistics once, by the moments of all micro-batches."""
-    ops.move(running, _together(seen, running))
+    ops.running.update_(running, _together(seen, running))
 
 
-def _together(parts: list[Moments], running: Running) -> Moments:
+def _together(parts: list[BatchMoments], running: Running) -> BatchMoments:
     """The moments of all parts; those that are not finite are counted as skipped, and left out.
 
     Where none is finite, the whole is not, and the last of them is not counted, since moving by the whole does it.
@@ -50,7 +47,7 @@ def _together(parts: list[Moments], running: Running) -> Moments:
     assert running.var is not None
     mean, var = each.mean.to(running.mean.dtype), each.var.to(running.var.dtype)
     finite = mean.isfinite().all(1) & var.isfinite().all(1)
-    whole = reference.pooled(replace(each, count=torch.where(finite, each.count, 0)))
+    whole = reference.pooled(each._replace(count=torch.where(finite, each.count, 0)))
     none = ~finite.any()
     running.skipped.add_((~finite).sum() - none.long())
-    return replace(whole, mean=torch.where(none, torch.nan, whole.mean))
+    return whole._replace(mean=torch.where(none, torch.nan, whole.mean))

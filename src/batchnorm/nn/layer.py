@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from batchnorm import ops
 from batchnorm.checks import Activation, check
 from batchnorm.kernels.plan import Plan
+from batchnorm.kernels.records import Operands, Rule, Running
 from batchnorm.nn import accumulated, exporting, sync
 from batchnorm.nn.accumulated import Pool
 from batchnorm.nn.layout import dimension_of_channels, refuse_channels
@@ -21,7 +22,6 @@ from batchnorm.nn.renorm import Renorm, RenormSchedule
 from batchnorm.nn.small_batch import label_of, refuse_single_value, warn_of_one_sample
 from batchnorm.nn.state import State
 from batchnorm.nn.sync import Spread
-from batchnorm.ops import Rule, Running
 from batchnorm.processes import group_of, has_processes
 
 __all__ = ["Layer", "layers_of", "stock_layers_of"]
@@ -116,10 +116,9 @@ class Layer(State):
 
     def _again(self, plan: Plan, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """As forward, by a plan; None where the tensors are others than it was made for."""
-        weight, bias = self.weight_and_bias()
-        statistics = self.running_statistics(self.active_domain)
-        y = ops.again(plan, x, weight, bias, residual, *statistics, self._buffers["skipped_batches"])
-        if y is not None and plan.moving and has_processes():
+        statistics = (*self.running_statistics(self.active_domain), self._buffers["skipped_batches"])
+        y = ops.run_plan(plan, x, residual, self.weight_and_bias(), statistics)
+        if y is not None and plan.update and has_processes():
             self.count_samples(x.shape[0])
         return y
 
@@ -159,48 +158,43 @@ class Layer(State):
             self.count_samples(samples)
         pool = self._pool if counts else None
         moving = counts and pool is None
+        operands = Operands(x, weight, bias, residual, mask)
         rule, skipped = Rule(self.eps, self.activation, own), self._buffers["skipped_batches"]
-        running = Running(mean, var, batches, self.momentum, skipped, not self.unbiased, moving)
+        running = Running(mean, var, batches, self.momentum, skipped, self.unbiased, moving)
         if learning and self.virtual_batch_size is not None:
             rule = _virtual(rule, x, samples, self.virtual_batch_size)
         if not learning or (self.renorm is None and pool is None and spread is None):
             if plans is not None and not (self.sync and learning):  # under sync processes may come later
-                y = self._by_new_plan(plans, x, weight, bias, residual, running, rule)
+                y = self._by_new_plan(plans, operands, running, rule)
                 if y is not None:
                     return y
-            return ops.batch_norm(x, weight, bias, residual, mask, running, rule)
-        return self._with_options(x, weight, bias, residual, mask, running, rule, again, spread, pool)
+            return ops.batch_norm(operands, running, rule)
+        return self._with_options(operands, running, rule, again, spread, pool)
 
     def _by_new_plan(
         self,
         plans: dict[torch.Size, list[Plan]],
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
+        operands: Operands,
         running: Running,
         rule: Rule,
     ) -> Tensor | None:
         """As forward, by a plan that is put among the others; None where there can be none."""
+        x, weight, bias, residual, _ = operands
         found = plans.get(x.shape, [])
         if len(plans) >= SHAPES or len(found) >= FORMS or not self.may_plan():
             return None
-        plan = ops.planned(x, weight, bias, residual, running, rule)
+        plan = ops.make_plan(operands, running, rule)
         if plan is None:
             return None
-        mean, var, batches, _, skipped, *_ = running
-        y = ops.again(plan, x, weight, bias, residual, mean, var, batches, skipped)
+        statistics = (running.mean, running.var, running.batches, running.skipped)
+        y = ops.run_plan(plan, x, residual, (weight, bias), statistics)
         if y is not None:  # it is None where x is its own residual
             plans[x.shape] = [*found, plan]
         return y
 
     def _with_options(
         self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mask: Tensor | None,
+        operands: Operands,
         running: Running,
         rule: Rule,
         again: bool,
@@ -214,14 +208,14 @@ class Layer(State):
             rule = rule._replace(limits=self.renorm.limits(running.batches))
             if again:
                 with _disable_current_modes():  # selective checkpoints know the operators of the first run alone
-                    seen = ops.moments(x, mask) if spread is None else spread.moments
+                    seen = ops.moments(operands.x, operands.mask) if spread is None else spread.moments
                     rule = rule._replace(correction=self._first_runs.find(seen))
             else:
                 keeps = _may_run_again()
         if spread is None:
-            found = ops.normalise(x, weight, bias, residual, mask, running, rule, moments=keeps or pool is not None)
+            found = ops.normalize(operands, running, rule, moments=keeps or pool is not None)
         else:
-            found = sync.normalise(x, weight, bias, residual, mask, running, rule, spread)
+            found = sync.normalise(operands, running, rule, spread)
         y, batch, correction = found
         if batch is not None and keeps:
             assert correction is not None

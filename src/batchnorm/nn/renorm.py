@@ -1,8 +1,8 @@
 """Batch renormalization: how far a batch is from the running statistics, within limits.
 
 Ioffe (2017), "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models". What is
-normalised is ``r * x_hat + d`` instead of x_hat, with r and d as in `batchnorm.kernels.reference.renormalised`: within
-the limits that is ``(x - running mean) / running deviation``, what the layer computes in eval.
+normalised is ``r * x_hat + d`` instead of x_hat, with r and d as in `batchnorm.kernels.reference.renorm_correction`:
+within the limits that is ``(x - running mean) / running deviation``, what the layer computes in eval.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from batchnorm.checks import is_real, is_whole
 from batchnorm.errors import InputError
-from batchnorm.kernels.native import are_plain
-from batchnorm.kernels.reference import Moments, statistics_dtype
-from batchnorm.ops import Limits
+from batchnorm.kernels.native import are_unwrapped
+from batchnorm.kernels.records import BatchMoments, Limits
+from batchnorm.kernels.reference import statistics_dtype
 
 __all__ = ["FirstRuns", "Renorm", "RenormSchedule"]
 
@@ -103,7 +103,7 @@ class RenormSchedule:
 
     def limits(self, batches: Tensor) -> Limits:
         """The limits after so many batches: numbers, or tensors where reading the count would hold up the device."""
-        if torch.compiler.is_compiling() or batches.device.type != "cpu" or not are_plain(batches):
+        if torch.compiler.is_compiling() or batches.device.type != "cpu" or not are_unwrapped(batches):
             done = batches.to(statistics_dtype(batches))
             r, d = (((done - self.start) / (end - self.start)).clamp(0, 1) for end in (self.r_end, self.d_end))
         else:
@@ -120,7 +120,7 @@ def _set(limits: Renorm | RenormSchedule, kind: type, *names: str) -> None:
 
 @dataclass
 class _Run:
-    batch: Moments
+    batch: BatchMoments
     correction: Tensor
     uses: int = 0
 
@@ -136,13 +136,13 @@ class FirstRuns:
     def __init__(self) -> None:
         self._runs: deque[_Run] = deque(maxlen=128)
 
-    def keep(self, batch: Moments, correction: Tensor) -> None:
+    def keep(self, batch: BatchMoments, correction: Tensor) -> None:
         """Remember a first run; those that have been run again are forgotten."""
         if any(run.uses for run in self._runs):
             self._runs = deque((run for run in self._runs if not run.uses), self._runs.maxlen)
         self._runs.append(_Run(batch, correction))
 
-    def find(self, batch: Moments) -> Tensor | None:
+    def find(self, batch: BatchMoments) -> Tensor | None:
         """The r and d of the first run on this batch; None where there was none."""
         if not self._runs:
             return None

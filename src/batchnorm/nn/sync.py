@@ -29,9 +29,9 @@ from torch.autograd.function import once_differentiable
 from batchnorm import ops
 from batchnorm.errors import DistributedError, UnsupportedError
 from batchnorm.kernels import native, reference
-from batchnorm.kernels.reference import ACTIVATIONS, Moments
+from batchnorm.kernels.records import BatchMoments, Operands, Rule, Running
 from batchnorm.nn.small_batch import label_of
-from batchnorm.ops import Normalised, Rule, Running
+from batchnorm.ops import Normalized
 from batchnorm.processes import Group, all_gather_through_store, gather_in_graph, sum_in_graph
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ __all__ = ["Shared", "Spread", "normalise", "spread"]
 class Spread(NamedTuple):
     """A batch of which this rank has a part: the moments of all of it, and whether each channel has a single value."""
 
-    moments: Moments
+    moments: BatchMoments
     single: bool
     group: Group
 
@@ -95,7 +95,7 @@ def spread(layer: Layer, x: Tensor, mask: Tensor | None, group: Group) -> Spread
     # Only a rank that has at most one value waits for the device to tell how many there are: where all have one
     # together, that is each of them. In a graph, which can't wait, such a batch gives beta and moves no statistics.
     single = not compiling and values <= 1 and int(counts[:, 0].sum()) == 1
-    return Spread(reference.pooled(Moments(mean, var, counts[:, 1])), single, group)
+    return Spread(reference.pooled(BatchMoments(mean, var, counts[:, 1])), single, group)
 
 
 SAME_LAYERS = "with sync=True all ranks must run the same layers in the same order"
@@ -117,35 +117,27 @@ def _agree(layer: Layer, x: Tensor, group: Group) -> None:
         raise DistributedError(f"{SAME_LAYERS}; {at}")
 
 
-def normalise(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    running: Running,
-    rule: Rule,
-    batch: Spread,
-) -> Normalised:
-    """As `ops.normalise` of the whole batch, of which x (N, C, *) is this rank's part."""
+def normalise(operands: Operands, running: Running, rule: Rule, batch: Spread) -> Normalized:
+    """As `ops.normalize` of the whole batch, of which x (N, C, *) is this rank's part."""
+    x, weight, bias, residual, mask = operands
     moments, _, group = batch
     correction = rule.correction
     if correction is None and rule.limits is not None:
         assert running.mean is not None
         assert running.var is not None
-        correction = torch.stack(reference.renormalised(moments, running.mean, running.var, rule.eps, *rule.limits))
+        correction = torch.stack(
+            reference.renorm_correction(moments, running.mean, running.var, rule.eps, *rule.limits)
+        )
     if correction is not None:
         weight, bias = ops.corrected(weight, bias, *correction)
     fused = rule.activation if rule.activation in native.FUSED else None
     y = _Normalise.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, residual, mask, moments.mean, moments.var, moments.count, rule.eps, fused, group.name
     )
-    ops.move(running, moments)
+    ops.running.update_(running, moments)
     if rule.activation != fused:
-        assert rule.activation is not None
-        y = ACTIVATIONS[rule.activation].function(y)
-        y = y if mask is None else torch.where(mask.unsqueeze(1), y, 0.0)
-    return Normalised(y, moments, correction)
+        y = ops.apply_activation(y, rule.activation, mask)
+    return Normalized(y, moments, correction)
 
 
 class _Normalise(torch.autograd.Function):

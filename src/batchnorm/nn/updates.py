@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from batchnorm.errors import InputError
+from batchnorm.kernels.records import Running
 from batchnorm.nn import accumulated
 from batchnorm.nn.layer import layers_of, stock_layers_of
-from batchnorm.ops import Running
 
 __all__ = ["accumulate", "no_stat_updates"]
 
@@ -95,5 +95,7 @@ def accumulate(model: nn.Module) -> Iterator[None]:
             layer._pool = None
     for layer, pool in pools:
         for domain, seen in (pool or {}).items():
-            kept, biased = layer._buffers["skipped_batches"], not layer.unbiased
-            accumulated.commit(seen, Running(*layer.running_statistics(domain), layer.momentum, kept, biased))
+            skipped = layer._buffers["skipped_batches"]
+            accumulated.commit(
+                seen, Running(*layer.running_statistics(domain), layer.momentum, skipped, layer.unbiased)
+            )

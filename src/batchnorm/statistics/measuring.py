@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from batchnorm import ops
 from batchnorm.errors import DistributedError, InputError
 from batchnorm.kernels import reference
+from batchnorm.kernels.records import BatchMoments
 from batchnorm.processes import all_gather_objects
 from batchnorm.statistics.changes import named
 from batchnorm.statistics.forwards import (
@@ -90,12 +91,12 @@ class _Pooled:
     """Moments of a layer's inputs; pooled by the dozens, since each time takes as long as a small batch's forward."""
 
     def __init__(self) -> None:
-        self._parts: list[reference.Moments] = []
+        self._parts: list[BatchMoments] = []
 
     def __bool__(self) -> bool:
         return bool(self._parts)
 
-    def add(self, batch: reference.Moments) -> None:
+    def add(self, batch: BatchMoments) -> None:
         self._parts.append(batch)
         if len(self._parts) >= POOLED_AT_ONCE:
             self.whole()
@@ -115,7 +116,7 @@ class _Settled:
     mean: Tensor | float = 0.0
     m2: Tensor | float = 0.0
 
-    def add(self, batch: reference.Moments) -> None:
+    def add(self, batch: BatchMoments) -> None:
         self.first = self.first if self.batches else batch.mean
         self.batches += 1
         seen = torch.stack((batch.mean, batch.var + (batch.mean - self.first) ** 2))

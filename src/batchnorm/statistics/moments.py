@@ -13,6 +13,7 @@ from batchnorm import ops
 from batchnorm.checks import check
 from batchnorm.errors import InputError
 from batchnorm.kernels import reference
+from batchnorm.kernels.records import BatchMoments
 from batchnorm.processes import all_gather, group_size
 
 __all__ = ["Moments"]
@@ -69,7 +70,7 @@ class Moments:
         return cls.of_batch(ops.moments(x, mask))
 
     @classmethod
-    def of_batch(cls, batch: reference.Moments) -> Moments:
+    def of_batch(cls, batch: BatchMoments) -> Moments:
         """From mean, biased variance and count, as the layers have them."""
         mean = batch.mean.double()
         count = torch.as_tensor(batch.count, dtype=torch.float64, device=mean.device)
@@ -117,4 +118,4 @@ def merged(parts: Sequence[Moments]) -> Moments:
     counts = torch.stack([part.count for part in parts])
     means, m2 = torch.stack([part.mean for part in parts]), torch.stack([part.m2 for part in parts])
     var = m2 / counts.clamp(min=1).unsqueeze(1)
-    return Moments.of_batch(reference.pooled(reference.Moments(means, var, counts)))
+    return Moments.of_batch(reference.pooled(BatchMoments(means, var, counts)))

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.errors import InputError
 from batchnorm.kernels import reference
+from batchnorm.kernels.records import BatchMoments
 from batchnorm.processes import all_gather, all_gather_objects, group_size
 from batchnorm.statistics.forwards import statistics_layers, suffixes_of, unwrapped
 
@@ -94,7 +95,7 @@ def pool_running_stats(model: nn.Module, group: dist.ProcessGroup | None = None,
         )
     means, variances, counts = columns[::3], columns[1::3], columns[2::3]
     found = [
-        reference.Moments(mean, var, by_samples if by_samples.any() else by_batches)
+        BatchMoments(mean, var, by_samples if by_samples.any() else by_batches)
         for mean, var, (by_samples, by_batches) in zip(means, variances, (each.T for each in counts), strict=True)
     ]
     for held, ranks in zip(sets, found, strict=True):
@@ -141,7 +142,7 @@ def _gathered(sets: list[_Held], samples: int | None, group: dist.ProcessGroup |
     return list(torch.split(all_gather(own, group), [len(part) for part in parts], dim=1))
 
 
-def _check_finite(held: _Held, ranks: reference.Moments) -> None:
+def _check_finite(held: _Held, ranks: BatchMoments) -> None:
     finite = ranks.mean.isfinite().all(1) & ranks.var.isfinite().all(1)
     counts = torch.as_tensor(ranks.count) > 0
     if not bool((finite | ~counts).all()):
@@ -150,7 +151,7 @@ def _check_finite(held: _Held, ranks: reference.Moments) -> None:
 
 
 @torch.no_grad()
-def _commit(held: _Held, ranks: reference.Moments) -> None:
+def _commit(held: _Held, ranks: BatchMoments) -> None:
     if bool((torch.as_tensor(ranks.count) > 0).any()):
         pooled = reference.pooled(ranks)
         held.mean.copy_(pooled.mean)

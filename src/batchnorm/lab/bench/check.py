@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.kernels import reference
-from batchnorm.kernels.reference import Moments, per_channel
+from batchnorm.kernels.records import BatchMoments
+from batchnorm.kernels.reference import per_channel
 from batchnorm.lab.bench.registry import OPERATIONS, Case
 from batchnorm.lab.bench.sides import EPS, Forward, Inputs, inputs
 
@@ -51,7 +52,7 @@ def _of_oracle(shape: tuple[int, ...], dtype: str, operation: str, training: boo
     weight, bias, old_mean, old_var = (given.parameters[name].double() for name in given.parameters)
     activation = OPERATIONS[operation].activation
     m, few, stored = x.numel() // shape[1], MARGIN * ROUNDING, STORED[case.torch_dtype]
-    used = reference.moments(x) if training else Moments(old_mean, old_var, m)
+    used = reference.moments(x) if training else BatchMoments(old_mean, old_var, m)
     mu, s = used.mean, torch.rsqrt(used.var + EPS)
     dims = [d for d in range(x.dim()) if d != 1]
 

@@ -1,0 +1,35 @@
+"""Batch normalization as a differentiable operation on tensors.
+
+In plain eager mode a CPU batch goes straight to the native kernels, which also update the running statistics. Under
+torch.compile, export, fake tensors and dispatch modes, and on other devices, it goes through the operators
+``batchnorm::forward`` and ``batchnorm::backward``, so that a compiled graph keeps each as one node, virtual batches
+included; batch renormalization also needs ``batchnorm::moments``. Transforms of torch.func, and second derivatives, use
+the reference, which consists of differentiable operations.
+"""
+
+from batchnorm.ops import operators, running
+from batchnorm.ops.chunks import corrected
+from batchnorm.ops.dispatch import no_modes
+from batchnorm.ops.normalization import (
+    Normalized,
+    apply_activation,
+    batch_norm,
+    make_plan,
+    moments,
+    normalize,
+    run_plan,
+)
+
+__all__ = [
+    "Normalized",
+    "apply_activation",
+    "batch_norm",
+    "corrected",
+    "make_plan",
+    "moments",
+    "no_modes",
+    "normalize",
+    "operators",
+    "run_plan",
+    "running",
+]

@@ -1,0 +1,148 @@
+"""The autograd Functions: one for calls of the native kernels, one for calls of the operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import native
+from batchnorm.kernels.plan import as_tensor
+from batchnorm.kernels.records import Gradients, MomentsBuffer, Operands, Rule, Running, Saved
+from batchnorm.ops import chunks, operators
+from batchnorm.ops.dispatch import dispatch_modes, is_native, is_unwatched, must_differentiate
+
+__all__ = ["Backward", "backward_directly", "differentiable", "differentiable_by_operators"]
+
+Backward = Callable[[Tensor, Saved, Sequence[bool]], Sequence[Tensor | None]]
+"""The gradients of x, weight, bias and residual that are wanted, from dy and what forward has saved."""
+
+
+def _sign_of_activation(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor | None:
+    """Return y where only its sign tells the sign of the activation's argument; without a residual x tells it."""
+    return y if residual is not None and activation is not None else None
+
+
+def _gradients(backward: Backward, dy: Tensor, saved: Saved, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    """Return the gradients of x, weight, bias and residual that are needed."""
+    operands, y, moments, rule = saved
+    passes_dy_on = y is None and needs[3]  # without an activation, dy is the residual's gradient
+    wanted = (*needs[:3], False) if passes_dy_on else needs
+    found: Sequence[Tensor | None]
+    if must_differentiate(dy):
+        # A second derivative also runs through the batch's moments, so they are computed again where it sees them.
+        x, mask = operands.x, operands.mask
+        recomputed = rule.training
+        batches = (
+            chunks.moments_of_chunks(x, mask, rule) if recomputed else chunks.unpack(as_tensor(moments), x, mask, rule)
+        )
+        gradients = chunks.backward(dy, operands, y, batches, rule)
+        found = [
+            _in_dtype_of(like, gradient) if wants else None
+            for gradient, like, wants in zip(gradients, (x, operands.weight, operands.bias, x), wanted, strict=False)
+        ]
+    else:
+        found = backward(dy, saved, wanted)
+    if passes_dy_on:
+        return (*found[:3], dy if operands.mask is None else torch.where(operands.mask.unsqueeze(1), dy, 0.0))
+    return found
+
+
+def _in_dtype_of(like: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    if like is None or gradient is None or gradient.dtype == like.dtype:
+        return gradient
+    return gradient.to(like.dtype)
+
+
+def backward_directly(dy: Tensor, saved: Saved, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+    """Call the native kernels, unless dy, or the tensors that hooks made of the saved ones, are not for them."""
+    operands, y = saved.operands, saved.y
+    x, weight, bias, *_ = operands
+    if not (is_unwatched() and native.are_unwrapped(dy, x, weight, bias, y) and is_native(x, y)):
+        return _backward_by_operator(dy, saved, wanted)
+    return native.backward(dy, saved._replace(operands=operands._replace(x=native.ready(x))), wanted)
+
+
+def _backward_by_operator(dy: Tensor, saved: Saved, wanted: Sequence[bool]) -> Gradients:
+    return operators.backward(dy, saved._replace(moments=as_tensor(saved.moments)), wanted)
+
+
+class _DirectFunction(torch.autograd.Function):
+    """Attaches gradients to a y that the native kernels have computed, in eager mode on CPU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, made: tuple[Any, ...]
+    ) -> Tensor:
+        y: Tensor
+        y, ctx.kept = made  # one object, because each argument of a Function takes its time
+        ctx.save_for_backward(x, weight, bias, _sign_of_activation(y, residual, ctx.kept[3].activation))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, y = ctx.saved_tensors
+        backward, moments, mask, rule = ctx.kept
+        if dispatch_modes() != 0:
+            backward = _backward_by_operator
+        saved = Saved(Operands(x, weight, bias, None, mask), y, moments, rule)
+        return (*_gradients(backward, dy, saved, ctx.needs_input_grad), None)
+
+
+# Function.apply without its search for functorch's wrappers, a tenth of a small batch's time; here there are none.
+_apply_direct = super(torch.autograd.function._SingleLevelFunction, _DirectFunction).apply
+# And the engine's call of backward without a search for other forms that it might have.
+_DirectFunction._backward_cls.apply = _DirectFunction.backward  # type: ignore[attr-defined]
+
+
+def differentiable(
+    y: Tensor, operands: Operands, backward: Backward, moments: Tensor | MomentsBuffer, rule: Rule
+) -> Tensor:
+    """Return y, computed by the native kernels, with its gradients."""
+    x, weight, bias, residual, mask = operands
+    return _apply_direct(x, weight, bias, residual, (y, (backward, moments, mask, rule)))  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _OperatorFunction(torch.autograd.Function):
+    """The forward operator with its gradients; it also returns the moments, which update the running statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        correction: Tensor | None,
+        rule: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
+        whole = Rule(*rule)._replace(correction=correction)
+        y, moments = operators.forward(Operands(x, weight, bias, residual, mask), Running(mean, var), whole)
+        sign = _sign_of_activation(y, residual, whole.activation)
+        ctx.save_for_backward(x, weight, bias, sign, mask, moments, correction)
+        ctx.rule = rule
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.mark_non_differentiable(moments)
+        return y, moments
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        # They are unpacked once, because a checkpoint allows no more.
+        x, weight, bias, y, mask, moments, correction = ctx.saved_tensors
+        rule = Rule(*ctx.rule)._replace(correction=correction)
+        saved = Saved(Operands(x, weight, bias, None, mask), y, moments, rule)
+        *others, dresidual = _gradients(_backward_by_operator, dy, saved, ctx.needs_input_grad)
+        dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
+        return (*others, dresidual, *(None,) * 5)
+
+
+def differentiable_by_operators(operands: Operands, running: Running, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Return y and the packed moments, computed by the forward operator, with the gradients of y."""
+    given = (None, None) if rule.training else (running.mean, running.var)
+    constants = tuple(rule._replace(correction=None, limits=None))
+    return _OperatorFunction.apply(*operands, *given, rule.correction, constants)  # type: ignore[no-untyped-call, no-any-return]

@@ -1,0 +1,160 @@
+"""Batch normalization of a batch given as records: at once, or by a plan."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from batchnorm.kernels import native, reference
+from batchnorm.kernels.plan import Plan, can_plan
+from batchnorm.kernels.records import BatchMoments, Operands, Rule, Running
+from batchnorm.ops import chunks, operators
+from batchnorm.ops.autograd import backward_directly, differentiable, differentiable_by_operators
+from batchnorm.ops.dispatch import is_direct, is_native, is_unwatched, records_gradients, transformed
+from batchnorm.ops.running import update_
+
+__all__ = ["Normalized", "apply_activation", "batch_norm", "make_plan", "moments", "normalize", "run_plan"]
+
+
+class Normalized(NamedTuple):
+    """A normalized batch.
+
+    Attributes
+    ----------
+    y : Tensor
+    moments : BatchMoments or None
+        Of the whole batch.
+    correction : Tensor or None, shape (2, C) or (2, chunks, C)
+        The r and d of its batch renormalization.
+    """
+
+    y: Tensor
+    moments: BatchMoments | None
+    correction: Tensor | None
+
+
+def batch_norm(operands: Operands, running: Running, rule: Rule) -> Tensor:
+    """Normalize a batch; in training use its own statistics and update the running ones by them."""
+    return normalize(operands, running, rule, moments=False).y
+
+
+def normalize(operands: Operands, running: Running, rule: Rule, *, moments: bool = True) -> Normalized:
+    """Normalize a batch and return its moments too; without ``moments`` these may be None, which saves pooling them."""
+    activation = rule.activation
+    if activation not in native.FUSED:
+        rule = rule._replace(activation=None)
+    if not is_direct(operands, running, rule):
+        y, batch, correction = _by_operators(operands, running, rule)
+    else:
+        operands = operands._replace(x=native.ready(operands.x))
+        y, packed, correction = native.forward(operands, running, rule)
+        if records_gradients() and _requires_grad(operands):
+            used = rule if correction is rule.correction else rule._replace(correction=correction)
+            y = differentiable(y, operands, backward_directly, packed, used)
+        batch = chunks.pool(packed, operands.x, operands.mask, rule) if moments else None
+    if rule.activation != activation:
+        y = apply_activation(y, activation, operands.mask)
+    return Normalized(y, batch, correction)
+
+
+def apply_activation(y: Tensor, activation: str | None, mask: Tensor | None) -> Tensor:
+    """Apply an activation that no kernel fuses: torch's vectorized functions are faster than libm's in a fused loop."""
+    if activation is None:
+        return y
+    y = reference.ACTIVATIONS[activation].function(y)
+    return y if mask is None else torch.where(mask.unsqueeze(1), y, 0.0)
+
+
+def _requires_grad(operands: Operands) -> bool:
+    return any(values is not None and values.requires_grad for values in operands)
+
+
+def _by_operators(operands: Operands, running: Running, rule: Rule) -> Normalized:
+    """Use the operators, or under a transform the reference; r and d are computed outside of both."""
+    x, mask = operands.x, operands.mask
+    in_transform = transformed()
+    batches: list[BatchMoments] = []
+    if in_transform:
+        batches = chunks.moments_of_chunks(x, mask, rule) if rule.training else [_stored_moments(x, running)]
+    if rule.limits is not None and rule.correction is None:
+        packed = chunks.pack(batches) if in_transform else operators.moments(x.detach(), mask, rule)
+        each = BatchMoments(packed[0], packed[1], 0)
+        r_and_d = reference.renorm_correction(each, *_copies(running), rule.eps, *rule.limits)
+        rule = rule._replace(correction=torch.stack(r_and_d))
+    if in_transform:
+        y = chunks.forward(operands, batches, rule)
+        batch = batches[0] if len(batches) == 1 else reference.pooled(reference.stacked(batches))
+    else:
+        y, packed = differentiable_by_operators(operands, running, rule)
+        batch = chunks.pool(packed, x, mask, rule)
+    if rule.training:
+        update_(running, batch)
+    return Normalized(y, batch, rule.correction)
+
+
+def _stored_moments(x: Tensor, running: Running) -> BatchMoments:
+    dtype = reference.statistics_dtype(x)
+    mean, var = _copies(running)
+    return BatchMoments(mean.to(dtype), var.to(dtype), 0)
+
+
+def _copies(running: Running) -> tuple[Tensor, Tensor]:
+    """Return copies of mean and variance, since a training step may come between a forward and its backward."""
+    assert running.mean is not None
+    assert running.var is not None
+    return running.mean.clone(), running.var.clone()
+
+
+def make_plan(operands: Operands, running: Running, rule: Rule) -> Plan | None:
+    """Return a plan for calls of `batch_norm` like this one, or None if they go another way."""
+    x = operands.x
+    possible = (
+        can_plan()
+        and operands.mask is None
+        and rule.activation in native.FUSED
+        and is_direct(operands, running, rule)
+        and native.is_ready(x)
+        and x.numel() > 0
+        and native.can_read(x, (operands.residual,), (operands.weight, operands.bias, running.mean, running.var))
+    )
+    if not possible:
+        return None
+    native.check_counts(running)
+    return Plan(operands, running, rule, backward_directly)
+
+
+def run_plan(
+    plan: Plan,
+    x: Tensor,
+    residual: Tensor | None,
+    parameters: tuple[Tensor | None, Tensor | None],
+    statistics: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+) -> Tensor | None:
+    """Do as `batch_norm` where there are `no_modes`; return None for tensors unlike those that the plan was made for.
+
+    ``parameters`` are (weight, bias), ``statistics`` the running (mean, var, batches, skipped). They are plain tuples,
+    because a record takes a measurable part of a small batch's time to make.
+    """
+    weight, bias = parameters
+    made = None if forward_ad._current_level >= 0 else plan.forward(x, weight, bias, residual, *statistics)
+    if made is None:
+        return None
+    y, buffer = made
+    if plan.differentiable and records_gradients():
+        operands = Operands(x, weight, bias, residual)
+        y = differentiable(y, operands, plan.backward, buffer, plan.rule)
+    return y
+
+
+@torch.no_grad()
+def moments(x: Tensor, mask: Tensor | None = None) -> BatchMoments:
+    """Return mean and biased variance (C,) of x (N, C, *), and the count of values, without a gradient."""
+    if transformed():
+        return reference.moments(x, mask)
+    rule = Rule(1.0, None, training=True)
+    direct = is_unwatched() and native.are_unwrapped(x, mask) and is_native(x)
+    packed = (operators.moments_without_dispatch if direct else operators.moments)(x, mask, rule)
+    return BatchMoments(packed[0], packed[1], reference.count_of(x, mask))

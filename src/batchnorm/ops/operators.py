@@ -1,0 +1,197 @@
+"""The operators ``torch.ops.batchnorm``: the only place where records become flat lists of arguments and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import InputError
+from batchnorm.kernels import native
+from batchnorm.kernels.records import BatchMoments, Gradients, Operands, Rule, Running, Saved
+from batchnorm.kernels.reference import statistics_dtype
+from batchnorm.ops import chunks
+from batchnorm.ops.dispatch import is_native
+
+__all__ = ["backward", "forward", "moments"]
+
+Record = TypeVar("Record", Operands, Rule)
+Implementation = TypeVar("Implementation", bound=Callable[..., Any])
+
+_LIBRARY = torch.library.Library("batchnorm", "DEF")  # type: ignore[no-untyped-call]
+
+
+class _Operator:
+    """An operator, whose schema names its flat arguments as the fields of records are named.
+
+    A call flattens records into the schema's arguments; an implementation receives them by name.
+    """
+
+    def __init__(self, name: str, arguments: str, results: str) -> None:
+        self._name = name
+        declared = [argument.split()[1].split("=") for argument in arguments.split(", ")]
+        self._names = [name for name, *_ in declared]
+        self._defaults = {name: None if value == "None" else int(value) for name, *rest in declared for value in rest}
+        schema = f"{name}({arguments}) -> {results}"
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+
+    def __call__(self, *records: Any, **others: Any) -> Any:
+        """Call the operator with the fields of the records, and others, that its schema names."""
+        values = dict(others)
+        for record in records:
+            values.update(zip(record._fields, record, strict=True))
+        return getattr(torch.ops.batchnorm, self._name)(*[values[name] for name in self._names])
+
+    def _by_name(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def flat(*arguments: Any, **given: Any) -> Any:
+            return function(self._defaults | dict(zip(self._names, arguments, strict=False)) | given)
+
+        return flat
+
+    def implementation(self, function: Implementation) -> Implementation:
+        """Register the function, of a dictionary of arguments, for every device."""
+        _LIBRARY.impl(self._name, self._by_name(function), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        return function
+
+    def fake(self, function: Implementation) -> Implementation:
+        """Register the function, of a dictionary of arguments, for fake tensors."""
+        torch.library.register_fake(f"batchnorm::{self._name}", self._by_name(function), lib=_LIBRARY)
+        return function
+
+
+def _take(record: type[Record], given: dict[str, Any], **otherwise: Any) -> Record:
+    """Make a record of the arguments that are named like its fields; ``otherwise`` has those that the schema lacks."""
+    values = otherwise | given
+    return record(**{name: values[name] for name in record._fields if name in values})
+
+
+_FORWARD = _Operator(
+    "forward",
+    "Tensor x, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, float eps, "
+    "str? activation, Tensor? correction=None, SymInt chunks=1, SymInt chunk=0",
+    "(Tensor y, Tensor moments)",
+)
+_BACKWARD = _Operator(
+    "backward",
+    "Tensor dy, Tensor x, Tensor moments, Tensor? weight, Tensor? bias, Tensor? y, Tensor? mask, float eps, "
+    "str? activation, bool training, bool[] wanted, Tensor? correction=None, SymInt chunks=1, SymInt chunk=0",
+    "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+)
+_MOMENTS = _Operator("moments", "Tensor x, Tensor? mask, SymInt chunks=1, SymInt chunk=0", "Tensor")
+
+
+def forward(operands: Operands, running: Running, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Call ``batchnorm::forward``, which uses the mean and var of ``running`` where they are given, else the batch's.
+
+    Returns y and the packed moments.
+    """
+    return _FORWARD(operands, running, rule)  # type: ignore[no-any-return]
+
+
+def backward(dy: Tensor, saved: Saved, wanted: Sequence[bool]) -> Gradients:
+    """Call ``batchnorm::backward`` for the gradients that are ``wanted``."""
+    asked = list(wanted[:4])
+    found = _BACKWARD(saved, saved.operands, saved.rule, dy=dy, wanted=asked)
+    return Gradients(*[gradient if wants else None for gradient, wants in zip(found, asked, strict=True)])
+
+
+def moments(x: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
+    """Call ``batchnorm::moments``, which returns packed mean and biased variance."""
+    return _MOMENTS(rule, x=x, mask=mask)  # type: ignore[no-any-return]
+
+
+@_FORWARD.implementation
+def _forward(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    operands, mean, var = _take(Operands, given), given["mean"], given["var"]
+    _check_sizes(operands.x, mean, var, operands.weight, operands.bias)
+    if (mean is None) != (var is None):
+        raise InputError("mean and var must be given both or neither; got one")
+    operands = operands._replace(x=native.ready(operands.x))
+    rule = _take(Rule, given, training=mean is None)
+    chunks.check_chunks(operands.x, rule)
+    if is_native(operands.x, operands.residual):
+        y, packed, _ = native.forward(operands, Running(mean, var), rule)
+        return y, packed
+    if rule.training:
+        batches = chunks.moments_of_chunks(operands.x, operands.mask, rule)
+    else:
+        dtype = statistics_dtype(operands.x)
+        batches = [BatchMoments(mean.to(dtype), var.to(dtype), 0)]
+    return chunks.forward(operands, batches, rule), chunks.pack(batches)
+
+
+@_MOMENTS.implementation
+def _moments(given: dict[str, Any]) -> Tensor:
+    return moments_without_dispatch(given["x"], given["mask"], _moments_rule(given))
+
+
+def moments_without_dispatch(x: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
+    """Return packed mean and biased variance, (2, C) or (2, chunks, C), without a call through torch's dispatcher."""
+    x = native.ready(x)
+    chunks.check_chunks(x, rule)
+    if is_native(x):
+        return native.moments(x, mask, rule)
+    return chunks.pack(chunks.moments_of_chunks(x, mask, rule))
+
+
+def _moments_rule(given: dict[str, Any]) -> Rule:
+    return _take(Rule, given, eps=1.0, activation=None, training=True)
+
+
+@_BACKWARD.implementation
+def _backward(given: dict[str, Any]) -> tuple[Tensor, ...]:
+    dy, packed, wanted = given["dy"], given["moments"], given["wanted"]
+    operands, y, rule = _take(Operands, given), given["y"], _take(Rule, given)
+    _check_sizes(operands.x, operands.weight, operands.bias)
+    if dy.shape != operands.x.shape:
+        raise InputError(f"dy must have x's shape {tuple(operands.x.shape)}; got {tuple(dy.shape)}")
+    operands = operands._replace(x=native.ready(operands.x))
+    chunks.check_chunks(operands.x, rule)
+    shape = chunks.moments_shape(operands.x, rule)
+    if packed.shape != shape:
+        raise InputError(f"moments must be of shape {shape}; got {tuple(packed.shape)}")
+    found: Sequence[Tensor | None]
+    if is_native(operands.x, y):
+        found = native.backward(dy, Saved(operands, y, packed, rule), wanted)
+    else:
+        batches = chunks.unpack(packed, operands.x, operands.mask, rule)
+        found = [
+            None if like is None or not wants or gradient is None else gradient.to(like.dtype)
+            for gradient, like, wants in zip(
+                chunks.backward(dy, operands, y, batches, rule), _like_gradients(operands), wanted, strict=True
+            )
+        ]
+    return tuple(operands.x.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+@_FORWARD.fake
+def _fake_forward(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(native.ready(given["x"])), _fake_moments(given)
+
+
+@_MOMENTS.fake
+def _fake_moments(given: dict[str, Any]) -> Tensor:
+    x: Tensor = given["x"]
+    return x.new_empty(chunks.moments_shape(x, _moments_rule(given)), dtype=statistics_dtype(x))
+
+
+@_BACKWARD.fake
+def _fake_backward(given: dict[str, Any]) -> tuple[Tensor, ...]:
+    operands = _take(Operands, given | {"x": native.ready(given["x"])})
+    return tuple(
+        torch.empty_like(like) if like is not None and wants else operands.x.new_empty(0)
+        for like, wants in zip(_like_gradients(operands), given["wanted"], strict=True)
+    )
+
+
+def _like_gradients(operands: Operands) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Return the tensors whose shapes and dtypes the four gradients have; the residual's are those of x."""
+    return operands.x, operands.weight, operands.bias, operands.x
+
+
+def _check_sizes(x: Tensor, *per_channel: Tensor | None) -> None:
+    for values in per_channel:
+        if values is not None and values.shape != x.shape[1:2]:
+            raise InputError(f"x, {tuple(x.shape)}, must have one number per channel; got {tuple(values.shape)}")
