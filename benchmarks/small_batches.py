@@ -1,8 +1,9 @@
 """Measure training steps on batches under 64 KB and on small planes: python benchmarks/small_batches.py.
 
-Writes benchmarks/results/small_batches.json, from which README and docs/benchmarks.md quote. A step is the forward and
-backward of one layer in float32. Ours and torch's take turns in one process; a ratio is torch's time over ours, the
-median over the rounds. "none" has no activation, "relu" has it fused in ours and applied by torch after its layer.
+Writes benchmarks/results/small_batches.json, from which README quotes, and its table into docs/benchmarks.md. A step is
+the forward and backward of one layer in float32. Ours and torch's take turns in one process; a ratio is torch's time
+over ours, the median over the rounds. "none" has no activation, "relu" has it fused in ours and applied by torch after
+its layer.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import batchnorm as bn
+from batchnorm.lab.bench.markdown import placed
 from batchnorm.lab.bench.timing import interleaved, ratios, sampler, summary
 from batchnorm.lab.machine import describe
 
-RESULTS = Path(__file__).parent / "results/small_batches.json"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/small_batches.json"
+PAGE = ROOT / "docs/benchmarks.md"
 SECONDS = 0.5
 SHAPES = (
     *((8, 16), (32, 64), (64, 100), (128, 64)),  # rows
@@ -68,19 +72,24 @@ def measure() -> list[dict[str, Any]]:
     return records
 
 
+def table(records: list[dict[str, Any]]) -> str:
+    """Return the ratios as a Markdown table, one row per shape."""
+    ratios = {(tuple(record["shape"]), record["activation"]): record["times_faster"]["median"] for record in records}
+    rows = []
+    for shape in SHAPES:
+        none, relu = (f"{ratios[shape, activation]:.2f}" for activation in ("none", "relu"))
+        rows.append(f"| {'x'.join(map(str, shape))} | {none} | {relu} |")
+    return "\n".join(["| shape | no activation | ReLU |", "| --- | ---: | ---: |", *rows, ""])
+
+
 def main() -> None:
-    """Measure, write the file and print one line per record."""
+    """Measure, write the file and fill the table of the page."""
     bn.tune_allocator()
+    content = {"command": "python benchmarks/small_batches.py", "machine": describe(allocator="tuned")}
     records = measure()
-    content = {
-        "command": "python benchmarks/small_batches.py",
-        "machine": describe(allocator="tuned"),
-        "results": records,
-    }
     RESULTS.write_text(json.dumps(content | {"results": records}, indent=1) + "\n")
-    for record in records:
-        shape = "x".join(map(str, record["shape"]))
-        print(f"{shape:>14}  {record['activation']:<5} {record['times_faster']['median']:.2f}")  # noqa: T201
+    PAGE.write_text(placed(PAGE.read_text(), "small batches", table(records)))
+    print(table(records))  # noqa: T201
 
 
 if __name__ == "__main__":
