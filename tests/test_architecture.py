@@ -10,7 +10,19 @@ import pytest
 import batchnorm
 
 ROOT = Path(batchnorm.__file__).parent
-ORDER = ["errors", "version", "checks", "text", "reports", "processes", "kernels", "ops", "functional", "nn"]
+ORDER = [
+    "errors",
+    "version",
+    "checks",
+    "text",
+    "reports",
+    "torch_internals",
+    "processes",
+    "kernels",
+    "ops",
+    "functional",
+    "nn",
+]
 ORDER += ["statistics"]
 ORDER += ["diagnostics", "lab", "cli"]
 HEAVY = ["typer", "rich", "plotly", "polars", "sklearn", "scipy", "joblib", "jinja2", "triton"]

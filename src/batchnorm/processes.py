@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from batchnorm import torch_internals
 from batchnorm.errors import DistributedError
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 _AVAILABLE = dist.is_available()
+_GROUPS: dict[str, dist.ProcessGroup] = {}
+"""The groups by name, for collectives that take the group itself."""
 
 
 class Group(NamedTuple):
@@ -68,6 +71,8 @@ def group_of(process_group: dist.ProcessGroup | None) -> Group | None:
     if size == 1:
         return None
     group: Any = dist.group.WORLD if process_group is None else process_group
+    if not torch.compiler.is_compiling():
+        _GROUPS[group.group_name] = group
     return Group(group.group_name, size)
 
 
@@ -88,14 +93,18 @@ def all_gather_objects(value: Any, process_group: dist.ProcessGroup | None) -> l
 def all_gather_through_store(text: str, key: str, process_group: dist.ProcessGroup | None) -> list[str]:
     """Return the texts that all processes have given under the key, without a collective.
 
-    A collective would be matched with any other collective that a process runs at that time; the store is not.
+    A collective would be matched with any other collective that a process runs at that time; the store is not. Where
+    torch does not give its store only the text of this process is returned.
 
     Raises
     ------
     DistributedError
         A process has given no text within the timeout of the store.
     """
-    store = dist.distributed_c10d.PrefixStore(key, dist.distributed_c10d._get_default_store())
+    shared = torch_internals.default_store()
+    if shared is None:
+        return [text]
+    store = dist.distributed_c10d.PrefixStore(key, shared)
     store.set(str(dist.get_rank(process_group)), text)
     texts = []
     for rank in range(group_size(process_group)):
@@ -108,11 +117,24 @@ def all_gather_through_store(text: str, key: str, process_group: dist.ProcessGro
 
 def gather_in_graph(values: Tensor, group: Group) -> Tensor:
     """Return the values (K,) of all processes, (processes, K), by operators that torch.compile keeps in its graph."""
-    found = torch.ops._c10d_functional.all_gather_into_tensor(values.unsqueeze(0), group.size, group.name)
-    return torch.ops._c10d_functional.wait_tensor(found)  # type: ignore[no-any-return]
+    operators = _collectives()
+    if operators is None:
+        return all_gather(values, _GROUPS[group.name])
+    found = operators.all_gather_into_tensor(values.unsqueeze(0), group.size, group.name)
+    return operators.wait_tensor(found)  # type: ignore[no-any-return]
 
 
 def sum_in_graph(values: Tensor, group: str) -> Tensor:
     """Return the sum of the values of all processes, by operators that torch.compile keeps in its graph."""
-    found = torch.ops._c10d_functional.all_reduce(values, "sum", group)
-    return torch.ops._c10d_functional.wait_tensor(found)  # type: ignore[no-any-return]
+    operators = _collectives()
+    if operators is None:
+        total = values.clone()
+        dist.all_reduce(total, group=_GROUPS[group])
+        return total
+    return operators.wait_tensor(operators.all_reduce(values, "sum", group))  # type: ignore[no-any-return]
+
+
+def _collectives() -> Any:
+    if torch.compiler.is_compiling():
+        return torch_internals.collectives_while_compiling()
+    return torch_internals.collectives()
