@@ -507,7 +507,7 @@ def _store_or_none(get: Callable[[], Any]) -> Callable[[], Any]:
             found = get()
         except Exception:  # noqa: BLE001 (a changed torch may raise anything)
             return None
-        return found if isinstance(found, torch.distributed.Store) else None
+        return found if isinstance(found, torch.distributed.distributed_c10d.Store) else None
 
     return store
 
