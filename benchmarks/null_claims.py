@@ -49,7 +49,9 @@ def study(check: str, repetition: int) -> list[tuple[str, str]]:
         settings = replace(settings, null_arm="before")
         claims = [claim for claim in claims if claim.name != "inputs"]  # it compares no arms
     with tempfile.TemporaryDirectory() as folder:
-        run = RunFile.create(Path(folder), command="", request={}, settings=settings.to_json(), data=dataset.describe())
+        run = RunFile.create(
+            Path(folder), command="", request={}, settings=settings.to_json(), data=dataset.describe().to_json()
+        )
         result = compare(dataset, settings, run, jobs=1, progress=Silence(), claims=claims)
     return [
         (f"{claim['name']}, {finding['label']}, {finding['subject']}", finding["verdict"])

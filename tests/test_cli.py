@@ -150,7 +150,7 @@ def test_a_batch_size_larger_than_the_data_is_reduced_and_said(tmp_path):
         (["compare", "digits", "--out", "."], "new or an empty folder; '.' holds homes.csv"),
         (["compare", "digits", "--steps", "0"], "steps must be at least 1; got 0"),
         (["compare", "digits", "--steps", "many"], "'--steps'"),
-        (["compare", "digits", "--hidden", "ten"], "--hidden must be whole numbers with commas between; got 'ten'"),
+        (["compare", "digits", "--hidden", "ten"], "--hidden must be whole numbers separated by commas; got 'ten'"),
         (["compare", "digits", "--activation", "swish"], "one of identity, sigmoid, tanh, relu; got 'swish'"),
         (["compare", "digits", "--task", "ranking"], "classification or regression; got 'ranking'"),
         (["compare", "digits", "--claim", "speed"], "must be one of fewer_steps, stability, "),

@@ -21,11 +21,12 @@ try:
     from batchnorm.lab.data.dataset import Dataset, Task, prepare
     from batchnorm.lab.data.tables import BUILT_IN, read_table
     from batchnorm.lab.files import json_safe
+    from batchnorm.lab.options import parse_numbers
     from batchnorm.lab.report import terminal
     from batchnorm.lab.report.report import write_report
     from batchnorm.lab.teaching.explain_page import write_page
     from batchnorm.lab.teaching.worked_example import NOTES, from_table, worked_example
-    from batchnorm.lab.training.settings import Inputs, Optimizer, Settings, parse_numbers
+    from batchnorm.lab.training.settings import Inputs, Optimizer, Settings
 except ModuleNotFoundError as missing:
     sys.exit(f"error: the command line needs pip install 'batchnorm[lab]'; {missing.name} is not installed")
 
@@ -134,7 +135,7 @@ def compare(
         if task not in (None, "classification", "regression"):
             raise InputError(f"--task must be classification or regression; got {task!r}")
         asked = Settings(
-            hidden=cast("tuple[int, ...]", parse_numbers(hidden, int, "--hidden")),
+            hidden=parse_numbers(hidden, int, "--hidden"),
             activation=activation,
             batch_size=batch_size,
             optimizer=cast("Optimizer", optimizer),
@@ -165,7 +166,7 @@ def compare(
             command=shlex.join(["batchnorm", *sys.argv[1:]]),
             request=request,
             settings=settings.to_json(),
-            data=dataset.describe(),
+            data=dataset.describe().to_json(),
         )
     tune_allocator()
     progress = terminal.Silence() if quiet else terminal.Bars()

@@ -277,7 +277,7 @@ def compare(
         command=_call(settings, [claim.name for claim in asked]),
         request={"claims": [claim.name for claim in asked]},
         settings=fitted.to_json(),
-        data=dataset.describe(),
+        data=dataset.describe().to_json(),
     )
     if out is None:
         weakref.finalize(run, shutil.rmtree, run.folder, ignore_errors=True)

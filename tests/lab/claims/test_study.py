@@ -28,7 +28,9 @@ def digits():
 def study(folder, dataset, settings=SETTINGS, claims=ALL, jobs=1, run=None, progress=None):
     if run is None:
         folder.mkdir(exist_ok=True)
-        run = RunFile.create(folder, command="", request={}, settings=settings.to_json(), data=dataset.describe())
+        run = RunFile.create(
+            folder, command="", request={}, settings=settings.to_json(), data=dataset.describe().to_json()
+        )
     compare(dataset, settings, run, jobs=jobs, progress=progress or Silence(), claims=claims)
     return run
 

@@ -44,7 +44,9 @@ def digits():
 
 def new_run(folder, settings, dataset):
     folder.mkdir()
-    return RunFile.create(folder, command="", request={}, settings=settings.to_json(), data=dataset.describe())
+    return RunFile.create(
+        folder, command="", request={}, settings=settings.to_json(), data=dataset.describe().to_json()
+    )
 
 
 def without_times(content):
@@ -92,7 +94,7 @@ def test_the_result_is_what_the_runs_say(finished):
     steps = {arm: [steps_to(r, target, evaluations) for r in run.runs("confirm", arm)] for arm in ARMS}
     for arm in ARMS:
         assert result["arms"][arm]["steps"] == steps[arm]
-        scores = [r.test["score"] for r in run.runs("confirm", arm)]
+        scores = [r.test.score for r in run.runs("confirm", arm)]
         assert result["arms"][arm]["test_score"] == pytest.approx(sum(scores) / 3)
     for arm in ARMS[1:]:
         pairs = [list(ratio_bounds(a, b, SETTINGS.steps)) for a, b in zip(steps["none"], steps[arm], strict=True)]

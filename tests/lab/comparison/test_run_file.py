@@ -32,7 +32,7 @@ def test_a_run_is_read_as_it_was_saved(tmp_path):
     run.save()
     (back,) = read_run(tmp_path).runs("p", "none")
     assert back.validation_loss[0] == math.inf
-    assert all(math.isnan(value) for value in (back.train_loss[1], back.validation_score[1], back.test["score"]))
+    assert all(math.isnan(value) for value in (back.train_loss[1], back.validation_score[1], back.test.score))
     assert (back.seed, back.diverged_at) == (3, 2)
 
 

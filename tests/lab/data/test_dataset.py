@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchnorm.errors import DataError
+from batchnorm.lab.data.columns import LeftOut
 from batchnorm.lab.data.dataset import prepare, split
 from batchnorm.lab.data.tables import Table, read_table
 
@@ -47,7 +48,7 @@ def test_the_validation_and_test_rows_have_no_part_in_the_scaling():
     size = frame["size"].to_numpy().copy()
     size[others] += 1e6
     moved = prepare(Table("homes", frame.with_columns(size=pl.Series(size)), "y"))
-    assert np.array_equal(plain.centre, moved.centre)
+    assert np.array_equal(plain.center, moved.center)
     assert np.array_equal(plain.scale, moved.scale)
 
 
@@ -84,12 +85,12 @@ def test_a_column_with_one_value_in_the_training_rows_is_not_divided_by_rounding
 
 def test_lists_are_left_out():
     data = dataset(extra=[[1, 2]] * ROWS)
-    assert data.left_out == [{"column": "extra", "reason": "it holds List(Int64)"}]
+    assert data.left_out == [LeftOut("extra", "it holds List(Int64)")]
 
 
 def test_texts_that_are_nearly_all_numbers_are_said_to_be():
     data = dataset(extra=[*(str(i / 7) for i in range(ROWS - 1)), "oops"])
-    assert data.left_out == [{"column": "extra", "reason": "its texts differ and are not all numbers, such as 'oops'"}]
+    assert data.left_out == [LeftOut("extra", "its texts differ and are not all numbers, such as 'oops'")]
 
 
 def test_infinite_numbers_count_as_missing():
@@ -110,8 +111,8 @@ def test_infinite_numbers_count_as_missing():
 )
 def test_columns_that_tell_nothing_are_pointed_out_and_left_out(change, reason):
     data = dataset(**change)
-    assert [out["column"] for out in data.left_out] == ["extra"]
-    assert reason in data.left_out[0]["reason"]
+    assert [out.column for out in data.left_out] == ["extra"]
+    assert reason in data.left_out[0].reason
     assert not any("extra" in feature for feature in data.features)
 
 
@@ -182,7 +183,7 @@ def test_rows_without_a_target_are_not_used():
         ({"y": [0, 1] * 4 + [None] * 52}, {}, "at least 10 rows with a target; got 8"),
         ({"y": ["a", "b"] * 30}, {"task": "regression"}, "'y' must hold numbers; it holds 'a'"),
         ({}, {"numeric": ["city"]}, "'city' must hold numbers; it holds '(Rome|Oslo|Lima)'"),
-        ({}, {"numeric": ["price"]}, "columns other than the target; got 'price'"),
+        ({}, {"numeric": ["price"]}, "numeric must name columns other than the target; got 'price'"),
         ({"size": [1e300 * (i % 7) for i in range(ROWS)]}, {}, "fit a float32; .* column 'size'"),
         ({"y": [[1], [2]] * 30}, {}, "numbers, texts or dates; 'y' holds List"),
         ({"y": [5.0] * ROWS}, {"task": "regression"}, "must vary; 'y' has one value"),
@@ -193,6 +194,11 @@ def test_what_cannot_be_used_is_refused_with_the_reason(changes, options, messag
     with pytest.raises(DataError, match=message) as error:
         dataset(options=options, **changes)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_that_all_differ_can_be_taken_as_categories():
+    data = dataset(options={"categorical": ["extra"]}, extra=list(range(ROWS)))
+    assert sum(name.startswith("extra=") for name in data.features) == 21  # the 20 most frequent, and the others
 
 
 def test_a_table_with_the_target_alone_is_refused():

@@ -49,7 +49,7 @@ def run(tmp_path_factory):
         tmp_path_factory.mktemp("run"),
         request={},
         settings=SETTINGS.to_json(),
-        data=dataset.describe(),
+        data=dataset.describe().to_json(),
         command=f"echo {NASTY}",
     )
     compare(dataset, SETTINGS, run, jobs=1, progress=Silence())

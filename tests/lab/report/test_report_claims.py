@@ -47,7 +47,11 @@ def study(tmp_path_factory):
     digits = prepare(read_table("digits", None))
     dataset = dataclasses.replace(digits, name=NASTY, target=NASTY, features=[f"{NASTY}{i}" for i in range(64)])
     run = RunFile.create(
-        tmp_path_factory.mktemp("study"), request={}, settings=SETTINGS.to_json(), data=dataset.describe(), command="x"
+        tmp_path_factory.mktemp("study"),
+        request={},
+        settings=SETTINGS.to_json(),
+        data=dataset.describe().to_json(),
+        command="x",
     )
     compare(dataset, SETTINGS, run, jobs=1, progress=Silence(), claims=list(CLAIMS.values()))
     return run

@@ -80,13 +80,13 @@ def test_weights_are_loaded_strictly(suffix, module):
     assert load("mine:network", path).model[1].running_mean.tolist() == [7.0] * 4
     state = {"0.weight": torch.zeros(4, 3)}
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    with pytest.raises(InputError, match=r"--weights must hold a state dict of the model; .* Missing key"):
+    with pytest.raises(InputError, match=r"^weights must hold a state dict of the model; .* Missing key"):
         load("mine:network", path)
 
 
 def test_a_pickle_of_anything_but_weights_is_not_opened(module):
     torch.save(load("mine:network").model, module / "whole.pt")
-    with pytest.raises(InputError, match=r"--weights must hold a state dict .* UnpicklingError"):
+    with pytest.raises(InputError, match=r"^weights must hold a state dict .* UnpicklingError"):
         load("mine:network", module / "whole.pt")
 
 
@@ -108,7 +108,7 @@ def test_what_is_no_model_is_refused_in_one_sentence(name, said):
 
 
 def test_weights_belong_to_a_module_and_must_be_there(module):
-    with pytest.raises(InputError, match="--weights must name a file; there is none at"):
+    with pytest.raises(InputError, match="^weights must name a file; there is none at"):
         load("mine:network", module / "none.pt")
-    with pytest.raises(InputError, match="--weights are for a torch Module; 'mine:estimator' is a fitted BatchNorm"):
+    with pytest.raises(InputError, match="^weights are for a torch Module; 'mine:estimator' is a fitted BatchNorm"):
         load("mine:estimator", module / "none.pt")

@@ -104,7 +104,7 @@ def test_compared_with_clean_rows(served):
 
 def test_a_score_needs_an_output_a_class():
     model = nn.Sequential(nn.Linear(4, 3), bn.BatchNorm1d(3), nn.Linear(3, 1)).double().eval()
-    with pytest.raises(InputError, match=r"one output a class, \(N, classes\); got \(150, 1\). Without --target"):
+    with pytest.raises(InputError, match=r"one output a class, \(N, classes\); got \(150, 1\). without a target"):
         examine(Served(model, torch.as_tensor, None), rows_of_two_classes(300, 1), **LIMITS)
 
 
@@ -129,10 +129,10 @@ def test_features_are_the_columns_named_in_their_order_and_never_the_target(tabl
 @pytest.mark.parametrize(
     ("target", "columns", "said"),
     [
-        (None, [], "a feature must be a column of numbers; 'c' is String: choose by --columns"),
+        (None, [], "a feature must be a column of numbers; 'c' is String: choose others with columns="),
         (None, ["a", "d"], "a feature must have no empty cell; 'd' has 1"),
-        (None, ["a", "e"], "--columns must be columns of the data; got 'e'"),
-        ("e", ["a"], "--target must be a column of the data; got 'e'"),
+        (None, ["a", "e"], "^columns must be columns of the data; got 'e'"),
+        ("e", ["a"], "^target must be a column of the data; got 'e'"),
         ("d", ["a"], "the target must have no empty cell; 'd' has 1"),
     ],
 )

@@ -17,7 +17,7 @@ def generators(runs):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_run_of_a_stack_computes_what_plain_torch_layers_do(placement, activation):
     stack = MLP(5, (7, 4), 3, activation=activation, placement=placement, runs=3).double()
-    stack.initialise(generators(3))
+    stack.initialize(generators(3))
     layers = []
     for block in stack.hidden:
         weight = block.linear.weight[1]
@@ -45,7 +45,7 @@ def test_only_before_drops_the_bias_that_beta_replaces():
 def test_every_placement_starts_from_the_same_weights():
     networks = [MLP(5, (7, 4), 3, placement=p, runs=2) for p in (None, "before", "after")]
     for network in networks:
-        network.initialise(generators(2))
+        network.initialize(generators(2))
     for one, two, three in zip(*(network.linears() for network in networks), strict=True):
         assert torch.equal(one.weight, two.weight)
         assert torch.equal(one.weight, three.weight)
@@ -64,7 +64,7 @@ def test_every_placement_starts_from_the_same_weights():
 )
 def test_initial_weights_have_the_deviation_of_their_rule(activation, init, deviation):
     network = MLP(400, (200,), 3, activation=activation)
-    network.initialise(generators(1), init, scale=2.0)
+    network.initialize(generators(1), init, scale=2.0)
     weight = network.hidden[0].linear.weight
     # the sd of 80,000 draws is within 1% of the true one, at four of its standard errors
     assert weight.std().item() == pytest.approx(2 * deviation, rel=0.01)
@@ -73,7 +73,7 @@ def test_initial_weights_have_the_deviation_of_their_rule(activation, init, devi
 
 @pytest.mark.parametrize("init", ["glorot", "gaussian", "gaussian:", "gaussian:-1", "gaussian:x"])
 def test_an_unknown_rule_for_initial_weights_is_refused(init):
-    with pytest.raises(InputError, match="init must be xavier, he or gaussian:SD"):
+    with pytest.raises(InputError, match="init must be xavier, he or gaussian:SD with a positive SD"):
         check_init(init)
 
 
@@ -87,7 +87,7 @@ def test_mini_batches_cover_the_rows_once_and_none_of_several_has_a_single_row(r
 
 def test_the_state_of_a_run_is_a_view_of_its_own_numbers():
     network = MLP(5, (7,), 3, placement="before", runs=2)
-    network.initialise(generators(2))
+    network.initialize(generators(2))
     with torch.no_grad():
         for tensor in network.run_state():
             tensor[1] = 0

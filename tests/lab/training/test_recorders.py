@@ -8,6 +8,7 @@ from torch.distributions import Normal, kl_divergence
 from batchnorm.lab.data.dataset import prepare
 from batchnorm.lab.data.tables import read_table
 from batchnorm.lab.training.recorders import noise_batch_sizes, probe_steps, symmetrised_divergence
+from batchnorm.lab.training.records import Records
 from batchnorm.lab.training.runs import evaluation_steps
 from batchnorm.lab.training.settings import ARMS, Settings
 from batchnorm.lab.training.stacks import Stack
@@ -32,8 +33,8 @@ def trained(digits, arm, records, rates=(0.1, 0.5), settings=SETTINGS):
 def test_recording_changes_nothing_in_what_is_trained(digits, arm):
     plain, recorded = trained(digits, arm, ()), trained(digits, arm, EVERY)
     for one, other in zip(plain, recorded, strict=True):
-        assert set(other.record) == set(EVERY)
-        other.record = {}
+        assert set(other.record.to_json()) == set(EVERY)
+        other.record = Records()
         assert one == other
 
 
@@ -52,7 +53,7 @@ def test_a_unit_that_never_varies_does_not_drift_until_it_moves():
 
 
 def test_the_gap_is_that_of_the_network_at_each_evaluation(digits):
-    record = trained(digits, "before", ("gap",))[1].record["gap"]
+    record = trained(digits, "before", ("gap",))[1].record.gap
     trainer = Trainer(digits, "before", (0.1, 0.5), (0, 1), SETTINGS)
     evaluations = evaluation_steps(SETTINGS.steps)
     for step in range(1, SETTINGS.steps + 1):
@@ -60,14 +61,14 @@ def test_the_gap_is_that_of_the_network_at_each_evaluation(digits):
         if step in (1, 20, 30):
             at = evaluations.index(step)
             losses, errors = trainer.errors("train")
-            assert record["train_loss"][at] == pytest.approx(float(losses[1].mean()), rel=1e-5)
-            assert record["train_score"][at] == pytest.approx(1 - float(errors[1].mean()), abs=1e-6)
+            assert record.train_loss[at] == pytest.approx(float(losses[1].mean()), rel=1e-5)
+            assert record.train_score[at] == pytest.approx(1 - float(errors[1].mean()), abs=1e-6)
             _, errors = trainer.errors("test")
-            assert record["test_score"][at] == pytest.approx(1 - float(errors[1].mean()), abs=1e-6)
+            assert record.test_score[at] == pytest.approx(1 - float(errors[1].mean()), abs=1e-6)
 
 
 def test_the_change_of_the_loss_is_the_mean_over_the_steps_since_the_evaluation_before(digits):
-    means = trained(digits, "none", ("loss_change",))[0].record["loss_change"]["mean"]
+    means = trained(digits, "none", ("loss_change",))[0].record.loss_change.mean
     trainer = Trainer(digits, "none", (0.1, 0.5), (0, 1), SETTINGS)
     losses = [float(trainer.step()[0]) for _ in range(30)]
     assert math.isnan(means[0])
@@ -81,7 +82,7 @@ def test_the_change_of_the_loss_is_the_mean_over_the_steps_since_the_evaluation_
 @pytest.fixture(scope="module")
 def probed(digits):
     """Records of a stack, and the trainer as it was before and after its fifth step."""
-    record = trained(digits, "after", ("shift",))[1].record["shift"]
+    record = trained(digits, "after", ("shift",))[1].record.shift
     trainer = Trainer(digits, "after", (0.1, 0.5), (0, 1), SETTINGS)
     for _ in range(4):
         trainer.step()
@@ -102,19 +103,19 @@ def outputs_of(network, x):
 
 def test_the_drift_is_the_median_divergence_of_the_inputs_of_a_layer_in_one_step(probed):
     record, before, trainer, probe = probed
-    x, _ = trainer.some_rows("train", 240)
+    x, _ = trainer.spaced_rows("train", 240)
     with torch.no_grad():
         pairs = zip(outputs_of(before, x), outputs_of(trainer.network, x), strict=True)
         for layer, (old, new) in enumerate(pairs):
             one, other = (Normal(v[1].mean(0), v[1].std(0, correction=0)) for v in (old, new))
             expected = (kl_divergence(one, other) + kl_divergence(other, one)).median()
             # moments of 240 float32 values to 1e-6 each, and a divergence is their squared difference
-            assert record["drift"][probe][layer] == pytest.approx(float(expected), rel=1e-2, abs=1e-9)
+            assert record.drift[probe][layer] == pytest.approx(float(expected), rel=1e-2, abs=1e-9)
 
 
 def test_the_change_of_the_gradient_is_that_after_a_step_along_itself(probed, digits):
     record, before, trainer, probe = probed
-    x, y = trainer.some_rows("train", 240)
+    x, y = trainer.spaced_rows("train", 240)
 
     def gradient(network):
         network.train()
@@ -123,7 +124,7 @@ def test_the_change_of_the_gradient_is_that_after_a_step_along_itself(probed, di
         return [g.view(2, -1)[1] for g in torch.autograd.grad(loss, list(network.parameters()))]
 
     start = gradient(copy.deepcopy(before))
-    for size, expected in zip((0.5, 1.0, 2.0), record["gradient_change"][probe], strict=True):
+    for size, expected in zip((0.5, 1.0, 2.0), record.gradient_change[probe], strict=True):
         moved = copy.deepcopy(before)
         with torch.no_grad():
             for parameter, g in zip(moved.parameters(), start, strict=True):
@@ -133,10 +134,10 @@ def test_the_change_of_the_gradient_is_that_after_a_step_along_itself(probed, di
 
 
 def test_the_noise_of_a_batchs_mean_falls_with_the_root_of_its_size(digits):
-    noise = trained(digits, "none", ("gap",))[0].record["gap"]["noise"]
+    noise = trained(digits, "none", ("gap",))[0].record.gap.noise
     rows = len(digits.parts["train"])
-    assert noise["batch_sizes"] == noise_batch_sizes(rows)
-    for size, mean in zip(noise["batch_sizes"], noise["mean"], strict=True):
+    assert noise.batch_sizes == noise_batch_sizes(rows)
+    for size, mean in zip(noise.batch_sizes, noise.mean, strict=True):
         expected = math.sqrt((1 - size / rows) / (1 - 1 / rows) / size)  # drawn without replacement
         assert mean == pytest.approx(expected, rel=0.15)  # 200 draws of 5 units, which go together: sd about 0.05
 
@@ -146,7 +147,7 @@ def test_a_run_that_diverges_changes_nothing_in_its_neighbours_record(digits):
     beside = trained(digits, "none", EVERY, (0.1, 1e6), settings)
     alone = trained(digits, "none", EVERY, (0.1,), settings)
     assert beside[1].diverged_at is not None
-    drift, expected = (runs[0].record["shift"]["drift"] for runs in (beside, alone))
+    drift, expected = (runs[0].record.shift.drift for runs in (beside, alone))
     for one, other in zip(drift, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-2, abs=1e-9)
 

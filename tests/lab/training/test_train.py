@@ -1,6 +1,5 @@
 """Training in stacks: a run's numbers do not depend on who trains beside it."""
 
-import base64
 import math
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from batchnorm.lab.data.tables import Table, read_table
 from batchnorm.lab.training.runs import Target
 from batchnorm.lab.training.settings import ARMS, PLACEMENTS, Settings
 from batchnorm.lab.training.stacks import Stack
-from batchnorm.lab.training.train import seconds_a_step, train
+from batchnorm.lab.training.train import seconds_per_step, train
 from batchnorm.lab.training.trainer import Trainer
 
 SETTINGS = Settings(hidden=(12, 12), steps=50)
@@ -93,7 +92,7 @@ def test_a_diverged_run_has_no_score_even_where_most_rows_are_of_class_0():
     settings = replace(SETTINGS, activation="relu")
     (run,) = train(stack("none", (1e30,), (0,), settings, test=True), data, lambda _: None)
     assert run.diverged_at is not None
-    assert math.isnan(run.test["score"])
+    assert math.isnan(run.test.score)
     assert math.isnan(run.validation_score[-1])
     network = Trainer(data, "none", [1.0], [0], settings)
     with torch.no_grad():
@@ -128,14 +127,13 @@ def test_the_test_rows_are_scored_by_the_network_of_the_best_smoothed_step(digit
     (run,) = train(stack("before", (0.3,), (0,), test=True), digits, lambda _: None)
     smoothed = [np.mean(run.validation_score[max(0, i - 2) : i + 1]) for i in range(len(run.validation_score))]
     steps = [*range(1, 21), 21, 23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 44, 47, 50]
-    assert run.test["step"] == steps[int(np.argmax(smoothed))]
+    assert run.test.step == steps[int(np.argmax(smoothed))]
     trainer = Trainer(digits, "before", [0.3], [0], SETTINGS)
-    for _ in range(run.test["step"]):
+    for _ in range(run.test.step):
         trainer.step()
     _, errors = trainer.errors("test")
-    bits = np.frombuffer(base64.b64decode(run.test["errors"]), np.uint8)
-    assert np.array_equal(np.unpackbits(bits, count=errors.shape[1]), errors[0].numpy())
-    assert run.test["score"] == pytest.approx(1 - errors.mean().item())
+    assert np.array_equal(run.test.row_errors("classification", errors.shape[1]), errors[0].numpy())
+    assert run.test.score == pytest.approx(1 - errors.mean().item())
 
 
 def test_a_stack_stops_once_more_than_half_the_seeds_of_a_rate_have_arrived(digits):
@@ -162,6 +160,6 @@ def test_the_percentiles_of_what_enters_the_last_nonlinearity_are_traced(digits)
 
 
 def test_a_step_of_every_arm_is_timed(wine):
-    seconds = seconds_a_step(wine, {"none": 0.1, "before": 0.1}, SETTINGS)
+    seconds = seconds_per_step(wine, {"none": 0.1, "before": 0.1}, SETTINGS)
     assert 0 < seconds["none"] < 1
     assert 0 < seconds["before"] < 1

@@ -8,6 +8,7 @@ from typing import Any
 
 from batchnorm.lab.claims.judgement import Measurement
 from batchnorm.lab.claims.study import Study
+from batchnorm.lab.training.records import RecordName
 from batchnorm.lab.training.stacks import Stack
 
 __all__ = ["Claim", "Measured"]
@@ -41,7 +42,7 @@ class Claim:
         The measurements, from the finished runs.
     stacks : function of a Study
         What it trains beside the comparison.
-    records : tuple of str
+    records : tuple of RecordName
         What the confirming runs of the comparison must record for it.
     """
 
@@ -52,4 +53,4 @@ class Claim:
     design: Callable[[Study], str]
     measure: Callable[[Study], Measured]
     stacks: Callable[[Study], list[Stack]] = _no_stacks
-    records: tuple[str, ...] = ()
+    records: tuple[RecordName, ...] = ()

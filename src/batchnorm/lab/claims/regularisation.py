@@ -12,6 +12,7 @@ from batchnorm.lab.claims.claim import Claim, Measured
 from batchnorm.lab.claims.judgement import Measurement
 from batchnorm.lab.claims.study import Study
 from batchnorm.lab.comparison.measures import Bounds
+from batchnorm.lab.training.records import recorded
 from batchnorm.lab.training.runs import Run
 from batchnorm.lab.training.settings import ARMS, Arm
 
@@ -34,13 +35,13 @@ def _design(study: Study) -> str:
 
 def _gap(run: Run, level: float) -> float:
     """Training score less test score where the training loss first is at a level or below; NaN if never."""
-    record = run.record["gap"]
-    below = np.flatnonzero(np.array(record["train_loss"], dtype=float) <= level)
-    return float(record["train_score"][below[0]] - record["test_score"][below[0]]) if len(below) else math.nan
+    record = recorded(run.record.gap)
+    below = np.flatnonzero(np.array(record.train_loss, dtype=float) <= level)
+    return float(record.train_score[below[0]] - record.test_score[below[0]]) if len(below) else math.nan
 
 
 def _least(run: Run) -> float:
-    losses = np.array(run.record["gap"]["train_loss"], dtype=float)
+    losses = np.array(recorded(run.record.gap).train_loss, dtype=float)
     return float(losses[np.isfinite(losses)].min(initial=math.inf))
 
 
@@ -66,19 +67,19 @@ def _curve(runs: list[Run], levels: NDArray[np.float64]) -> dict[str, Any]:
 
 def _noise(runs: dict[Arm, list[Run]]) -> dict[str, Any]:
     """Noise of the statistics by batch size, of the first run of each arm, and 1 / sqrt(m) beside it."""
-    noise = {arm: of_arm[0].record["gap"]["noise"] for arm, of_arm in runs.items()}
-    sizes = noise["none"]["batch_sizes"]
+    noise = {arm: recorded(recorded(of_arm[0].record.gap).noise) for arm, of_arm in runs.items()}
+    sizes = noise["none"].batch_sizes
     return {
         "batch_sizes": sizes,
-        "mean": {arm: of_arm["mean"] for arm, of_arm in noise.items()},
-        "sd": {arm: of_arm["sd"] for arm, of_arm in noise.items()},
+        "mean": {arm: of_arm.mean for arm, of_arm in noise.items()},
+        "sd": {arm: of_arm.sd for arm, of_arm in noise.items()},
         "theory": [1 / math.sqrt(size) for size in sizes],
     }
 
 
 def _measure(study: Study) -> Measured:
     runs = {arm: study.run.runs("confirm", arm) for arm in ARMS}
-    first = max(float(run.record["gap"]["train_loss"][0]) for run in runs["none"])
+    first = max(float(recorded(run.record.gap).train_loss[0]) for run in runs["none"])
     least = min(_least(run) for of_arm in runs.values() for run in of_arm)
     details: dict[str, Any] = {"noise": _noise(runs)}
     if math.isfinite(first) and 0 < least < first:

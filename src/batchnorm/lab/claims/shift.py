@@ -15,6 +15,7 @@ from batchnorm.lab.claims.judgement import Measurement
 from batchnorm.lab.claims.study import Study
 from batchnorm.lab.comparison.measures import Bounds, middle_half
 from batchnorm.lab.training.recorders import STEP_SIZES, probe_steps
+from batchnorm.lab.training.records import recorded
 from batchnorm.lab.training.runs import Run, Target, evaluation_steps, steps_to
 from batchnorm.lab.training.settings import ARMS, Arm
 from batchnorm.lab.training.stacks import Stack, cut
@@ -59,12 +60,12 @@ def _arrival(study: Study, run: Run) -> int | None:
 
 def _drifts(run: Run) -> NDArray[np.float64]:
     """Drift (probes, layers) of a run; what is not finite, of a diverged run, is infinite."""
-    return _finite(run.record["shift"]["drift"])
+    return _finite(recorded(run.record.shift).drift)
 
 
 def _changes(run: Run) -> NDArray[np.float64]:
     """Relative change of the gradient after one learning rate (probes,) of a run."""
-    return _finite(run.record["shift"]["gradient_change"])[:, STEP_SIZES.index(1.0)]
+    return _finite(recorded(run.record.shift).gradient_change)[:, STEP_SIZES.index(1.0)]
 
 
 def _finite(values: Any) -> NDArray[np.float64]:
@@ -113,7 +114,7 @@ def _measure(study: Study) -> Measured:
             measurements.append(Measurement(arm, label, more, less, "ratio", pairs, MARGIN, reason))
     hidden = len(study.settings.hidden)
     first_half = (hidden - 1) // 2
-    shown: dict[str, Any] = {arm: of_arm[0].record["shift"] for arm, of_arm in runs.items()}
+    shown = {arm: recorded(of_arm[0].record.shift) for arm, of_arm in runs.items()}
     together = [step for arm in ARMS for step in arrivals[arm]]
     details = {
         "probes": probe_steps(study.settings.variant_steps),
@@ -128,11 +129,11 @@ def _measure(study: Study) -> Measured:
         },
         "distributions": {"layers": [f"hidden layer {number}" for number in range(1, hidden + 1)]}
         | {
-            arm: [[probe[i] for probe in record["distributions"]] for i in range(hidden)]
+            arm: [[probe[i] for probe in recorded(record.distributions)] for i in range(hidden)]
             for arm, record in shown.items()
         },
         "outputs": {"layer": f"hidden layer {first_half + 1}"}
-        | {arm: record["outputs"] for arm, record in shown.items()},
+        | {arm: recorded(record.outputs) for arm, record in shown.items()},
     }
     return Measured(measurements, details)
 

@@ -13,8 +13,9 @@ from batchnorm.lab.claims.judgement import Measurement
 from batchnorm.lab.claims.study import Study
 from batchnorm.lab.claims.sweep import share, width_pairs, widths
 from batchnorm.lab.comparison.measures import middle_half
+from batchnorm.lab.training.records import recorded
 from batchnorm.lab.training.runs import Run, evaluation_steps
-from batchnorm.lab.training.settings import ARMS, Arm, beside
+from batchnorm.lab.training.settings import ARMS, Arm, neighboring_rate
 from batchnorm.lab.training.stacks import Stack, cut
 
 __all__ = ["CLAIM"]
@@ -28,7 +29,7 @@ def _rates(study: Study) -> list[float]:
     rates = list(study.tried)
     if study.settings.learning_rates is None:
         for _ in range(BEYOND):
-            rates.append(beside(rates[-1], 1))
+            rates.append(neighboring_rate(rates[-1], 1))
     return rates
 
 
@@ -56,7 +57,7 @@ def _spacing(rates: list[float]) -> float:
 
 def _loss_change(study: Study, arm: Arm) -> dict[str, Any]:
     """Change of the mini-batch loss between steps in the confirming runs: median and middle half over seeds."""
-    changes = np.array([run.record["loss_change"]["mean"] for run in study.run.runs("confirm", arm)], dtype=float)
+    changes = np.array([recorded(run.record.loss_change).mean for run in study.run.runs("confirm", arm)], dtype=float)
     median, low, high = middle_half(np.where(np.isfinite(changes), changes, np.inf)[:, 1:])
     return {
         "steps": evaluation_steps(study.settings.steps)[1:],

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,10 +30,11 @@ from batchnorm.lab.comparison.measures import choose_rate, choose_target, summar
 from batchnorm.lab.comparison.result import evaluate
 from batchnorm.lab.comparison.run_file import RunFile
 from batchnorm.lab.data.dataset import Dataset
+from batchnorm.lab.training.records import RecordName
 from batchnorm.lab.training.runs import Target, evaluation_steps
-from batchnorm.lab.training.settings import ARMS, Arm, Inputs, Settings, beside
+from batchnorm.lab.training.settings import ARMS, Arm, Inputs, Settings, neighboring_rate
 from batchnorm.lab.training.stacks import Stack, cut
-from batchnorm.lab.training.train import seconds_a_step, train
+from batchnorm.lab.training.train import seconds_per_step, train
 
 __all__ = ["Progress", "compare", "fit_to_data", "variants"]
 
@@ -87,7 +88,7 @@ def _train_stack(
         "phase": stack.phase,
         "arm": stack.arm,
         "seconds": round(time.perf_counter() - started, 3),
-        "runs": [asdict(run) for run in runs],
+        "runs": [run.to_json() for run in runs],
     }
 
 
@@ -200,8 +201,8 @@ def _search(workers: _Workers, settings: Settings) -> tuple[Target, dict[Arm, fl
         }
         new = []
         if settings.learning_rates is None and not extended:
-            new += [beside(tried[0], -1)] if tried[0] in chosen.values() else []
-            new += [beside(tried[-1], 1)] if tried[-1] in chosen.values() else []
+            new += [neighboring_rate(tried[0], -1)] if tried[0] in chosen.values() else []
+            new += [neighboring_rate(tried[-1], 1)] if tried[-1] in chosen.values() else []
             for rate in new:
                 for arm in ARMS:
                     workers.progress.plan(arm, settings.search_seeds * settings.steps)
@@ -209,13 +210,13 @@ def _search(workers: _Workers, settings: Settings) -> tuple[Target, dict[Arm, fl
     return target, chosen, tried
 
 
-def _confirm(settings: Settings, chosen: dict[Arm, float], records: tuple[str, ...]) -> list[Stack]:
+def _confirm(settings: Settings, chosen: dict[Arm, float], records: tuple[RecordName, ...]) -> list[Stack]:
     """The chosen learning rates on fresh seeds, the same ones for every arm."""
-    options: dict[str, Any] = {"test": True, "records": records}
     seeds = range(settings.search_seeds, settings.search_seeds + settings.seeds)
     stacks = []
     for arm in reversed(ARMS):
-        pieces = cut("confirm", "confirm", arm, [(chosen[arm], seed) for seed in seeds], settings, **options)
+        pairs = [(chosen[arm], seed) for seed in seeds]
+        pieces = cut("confirm", "confirm", arm, pairs, settings, test=True, records=records)
         stacks += [replace(pieces[0], trace=True), *pieces[1:]]
     return stacks
 
@@ -235,9 +236,10 @@ def _vary(settings: Settings, target: Target, chosen: dict[Arm, float], tried: l
     stacks = []
     for arm in ARMS:  # the one that is least likely to arrive, and so to stop early, first
         for name, varied in variants(settings).items():
-            rates = [rate for rate in tried if rate in {beside(chosen[arm], step) for step in VARIANT_FACTORS}]
+            near = {neighboring_rate(chosen[arm], step) for step in VARIANT_FACTORS}
+            rates = [rate for rate in tried if rate in near]
             pairs = [(rate, seed) for rate in rates for seed in range(settings.search_seeds)]
-            stacks += cut(name, f"variant: {name}", arm, pairs, varied, stop=target, whole=True)
+            stacks += cut(name, f"variant: {name}", arm, pairs, varied, stop=target)
     return stacks
 
 
@@ -266,7 +268,7 @@ def compare(
             progress.plan(stack.arm, stack.settings.steps * len(stack.seeds))
         records = tuple(dict.fromkeys(record for claim in claims for record in claim.records))
         workers.train(_confirm(settings, chosen, records) + others)
-        timed = seconds_a_step(dataset, chosen, settings)
+        timed = seconds_per_step(dataset, chosen, settings)
         result = evaluate(run, dataset, settings, target, chosen, timed)
         run.content["result"] = result
         if claims:

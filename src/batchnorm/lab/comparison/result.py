@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,10 +29,7 @@ __all__ = ["evaluate", "test_difference", "test_errors"]
 def test_errors(runs: Sequence[Run], dataset: Dataset) -> NDArray[np.float64]:
     """Errors (seeds, test rows) as the runs kept them."""
     rows = len(dataset.parts["test"])
-    decoded = [base64.b64decode((run.test or {})["errors"]) for run in runs]
-    if dataset.task == "classification":
-        return np.stack([np.unpackbits(np.frombuffer(bits, np.uint8), count=rows) for bits in decoded]).astype(float)
-    return np.stack([np.frombuffer(numbers, "<f4") for numbers in decoded]).astype(float)
+    return np.stack([run.test.row_errors(dataset.task, rows) for run in runs if run.test is not None])
 
 
 def test_difference(arm: Sequence[Run], baseline: Sequence[Run], dataset: Dataset, seed: int) -> dict[str, Any] | None:
@@ -81,7 +77,7 @@ def _sensitivity(run: RunFile, settings: Settings, target: Target) -> list[dict[
     return rows
 
 
-def _stacking(run: RunFile, seconds: dict[str, float], evaluations: Sequence[int]) -> dict[str, float]:
+def _stacking(run: RunFile, seconds: dict[Arm, float], evaluations: Sequence[int]) -> dict[str, float]:
     """What training in stacks cost, and what the same steps cost one run after another, in seconds of a core."""
     together = sum(stack["seconds"] for stack in run.content["stacks"])
     alone = sum(
@@ -99,7 +95,7 @@ def evaluate(
     settings: Settings,
     target: Target,
     chosen: dict[Arm, float],
-    seconds: dict[str, float] | None = None,
+    seconds: dict[Arm, float] | None = None,
 ) -> dict[str, Any]:
     """The result as far as the runs go; its keys are described in docs/compare.md."""
     evaluations = evaluation_steps(settings.steps)
@@ -119,7 +115,7 @@ def evaluate(
         "stacking": None if seconds is None else _stacking(run, seconds, evaluations),
     }
     for arm in ARMS:
-        scores = [math.nan if r.test is None else r.test["score"] for r in confirmed[arm]]
+        scores = [math.nan if r.test is None else r.test.score for r in confirmed[arm]]
         known = [score for score in scores if not math.isnan(score)]
         summaries = summarise_rates(run.runs("search", arm), target, evaluations)
         result["arms"][arm] = {

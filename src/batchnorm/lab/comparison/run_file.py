@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import shutil
 import tempfile
 from datetime import UTC, datetime
@@ -91,7 +90,7 @@ class RunFile:
             name, _, number = stack["key"].rpartition("/")
             return name, int(number)
 
-        return [_run(values) for stack in sorted(stacks, key=place) for values in stack["runs"]]
+        return [Run.from_json(values) for stack in sorted(stacks, key=place) for values in stack["runs"]]
 
     def save(self) -> None:
         """Write run.json, whole or not at all. A finished stack must not be changed any more."""
@@ -107,14 +106,6 @@ class RunFile:
 
 def _json(value: Any) -> str:
     return json.dumps(json_safe(value), separators=(",", ":"), allow_nan=False)
-
-
-def _run(values: dict[str, Any]) -> Run:
-    """A run from the values of run.json."""
-    back = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
-    curves = ("train_loss", "validation_loss", "validation_score")
-    test = values["test"] and dict(values["test"], score=back.get(values["test"]["score"], values["test"]["score"]))
-    return Run(**dict(values, test=test, **{c: [back.get(v, v) for v in values[c]] for c in curves}))
 
 
 def read_run(folder: Path) -> RunFile:

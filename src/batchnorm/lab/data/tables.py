@@ -1,4 +1,4 @@
-"""Where the rows come from: built-in data sets by name, and CSV, TSV, Parquet and NPZ files."""
+"""Tables: built-in data sets by name, and CSV, TSV, Parquet and NPZ files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEPARATORS = ",;\t|"
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as they were read, and which column is to be predicted."""
+    """Rows as they were read, and the column to predict."""
 
     name: str
     frame: pl.DataFrame
@@ -30,10 +30,11 @@ class Table:
 
 
 def placement(rows: int = 1000, seed: int = 0) -> pl.DataFrame:
-    """Students' cgpa and iq and whether they were placed, generated: the same rows for the same seed.
+    """Generate students' cgpa and iq and whether they were placed; the same seed gives the same rows.
 
-    cgpa is normal (mean 7, sd 1.2, kept within 3 to 10), iq normal (mean 110, sd 25, whole numbers); the chance
-    of a place is logistic in cgpa - 6.5 (weight 2 a point) and iq - 110 (weight 0.02 a point). Ours, not a survey.
+    cgpa is normal (mean 7, sd 1.2, clipped to 3 to 10), iq normal (mean 110, sd 25, whole numbers); the chance of a
+    place is logistic in cgpa - 6.5 (weight 2 per point) and iq - 110 (weight 0.02 per point). The numbers are made up,
+    not surveyed.
 
     >>> placement(3).columns
     ['cgpa', 'iq', 'placed']
@@ -69,7 +70,7 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _separator(path: Path) -> str:
-    """The separator that the header line has most of."""
+    """Return the separator that is most frequent in the header line."""
     if path.suffix.lower() == ".tsv":
         return "\t"
     with path.open("rb") as file:
@@ -99,7 +100,7 @@ def _read_text(path: Path) -> pl.DataFrame:
 
 
 def _stripped(texts: pl.Series) -> pl.Series:
-    """Texts without the blanks around them, as numbers where all are."""
+    """Strip blanks around texts, and turn them into numbers where all of them are numbers."""
     texts = texts.str.strip_chars()
     numbers = texts.cast(pl.Float64, strict=False)
     return numbers if numbers.null_count() == texts.null_count() and texts.null_count() < texts.len() else texts
@@ -115,8 +116,8 @@ def _read_arrays(path: Path) -> pl.DataFrame:
             if values.ndim not in (1, 2):
                 raise DataError(f"arrays in an NPZ file must have 1 or 2 dimensions; {name} has {values.ndim}")
             new = {name: values} if values.ndim == 1 else {f"{name}_{i}": column for i, column in enumerate(values.T)}
-            if twice := columns.keys() & new.keys():
-                raise DataError(f"columns of an NPZ file must have different names; two are {min(twice)!r}")
+            if duplicates := columns.keys() & new.keys():
+                raise DataError(f"columns of an NPZ file must have different names; two are {min(duplicates)!r}")
             columns |= new
     lengths = {len(values) for values in columns.values()}
     if len(lengths) > 1:
@@ -127,13 +128,13 @@ def _read_arrays(path: Path) -> pl.DataFrame:
 def _read_file(path: Path) -> pl.DataFrame:
     suffix = path.suffix.lower()
     if not path.exists():
-        raise DataError(f"DATA must be a file or one of {', '.join(BUILT_IN)}; there is no file {str(path)!r}")
+        raise DataError(f"data must be a file or one of {', '.join(BUILT_IN)}; there is no file {str(path)!r}")
     if not path.is_file() or suffix not in SUFFIXES:
-        raise DataError(f"DATA must be a .csv, .tsv, .parquet or .npz file; got {str(path)!r}")
+        raise DataError(f"data must be a .csv, .tsv, .parquet or .npz file; got {str(path)!r}")
     if suffix in (".csv", ".tsv") and _first_bytes(path) in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"a text file must be in UTF-8; {str(path)!r} is in UTF-16")
     if path.stat().st_size == 0:
-        raise DataError(f"DATA must have rows; {str(path)!r} is empty")
+        raise DataError(f"data must have rows; {str(path)!r} is empty")
     try:
         if suffix == ".parquet":
             return pl.read_parquet(path)
@@ -141,12 +142,12 @@ def _read_file(path: Path) -> pl.DataFrame:
     except DataError:
         raise
     except PermissionError as error:
-        raise DataError(f"DATA must be readable; {str(path)!r} is not") from error
+        raise DataError(f"data must be readable; {str(path)!r} is not") from error
     except (PolarsError, UnicodeError, ValueError, OSError, zipfile.BadZipFile) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")[:120]
-        if suffix == ".npz":  # numpy's own advice is to load it unsafely
-            reason = "it is no archive of plain arrays"
-        raise DataError(f"DATA must be a table; {str(path)!r} can't be read as {suffix[1:]}: {reason}") from error
+        if suffix == ".npz":  # numpy advises to load it unsafely
+            reason = "it is not an archive of numbers, texts or dates"
+        raise DataError(f"data must be a table; {str(path)!r} can't be read as {suffix[1:]}: {reason}") from error
 
 
 def read_table(data: str, target: str | None = None, rows: int | None = None) -> Table:
@@ -155,45 +156,45 @@ def read_table(data: str, target: str | None = None, rows: int | None = None) ->
     Parameters
     ----------
     data : str
-        "digits", "breast_cancer", "wine", "diabetes", "placement", or the path of a CSV, TSV, Parquet or NPZ
-        file. An NPZ file's 1-dimensional arrays are columns, and so is each column of its 2-dimensional ones.
+        "digits", "breast_cancer", "wine", "diabetes", "placement", or the path of a CSV, TSV, Parquet or NPZ file. In
+        an NPZ file each 1-dimensional array, and each column of a 2-dimensional one, is a column of the table.
     target : str, optional
-        The column to predict; a built-in data set knows its own, and a file's may be left out when called "y".
+        The column to predict. Built-in data sets have a default; for a file it is the column "y".
     rows : int, optional
-        How many rows to generate, for placement alone.
+        Number of rows to generate, for placement alone.
 
     Raises
     ------
     DataError
-        No such file, not a table, empty, or no such column.
+        The file does not exist, is not a table or is empty, or there is no such column.
     """
     if rows is not None and data != "placement":
-        raise DataError(f"only placement is generated at any number of rows; got rows={rows} with {data!r}")
+        raise DataError(f"rows can be chosen for 'placement' alone, which is generated; got {rows} for {data!r}")
     name, frame = read_frame(data) if rows is None else ("placement", placement(rows))
     target = target_of(frame, data, target)
     if target is None:
-        raise DataError(f"--target must name the column to predict; the columns are {_some_columns(frame)}")
+        raise DataError(f"target must name the column to predict; the columns are {_first_columns(frame)}")
     return Table(name, frame, target)
 
 
 def read_frame(data: str) -> tuple[str, pl.DataFrame]:
-    """Read a built-in data set or a file, whatever it is for: its name and its rows.
+    """Read a built-in data set or a file; return its name and its rows.
 
     Raises
     ------
     DataError
-        No such file, not a table, or empty.
+        The file does not exist, is not a table or is empty.
     """
     if data in BUILT_IN:
         return data, BUILT_IN[data]()
     frame = _read_file(Path(data))
     if frame.height == 0:
-        raise DataError(f"DATA must have rows; {data!r} has a header and none")
+        raise DataError(f"data must have rows; {data!r} has a header and none")
     return Path(data).stem, frame
 
 
 def target_of(frame: pl.DataFrame, data: str, target: str | None) -> str | None:
-    """The column to predict: the one given, a built-in data set's own, the one called "y", or None.
+    """Return the column to predict: the given one, the default of a built-in data set, the one called "y", or None.
 
     Raises
     ------
@@ -205,11 +206,9 @@ def target_of(frame: pl.DataFrame, data: str, target: str | None) -> str | None:
     if target is None:
         return "y" if "y" in frame.columns else None
     if target not in frame.columns:
-        raise DataError(
-            f"--target must be a column of the data; got {target!r}, the columns are {_some_columns(frame)}"
-        )
+        raise DataError(f"target must be a column of the data; got {target!r}, the columns are {_first_columns(frame)}")
     return target
 
 
-def _some_columns(frame: pl.DataFrame) -> str:
+def _first_columns(frame: pl.DataFrame) -> str:
     return ", ".join(frame.columns[:30]) + (", ..." if frame.width > 30 else "")

@@ -216,7 +216,7 @@ class MultilayerPerceptron(Parameters, ABC):
             for block, units in zip(self.network_.hidden, hidden, strict=True):
                 block.norm = SampleWeightedBatchNorm1d(units, eps=self.bn_eps, momentum=self.bn_momentum)
         # Drawn in float64, so that a fit in float32 starts from the same weights, rounded.
-        self.network_.to("cpu", torch.float64).initialise([torch.Generator().manual_seed(seed)], scale=self.init_scale)
+        self.network_.to("cpu", torch.float64).initialize([torch.Generator().manual_seed(seed)], scale=self.init_scale)
         self._dtype = rows.X.dtype
         self.network_.to(torch.float32 if self._dtype == np.float32 else torch.float64)
         self.t_ = 0

@@ -1,1 +1,1 @@
-"""Trained models of the user: loading them, and testing them for covariate shift."""
+"""A trained model that serves predictions, and tests for a shift of the data that it is given."""

@@ -1,4 +1,4 @@
-"""A trained model as the command line is told of it: by the name that Python imports it by, and the rows it takes."""
+"""Trained models, imported by name, and how rows of a table become their inputs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["Served", "load"]
 
 @dataclass(frozen=True)
 class Served:
-    """A model and how rows of a table become its input.
+    """A trained model, and how rows of a table become its input.
 
     Attributes
     ----------
     model : Module
-        In eval mode.
+        The model, in eval mode.
     to_input : callable
-        Rows (N, features) float64 to what the model takes.
+        Turns rows (N, features) of float64 into the model's input.
     estimator : estimator or None
         The scikit-learn estimator that the model belongs to.
     """
@@ -40,23 +40,25 @@ class Served:
     estimator: Any
 
 
-def load(name: str, weights: Path | None = None) -> Served:
+def load(model: str, weights: Path | None = None) -> Served:
     """Import a trained model.
 
     Parameters
     ----------
-    name : str
-        ``module:name`` of a Module, of a fitted estimator of ours, of a scikit-learn pipeline that ends in one, or of
-        a function that returns one of these. Modules are looked for in the working directory first.
+    model : str
+        ``module:name`` of a Module, of a fitted estimator of this library, of a scikit-learn pipeline that ends in one,
+        or of a function that returns one of these. The working directory is searched first.
     weights : path or None
         A state dict to load strictly: a file of ``torch.save``, or safetensors.
 
     Raises
     ------
     InputError
-        There is no such module or name, it is no model or raises, or the weights don't fit.
+        There is no such module or name, it is not a model or raises, or the weights don't fit.
+    MissingDependencyError
+        The weights are safetensors, and safetensors is not installed.
     """
-    found = _imported(name)
+    found = _imported(model)
     if isinstance(found, nn.Module):
         if weights is not None:
             _load_weights(found, weights)
@@ -67,11 +69,11 @@ def load(name: str, weights: Path | None = None) -> Served:
     network = getattr(last, "network_", None)
     if not isinstance(network, nn.Module):
         raise InputError(
-            f"MODEL must name a torch Module or a fitted batchnorm estimator, or a function that returns one; {name!r} "
+            f"model must name a torch Module or a fitted batchnorm estimator, or a function that returns one; {model!r} "
             f"is {type(found).__name__}"
         )
     if weights is not None:
-        raise InputError(f"--weights are for a torch Module; {name!r} is a fitted {type(last).__name__}")
+        raise InputError(f"weights are for a torch Module; {model!r} is a fitted {type(last).__name__}")
     dtype = next(network.parameters()).dtype
 
     def to_input(rows: NDArray[np.float64]) -> Tensor:
@@ -80,24 +82,26 @@ def load(name: str, weights: Path | None = None) -> Served:
     return Served(network.eval(), to_input, found)
 
 
-def _imported(name: str) -> Any:
-    module_name, colon, attribute = name.partition(":")
+def _imported(model: str) -> Any:
+    module_name, colon, attribute = model.partition(":")
     if not (module_name and colon and attribute):
-        raise InputError(f"MODEL must be MODULE:NAME, as in train:make_model; got {name!r}")
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 (sys.path holds texts)
+        raise InputError(f"model must be MODULE:NAME, as in train:make_model; got {model!r}")
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109 (sys.path holds strings)
     try:
         found: Any = operator.attrgetter(attribute)(importlib.import_module(module_name))
         return found() if callable(found) and not isinstance(found, nn.Module) else found
-    except Exception as error:  # whatever a user's module raises is said in one sentence
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"MODEL must name a model, or a function of no arguments; {name!r} gives {said}") from error
+    except Exception as error:  # importing and calling code of the user can raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(
+            f"model must name a model, or a function without arguments; {model!r} gives {reason}"
+        ) from error
     finally:
         sys.path.pop(0)
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
-        raise InputError(f"--weights must name a file; there is none at {str(path)!r}")
+        raise InputError(f"weights must name a file; there is none at {str(path)!r}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -107,7 +111,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state)
     except ImportError as error:
-        raise InputError("--weights in safetensors need pip install 'batchnorm[snapshot]'") from error
-    except Exception as error:  # unpickling raises anything
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"--weights must hold a state dict of the model; {str(path)!r} gives {said}") from error
+        raise MissingDependencyError("weights in safetensors need pip install 'batchnorm[snapshot]'") from error
+    except Exception as error:  # unpickling can raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"weights must hold a state dict of the model; {str(path)!r} gives {reason}") from error

@@ -104,12 +104,12 @@ def read_rows(data: str, target: str | None, columns: Sequence[str]) -> Rows:
     found = target_of(frame, data, target)
     for name in columns:
         if name not in frame.columns:
-            raise DataError(f"--columns must be columns of the data; got {name!r}, of {len(frame.columns)} others")
+            raise DataError(f"columns must be columns of the data; got {name!r}, of {len(frame.columns)} others")
     names = list(columns) or [name for name in frame.columns if name != found]
     for name in names:
         column = frame[name]
         if not (column.dtype.is_numeric() or column.dtype == pl.Boolean):
-            raise DataError(f"a feature must be a column of numbers; {name!r} is {column.dtype}: choose by --columns")
+            raise DataError(f"a feature must be a column of numbers; {name!r} is {column.dtype}: choose others with columns=")
         if column.null_count():
             raise DataError(f"a feature must have no empty cell; {name!r} has {column.null_count()}")
     if found is not None and frame[found].null_count():

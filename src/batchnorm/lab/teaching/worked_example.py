@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from batchnorm.diagnostics.explain import Calculation, explain
 from batchnorm.errors import DataError, InputError
 from batchnorm.kernels import reference
-from batchnorm.lab.data.dataset import running_index
+from batchnorm.lab.data.columns import running_index
 from batchnorm.lab.data.tables import Table
 from batchnorm.lab.teaching.worked_text import worked_text
 from batchnorm.lab.training.network import ACTIVATIONS

@@ -1,7 +1,7 @@
 """Multilayer perceptrons without batch normalization, with it before, and with it after the nonlinearity.
 
-One module holds several independent networks of one shape (`runs`), side by side in every tensor, so that they
-train in the time of a few. Nothing of one run reaches another: each has its own weights and its own channels.
+One module holds several independent networks of one shape (`runs`), side by side in every tensor, so that they train in
+the time of a few. No run affects another: each has its own weights and its own channels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class _Linear(nn.Module):
-    """x @ weight + bias for each run: (runs, N, inputs) -> (runs, N, outputs)."""
+    """Linear map of each run: (runs, N, inputs) -> (runs, N, outputs)."""
 
     bias: nn.Parameter | None
 
@@ -49,19 +49,27 @@ class _Hidden(nn.Module):
     """A linear map, the nonlinearity, and batch normalization before or after it."""
 
     def __init__(
-        self, runs: int, inputs: int, outputs: int, activation: str, placement: Placement, momentum: float, eps: float
+        self,
+        runs: int,
+        inputs: int,
+        outputs: int,
+        *,
+        activation: str,
+        placement: Placement,
+        momentum: float,
+        eps: float,
     ) -> None:
         super().__init__()
-        # beta takes the place of a bias that the normalisation behind it would subtract again
+        # Normalization would subtract a bias right before it; beta replaces that bias.
         self.linear = _Linear(runs, inputs, outputs, bias=placement != "before")
         self.norm = None
         if placement is not None:
-            # A run that diverges must not keep the statistics of the others, in the same layer, from moving.
+            # The runs share a layer: one that diverges must not stop the updates of the others' running statistics.
             self.norm = BatchNorm1d(runs * outputs, eps=eps, momentum=momentum, nonfinite="propagate")
         self.activation = ACTIVATIONS[activation]()
         self.placement = placement
 
-    def _normalised(self, z: Tensor) -> Tensor:
+    def _normalize(self, z: Tensor) -> Tensor:
         if self.norm is None:
             return z
         runs, rows, units = z.shape
@@ -71,28 +79,29 @@ class _Hidden(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = self.linear(x)
         if self.placement == "before":
-            z = self._normalised(z)
+            z = self._normalize(z)
         h: Tensor = self.activation(z)
-        return self._normalised(h) if self.placement == "after" else h
+        return self._normalize(h) if self.placement == "after" else h
 
 
 class MLP(nn.Module):
-    """`runs` networks: hidden layers with batch normalization placed as asked, then a linear output layer.
+    """Independent networks (`runs`) of hidden layers, with or without batch normalization, and a linear output layer.
 
     Parameters
     ----------
     inputs, outputs : int
-        Features in, numbers out.
+        Number of features, and of values that a network returns.
     hidden : sequence of int
         Units of each hidden layer.
     activation : str
         "identity", "sigmoid", "tanh" or "relu".
     placement : "before", "after" or None
-        Where batch normalization stands. With "before" the linear map in front of it has no bias.
+        Position of batch normalization relative to the nonlinearity. With "before" the preceding linear map has no
+        bias.
     runs : int
-        How many independent networks.
+        Number of independent networks.
     momentum, eps : float
-        Of the batch normalization layers, as in torch.
+        Options of the batch normalization layers, as in torch.
     """
 
     def __init__(
@@ -112,18 +121,18 @@ class MLP(nn.Module):
         self.activation = activation
         sizes = [inputs, *hidden]
         self.hidden = nn.ModuleList(
-            _Hidden(runs, size, units, activation, placement, momentum, eps)
+            _Hidden(runs, size, units, activation=activation, placement=placement, momentum=momentum, eps=eps)
             for size, units in itertools.pairwise(sizes)
         )
         self.output = _Linear(runs, sizes[-1], outputs, bias=True)
 
     @torch.no_grad()
-    def initialise(self, generators: Sequence[torch.Generator], init: str | None = None, scale: float = 1.0) -> None:
+    def initialize(self, generators: Sequence[torch.Generator], init: str | None = None, scale: float = 1.0) -> None:
         """Draw the weights of run i from generators[i], input layer first; biases stay 0.
 
-        ``init`` is "xavier" (Glorot & Bengio 2010, uniform), "he" (He et al. 2015, uniform) or "gaussian:SD";
-        None takes He for relu and Xavier otherwise. ``scale`` multiplies the weights. The draws depend on the
-        shapes alone, so that networks of different placement start from the same weights.
+        ``init`` is "xavier" (Glorot & Bengio 2010, uniform), "he" (He et al. 2015, uniform) or "gaussian:SD"; None
+        means He for relu and Xavier otherwise. ``scale`` multiplies the weights. The draws depend on the shapes alone,
+        so that networks with different placements start from the same weights.
         """
         rule = init or ("he" if self.activation == "relu" else "xavier")
         check_init(rule)
@@ -139,18 +148,18 @@ class MLP(nn.Module):
                 weight.copy_(scale * drawn.t())
 
     def linears(self) -> list[_Linear]:
-        """All linear maps, input side first."""
+        """Return all linear maps, input side first."""
         return [*(block.linear for block in self.hidden), self.output]  # type: ignore[list-item]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs), the same rows for every run, or (runs, N, inputs) -> (runs, N, outputs)."""
+        """Return outputs (runs, N, outputs) for inputs (runs, N, inputs), or (N, inputs) that all runs share."""
         x = x.expand(self.runs, *x.shape) if x.dim() == 2 else x
         for block in self.hidden:
             x = block(x)
         return self.output(x)  # type: ignore[no-any-return]
 
     def run_state(self) -> list[Tensor]:
-        """Every parameter and running statistic as a view of shape (runs, numbers of one run)."""
+        """Return every parameter and running statistic as a view of shape (runs, numbers per run)."""
         state = [*self.parameters(), *(b for b in self.buffers() if b.is_floating_point())]
         return [tensor.detach().view(self.runs, -1) for tensor in state]
 
@@ -165,11 +174,11 @@ def check_init(init: str) -> None:
     except ValueError:
         fits = False
     if not fits:
-        raise InputError(f"init must be xavier, he or gaussian:SD with SD above 0; got {init!r}")
+        raise InputError(f"init must be xavier, he or gaussian:SD with a positive SD; got {init!r}")
 
 
 def batch_bounds(rows: int, batch_size: int) -> list[tuple[int, int]]:
-    """Cut rows into consecutive mini-batches; a last one of a single row joins the one before it.
+    """Cut rows into consecutive mini-batches; a last one of a single row joins the previous one.
 
     >>> batch_bounds(7, 3)
     [(0, 3), (3, 7)]

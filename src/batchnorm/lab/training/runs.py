@@ -1,24 +1,85 @@
-"""What a training run leaves, and when it arrived at a target."""
+"""Training runs, and the step at which a run reaches a target."""
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CONSECUTIVE", "Measure", "Run", "Target", "evaluation_steps", "median_steps", "rounded", "steps_to"]
+from batchnorm.lab.data.dataset import Task
+from batchnorm.lab.files import numbers_from_json
+from batchnorm.lab.training.records import Records
+
+__all__ = [
+    "CONSECUTIVE",
+    "Measure",
+    "Run",
+    "Target",
+    "TestResult",
+    "evaluation_steps",
+    "median_steps",
+    "rounded",
+    "steps_to",
+]
 
 CONSECUTIVE = 3
 Measure = Literal["score", "loss"]
 
 
+@dataclass(frozen=True)
+class TestResult:
+    """Result on the test rows of the network that had the best validation score.
+
+    Attributes
+    ----------
+    step : int
+        Step after which the network was evaluated.
+    score : float
+        Accuracy, or R squared; NaN where the run diverged.
+    errors : str
+        Error of each test row in base64: one bit per row for a class, one little-endian float32 per row for a number.
+    """
+
+    step: int
+    score: float
+    errors: str
+
+    @classmethod
+    def of(cls, step: int, score: float, errors: NDArray[np.floating[Any]], task: Task) -> TestResult:
+        """Make a result from the errors of the test rows."""
+        packed = np.packbits(errors > 0) if task == "classification" else errors.astype("<f4")
+        return cls(step, score, base64.b64encode(packed.tobytes()).decode())
+
+    def row_errors(self, task: Task, rows: int) -> NDArray[np.float64]:
+        """Return the error of each test row: 1 for a wrong class and 0 for the right one, or the squared error."""
+        decoded = base64.b64decode(self.errors)
+        if task == "classification":
+            return np.unpackbits(np.frombuffer(decoded, np.uint8), count=rows).astype(np.float64)
+        return np.frombuffer(decoded, "<f4").astype(np.float64)
+
+
 @dataclass
 class Run:
-    """What one run left: a number for each evaluation, NaN from the one at which it had diverged."""
+    """One training run.
+
+    Attributes
+    ----------
+    arm, learning_rate, seed
+        The design of the run.
+    diverged_at : int or None
+        First step with a loss that is not finite.
+    train_loss, validation_loss, validation_score : list of float
+        One value per evaluation; NaN once the run has diverged.
+    test : TestResult or None
+    trace : list, shape (evaluations, units, 3), or None
+        15th, 50th and 85th percentile of the inputs of the last hidden nonlinearity.
+    record : Records
+    """
 
     arm: str
     learning_rate: float
@@ -27,33 +88,53 @@ class Run:
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     validation_score: list[float] = field(default_factory=list)
-    test: dict[str, Any] | None = None
+    test: TestResult | None = None
     trace: list[list[list[float]]] | None = None
-    record: dict[str, Any] = field(default_factory=dict)
+    record: Records = field(default_factory=Records)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the run as run.json holds it."""
+        return asdict(self) | {"record": self.record.to_json()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Run:
+        """Make a run from its form in run.json."""
+        values = numbers_from_json({key: value for key, value in values.items() if key not in ("test", "record")}) | {
+            "test": _test_from_json(values["test"]),
+            "record": Records.from_json(values.get("record", {})),
+        }
+        return cls(**values)
+
+
+def _test_from_json(values: dict[str, Any] | None) -> TestResult | None:
+    if values is None:
+        return None
+    score = values["score"]
+    return TestResult(values["step"], math.nan if score is None else float(score), values["errors"])
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a run must reach on the validation rows: a score at or above a value, or a loss at or below it."""
+    """The goal of a run on the validation rows: a score at or above a value, or a loss at or below it."""
 
     measure: Measure
     value: float
     rule: str
 
     def reached(self, run: Run) -> NDArray[np.bool_]:
-        """Whether each evaluation of a run is good enough; NaN never is."""
+        """Return whether each evaluation of a run reaches the target; NaN never does."""
         if self.measure == "score":
             return np.asarray(run.validation_score) >= self.value
         return np.asarray(run.validation_loss) <= self.value
 
 
 def rounded(value: float) -> float:
-    """Six digits: what a float32 sum is good for, and what run.json needs to hold."""
+    """Round to six significant digits, the accuracy of a float32 sum, which keeps run.json small."""
     return float(f"{value:.6g}")
 
 
 def evaluation_steps(steps: int) -> list[int]:
-    """Evaluate at every step to 20, then every 5% more, and at the last.
+    """Return the steps at which a run is evaluated: each of the first 20, then every 5% more, and the last.
 
     >>> evaluation_steps(25)
     [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 23, 25]
@@ -65,9 +146,9 @@ def evaluation_steps(steps: int) -> list[int]:
 
 
 def steps_to(run: Run, target: Target, evaluations: Sequence[int]) -> int | None:
-    """Step of the first of 3 consecutive evaluations that reach the target; None where there is none.
+    """Return the step of the first of 3 consecutive evaluations that reach the target, or None.
 
-    A run that diverged, at whatever step, never arrives.
+    A run that diverged at any step never reaches it.
     """
     if run.diverged_at is not None:
         return None
@@ -79,8 +160,8 @@ def steps_to(run: Run, target: Target, evaluations: Sequence[int]) -> int | None
 
 
 def median_steps(steps: Sequence[int | None]) -> float | None:
-    """Median of the steps where more than half of the runs arrived, else None (it is above S)."""
-    arrived = [step for step in steps if step is not None]
-    if 2 * len(arrived) <= len(steps):
+    """Return the median of the steps, or None where at most half of the runs reached the target."""
+    known = [step for step in steps if step is not None]
+    if 2 * len(known) <= len(steps):
         return None
     return float(np.median([math.inf if step is None else step for step in steps]))

@@ -1,4 +1,4 @@
-"""What a comparison is asked to do, checked once."""
+"""Settings of a comparison, checked when they are made."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, Literal, TypeAlias, get_args
 from batchnorm.errors import InputError
 from batchnorm.lab.training.network import ACTIVATIONS, Placement, check_init
 
-__all__ = ["ARMS", "PLACEMENTS", "Arm", "Inputs", "Optimizer", "Settings", "beside", "parse_numbers"]
+__all__ = ["ARMS", "PLACEMENTS", "Arm", "Inputs", "Optimizer", "Settings", "neighboring_rate"]
 
 Arm = Literal["none", "before", "after"]
 Optimizer: TypeAlias = Literal["sgd", "adam"]
 Inputs: TypeAlias = Literal["standardized", "unscaled"]
 
 ARMS: tuple[Arm, ...] = get_args(Arm)
-PLACEMENTS: dict[str, Placement] = {"none": None, "before": "before", "after": "after"}
+PLACEMENTS: dict[Arm, Placement] = {"none": None, "before": "before", "after": "after"}
 
-LEARNING_RATES: dict[str, tuple[float, ...]] = {
+LEARNING_RATES: dict[Optimizer, tuple[float, ...]] = {
     "sgd": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
     "adam": (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
 }
@@ -37,25 +37,26 @@ class Settings:
     activation : str
         "identity", "sigmoid", "tanh" or "relu".
     batch_size : int
-        Rows of a mini-batch.
+        Rows per mini-batch.
     optimizer : "sgd" or "adam"
-        Plain gradient descent on mini-batches, or Adam with its usual constants.
+        Stochastic gradient descent without momentum, or Adam with its usual constants.
     learning_rates : tuple of float, optional
-        The grid to search; by default 7, about a factor 3 apart, and one more where the best is at an edge.
+        The grid to search, as it is; by default 7 values, about a factor of 3 apart, and one more where the best is at
+        an edge.
     search_seeds, seeds : int
-        Runs a learning rate in the search, and fresh runs an arm to confirm.
+        Runs per learning rate in the search, and fresh runs per arm to confirm it.
     steps : int
-        Gradient steps of every run.
+        Gradient steps per run.
     init : str, optional
         "xavier", "he" or "gaussian:SD"; by default He for relu and Xavier otherwise.
     init_scale : float
-        Multiplies the initial weights.
+        Factor of the initial weights.
     inputs : "standardized" or "unscaled"
-        Whether numbers are standardised on the training rows.
+        Whether numbers are standardized on the training rows.
     target_score : float, optional
         The validation score to reach; by default 0.99 of the best without batch normalization.
     seed : int
-        Of the split, and of everything drawn at random.
+        Seed of the split, the initial weights and the order of the rows.
     null_arm : "none", "before" or "after", optional
         Gives every arm this network, each with fresh seeds of its own: an A/A check, in which no claim should hold.
     """
@@ -84,69 +85,58 @@ class Settings:
             raise InputError(f"optimizer must be one of {', '.join(LEARNING_RATES)}; got {self.optimizer!r}")
         if self.inputs not in get_args(Inputs):
             raise InputError(f"inputs must be one of {', '.join(get_args(Inputs))}; got {self.inputs!r}")
-        for name, least in {"batch_size": 2, "search_seeds": 1, "seeds": 1, "steps": 1, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        for name, minimum in {"batch_size": 2, "search_seeds": 1, "seeds": 1, "steps": 1, "seed": 0}.items():
+            if getattr(self, name) < minimum:
+                raise InputError(f"{name} must be at least {minimum}; got {getattr(self, name)}")
         rates = self.learning_rates
         if rates is not None and (not rates or any(not 0 < rate < math.inf for rate in rates)):
-            raise InputError(f"learning rates must be above 0 and finite; got {list(rates)}")
+            raise InputError(f"learning_rates must be positive and finite; got {list(rates)}")
         if not 0 < self.init_scale < math.inf:
-            raise InputError(f"init scale must be above 0 and finite; got {self.init_scale}")
+            raise InputError(f"init_scale must be positive and finite; got {self.init_scale}")
         if self.target_score is not None and not 0 < self.target_score <= 1:
-            raise InputError(f"target score must be above 0 and at most 1; got {self.target_score}")
+            raise InputError(f"target_score must be positive and at most 1; got {self.target_score}")
         if self.init is not None:
             check_init(self.init)
 
     @property
     def grid(self) -> tuple[float, ...]:
-        """The learning rates to search at first, in ascending order and each once."""
+        """The learning rates to search first, in ascending order and without duplicates."""
         return tuple(sorted(set(self.learning_rates or LEARNING_RATES[self.optimizer])))
 
     @property
     def sweep_steps(self) -> int:
-        """Steps of the many runs that sweep learning rates or initial weights: an eighth."""
+        """Steps per run of a sweep over learning rates or initial weights, which has many runs: an eighth."""
         return max(self.steps // 8, 1)
 
     @property
     def variant_steps(self) -> int:
-        """Steps of the runs that only ask what another set-up would change: half."""
+        """Steps per run of a variant of the set-up: half."""
         return max(self.steps // 2, 1)
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as plain values, from which `from_json` makes them again."""
+        """Return the settings as run.json holds them."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Settings:
-        """Settings from the values that `to_json` gave."""
+        """Make settings from their form in run.json."""
         values = dict(values, hidden=tuple(values["hidden"]))
         if values["learning_rates"] is not None:
             values["learning_rates"] = tuple(values["learning_rates"])
         return cls(**values)
 
 
-def beside(rate: float, steps: int) -> float:
-    """The learning rate so many factors of about 3 away: on 1, 3, 10, 30, ... where the rate is.
+def neighboring_rate(rate: float, steps: int) -> float:
+    """Return the learning rate that is this many steps along the grid 1, 3, 10, 30, ... away.
 
-    >>> beside(10.0, 1), beside(0.01, -1), beside(0.2, 1)
+    A rate that is not on this grid is multiplied by 3 per step.
+
+    >>> neighboring_rate(10.0, 1), neighboring_rate(0.01, -1), neighboring_rate(0.2, 1)
     (30.0, 0.003, 0.6)
     """
     exponent = math.floor(math.log10(rate) + 1e-9)
-    lead = rate / 10.0**exponent
-    if round(lead, 6) not in (1.0, 3.0):
+    leading = rate / 10.0**exponent
+    if round(leading, 6) not in (1.0, 3.0):
         return float(f"{rate * GRID_FACTOR**steps:.6g}")
-    place = 2 * exponent + (round(lead) == 3) + steps
-    return float(f"{(1, 3)[place % 2]}e{place // 2}")
-
-
-def parse_numbers(text: str, kind: type[int] | type[float], name: str) -> tuple[float, ...]:
-    """The numbers of a comma-separated option.
-
-    >>> parse_numbers("100,50", int, "--hidden")
-    (100, 50)
-    """
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        of = "whole numbers" if kind is int else "numbers"
-        raise InputError(f"{name} must be {of} with commas between; got {text!r}") from None
+    index = 2 * exponent + (round(leading) == 3) + steps
+    return float(f"{(1, 3)[index % 2]}e{index // 2}")

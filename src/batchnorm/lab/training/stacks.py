@@ -1,28 +1,46 @@
-"""Units of work: runs of one arm that train side by side, set by the plan and never by the number of workers."""
+"""Stacks: runs of one arm, trained side by side as one batched network.
+
+A stack is the unit of work. Its runs follow from the plan and never from the number of workers, so that numbers do not
+depend on it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from batchnorm.lab.training.records import RecordName
 from batchnorm.lab.training.runs import Target
 from batchnorm.lab.training.settings import Arm, Settings
 
 __all__ = ["Stack", "cut"]
 
-RUNS_A_STACK = 11
+RUNS_PER_STACK = 11
 
 
 @dataclass(frozen=True)
 class Stack:
     """Runs of one arm, trained together.
 
-    ``test`` reads the test rows at the end, ``trace`` keeps percentiles of the first run, ``records`` names what
-    else is recorded (see `recorders`), and ``stop`` ends the stack once most seeds of a learning rate are there.
+    Attributes
+    ----------
+    key, phase : str
+        Unique name, and the phase of the comparison that the stack belongs to.
+    arm : Arm
+    learning_rates, seeds : tuple
+        One value per run.
+    settings : Settings
+    test : bool
+        Evaluate the test rows at the end.
+    trace : bool
+        Keep percentiles of the first run (see `Run`).
+    records : tuple of RecordName
+        Recorders to attach.
+    stop : Target or None
+        Stop once more than half of the seeds of a learning rate have reached this target.
     """
 
     key: str
@@ -33,7 +51,7 @@ class Stack:
     settings: Settings
     test: bool = False
     trace: bool = False
-    records: tuple[str, ...] = ()
+    records: tuple[RecordName, ...] = ()
     stop: Target | None = None
 
 
@@ -44,11 +62,15 @@ def cut(
     pairs: Sequence[tuple[float, int]],
     settings: Settings,
     *,
-    whole: bool = False,
-    **options: Any,
+    test: bool = False,
+    records: tuple[RecordName, ...] = (),
+    stop: Target | None = None,
 ) -> list[Stack]:
-    """Stacks of about equal size of pairs of learning rate and seed; one stack where it is to stop as a whole."""
-    pieces = np.array_split(np.arange(len(pairs)), 1 if whole else math.ceil(len(pairs) / RUNS_A_STACK))
+    """Cut pairs of learning rate and seed into stacks of about equal size.
+
+    With ``stop`` they stay one stack, which stops as a whole.
+    """
+    count = 1 if stop is not None else math.ceil(len(pairs) / RUNS_PER_STACK)
     return [
         Stack(
             key=f"{name}/{arm}/{number}",
@@ -57,7 +79,9 @@ def cut(
             learning_rates=tuple(pairs[i][0] for i in piece),
             seeds=tuple(pairs[i][1] for i in piece),
             settings=settings,
-            **options,
+            test=test,
+            records=records,
+            stop=stop,
         )
-        for number, piece in enumerate(pieces)
+        for number, piece in enumerate(np.array_split(np.arange(len(pairs)), count))
     ]

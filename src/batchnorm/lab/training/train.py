@@ -1,32 +1,42 @@
-"""Training a stack: several runs of one arm at once, each with its own seed and learning rate."""
+"""Training of a stack: several runs of one arm at once, each with a seed and a learning rate of its own."""
 
 from __future__ import annotations
 
-import base64
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm.lab.data.dataset import Dataset, Task
+from batchnorm.lab.data.dataset import Dataset
 from batchnorm.lab.training.recorders import RECORDERS
-from batchnorm.lab.training.runs import CONSECUTIVE, Run, Target, evaluation_steps, median_steps, rounded, steps_to
+from batchnorm.lab.training.runs import (
+    CONSECUTIVE,
+    Run,
+    Target,
+    TestResult,
+    evaluation_steps,
+    median_steps,
+    rounded,
+    steps_to,
+)
 from batchnorm.lab.training.settings import Arm, Settings
 from batchnorm.lab.training.stacks import Stack
 from batchnorm.lab.training.trainer import Trainer
 
-__all__ = ["seconds_a_step", "train"]
+__all__ = ["seconds_per_step", "train"]
 
 TRACED_UNITS = 6
 TRACED_PERCENTILES = (15, 50, 85)
+TIMED_STEPS = 200
+WARM_UP_STEPS = 20
 
 
 def _percentiles(trainer: Trainer) -> list[list[float]]:
-    """15th, 50th and 85th percentile of what enters the first run's last hidden nonlinearity, some units."""
+    """Return percentiles of the inputs of the first run's last hidden nonlinearity, (units, 3)."""
     seen: list[Tensor] = []
     nonlinearity = trainer.network.hidden[-1].activation
     assert isinstance(nonlinearity, torch.nn.Module)
@@ -38,8 +48,8 @@ def _percentiles(trainer: Trainer) -> list[list[float]]:
     return [[rounded(float(value)) for value in unit] for unit in values.T]
 
 
-class _Best:
-    """The network as it was at each run's best smoothed validation score: the mean of three evaluations."""
+class _BestState:
+    """The state of each run at its best smoothed validation score, which is the mean of three evaluations."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -47,34 +57,27 @@ class _Best:
         self.step = torch.zeros(trainer.runs, dtype=torch.long)
         self.state = [tensor.clone() for tensor in trainer.network.run_state()]
 
-    def see(self, step: int, recent_scores: list[list[float]]) -> None:
-        """Keep the state of the runs whose mean of the recent validation scores is their best so far."""
+    def update(self, step: int, recent_scores: list[list[float]]) -> None:
+        """Keep the current state of the runs whose recent validation scores have the best mean so far."""
         smoothed = torch.tensor(recent_scores, dtype=torch.float64).mean(1)
         better = smoothed > self.score
         self.score = torch.where(better, smoothed, self.score)
         self.step[better] = step
-        for kept, now in zip(self.state, self.trainer.network.run_state(), strict=True):
-            kept[better] = now[better]
+        for best, current in zip(self.state, self.trainer.network.run_state(), strict=True):
+            best[better] = current[better]
 
-    def test(self) -> Iterator[dict[str, Any]]:
-        """Score of each run on the test rows, read here and nowhere else."""
-        for kept, now in zip(self.state, self.trainer.network.run_state(), strict=True):
-            now.copy_(kept)
+    def test(self) -> Iterator[TestResult]:
+        """Restore the best states and yield each run's result on the test rows, which nothing else reads."""
+        for best, current in zip(self.state, self.trainer.network.run_state(), strict=True):
+            current.copy_(best)
         _, errors = self.trainer.errors("test")
         scores = self.trainer.score(errors, "test")
-        for step, score, rows in zip(self.step, scores, errors, strict=True):
-            yield {"step": int(step), "score": float(score), "errors": _encoded(self.trainer.dataset.task, rows)}
+        for step, score, of_run in zip(self.step, scores, errors, strict=True):
+            yield TestResult.of(int(step), float(score), of_run.numpy(), self.trainer.dataset.task)
 
 
-def _encoded(task: Task, errors: Tensor) -> str:
-    """Errors of the test rows in base64: a bit a row for classes, a little-endian float32 a row for numbers."""
-    values = errors.numpy()
-    packed = np.packbits(values > 0) if task == "classification" else values.astype("<f4")
-    return base64.b64encode(packed.tobytes()).decode()
-
-
-def _arrived(runs: Sequence[Run], target: Target, evaluations: Sequence[int]) -> bool:
-    """Whether at some learning rate more than half of the seeds have reached the target."""
+def _has_reached(runs: Sequence[Run], target: Target, evaluations: Sequence[int]) -> bool:
+    """Return whether, at some learning rate, more than half of the seeds have reached the target."""
     steps: dict[float, list[int | None]] = {}
     for run in runs:
         steps.setdefault(run.learning_rate, []).append(steps_to(run, target, evaluations))
@@ -82,22 +85,22 @@ def _arrived(runs: Sequence[Run], target: Target, evaluations: Sequence[int]) ->
 
 
 def train(stack: Stack, dataset: Dataset, progress: Callable[[int], None]) -> list[Run]:
-    """Train a stack and evaluate it as it goes; ``progress`` is told the steps taken."""
+    """Train a stack and evaluate it on the way; ``progress`` is called with the number of steps taken."""
     settings = stack.settings
     trainer = Trainer(dataset, stack.arm, stack.learning_rates, stack.seeds, settings)
     runs = [Run(stack.arm, rate, seed) for rate, seed in zip(stack.learning_rates, stack.seeds, strict=True)]
-    best = _Best(trainer) if stack.test else None
+    best = _BestState(trainer) if stack.test else None
     diverged = torch.zeros(len(runs), dtype=torch.long)
     summed, since = torch.zeros(len(runs)), 0
     trace: list[list[list[float]]] = []
-    recorders = {name: RECORDERS[name](trainer, settings) for name in stack.records}
+    recorders = [RECORDERS[name](trainer, settings) for name in stack.records]
     evaluations = evaluation_steps(settings.steps)
     evaluate_at = set(evaluations)
     for step in range(1, settings.steps + 1):
-        for recorder in recorders.values():
+        for recorder in recorders:
             recorder.before(step)
         losses = trainer.step()
-        for recorder in recorders.values():
+        for recorder in recorders:
             recorder.after(step, losses)
         diverged[(diverged == 0) & ~losses.isfinite()] = step
         summed, since = summed + losses, since + 1
@@ -115,35 +118,35 @@ def train(stack: Stack, dataset: Dataset, progress: Callable[[int], None]) -> li
             run.validation_score.append(math.nan if over else float(score[i]))
         summed, since = torch.zeros(len(runs)), 0
         if best is not None:
-            best.see(step, [run.validation_score[-CONSECUTIVE:] for run in runs])
+            best.update(step, [run.validation_score[-CONSECUTIVE:] for run in runs])
         if stack.trace:
             trace.append(_percentiles(trainer))
         progress(step)
-        if stack.stop is not None and _arrived(runs, stack.stop, evaluations):
+        if stack.stop is not None and _has_reached(runs, stack.stop, evaluations):
             break
     if stack.trace:
         runs[0].trace = trace
-    for name, recorder in recorders.items():
+    for recorder in recorders:
         for i, run in enumerate(runs):
-            run.record[name] = recorder.record(i)
+            recorder.store(i, run.record)
     if best is not None:
         for run, test in zip(runs, best.test(), strict=True):
-            run.test = test if run.diverged_at is None else dict(test, score=math.nan)
+            run.test = test if run.diverged_at is None else replace(test, score=math.nan)
     return runs
 
 
-def seconds_a_step(dataset: Dataset, rates: dict[Arm, float], settings: Settings) -> dict[str, float]:
-    """Median seconds of a gradient step of each arm, one run alone on one thread, the arms taken in turn."""
+def seconds_per_step(dataset: Dataset, rates: Mapping[Arm, float], settings: Settings) -> dict[Arm, float]:
+    """Return the median seconds per gradient step of each arm: one run on one thread, the arms in turn."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         trainers = {arm: Trainer(dataset, arm, [rate], [0], settings) for arm, rate in rates.items()}
-        spent: dict[str, list[float]] = {arm: [] for arm in rates}
-        for turn in range(220):
+        spent: dict[Arm, list[float]] = {arm: [] for arm in rates}
+        for turn in range(WARM_UP_STEPS + TIMED_STEPS):
             for arm, trainer in trainers.items():
                 started = time.perf_counter()
                 trainer.step()
-                if turn >= 20:  # after the warm-up
+                if turn >= WARM_UP_STEPS:
                     spent[arm].append(time.perf_counter() - started)
     finally:
         torch.set_num_threads(threads)

@@ -1,16 +1,17 @@
-"""The networks of a stack, their data and their state, one gradient step at a time."""
+"""Trainer of a stack: its networks, their data and their state, advanced one gradient step at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchnorm.lab.data.dataset import Dataset, Task
+from batchnorm.lab.data.dataset import Dataset, PartName, Task
 from batchnorm.lab.training.network import MLP, batch_bounds
 from batchnorm.lab.training.settings import ARMS, PLACEMENTS, Arm, Settings
 from batchnorm.nn import BatchNorm1d
@@ -18,28 +19,38 @@ from batchnorm.nn import BatchNorm1d
 __all__ = ["Trainer", "row_errors"]
 
 NUMBERS_AT_ONCE = 4_000_000
+PARTS: tuple[PartName, ...] = ("train", "validation", "test")
+
+
+class LabeledRows(NamedTuple):
+    """Features (N, features) and targets (N,) of some rows."""
+
+    x: Tensor
+    y: Tensor
 
 
 def _generator(settings: Settings, arm: Arm, seed: int, stream: int) -> torch.Generator:
-    """Initial weights (stream 0) and order of mini-batches (1) of a seed; the same in every arm and stack.
+    """Return the generator of the initial weights (stream 0) or the order of the rows (stream 1) of a seed.
 
-    In an A/A check each arm confirms with weights and orders of its own; the search is one, as the arm is.
+    It is the same in every arm and stack. In an A/A check the confirming runs of each arm get weights and orders of
+    their own; the search is shared, as the network is.
     """
-    own = [] if settings.null_arm is None or seed < settings.search_seeds else [ARMS.index(arm)]
-    state = np.random.SeedSequence([settings.seed, seed, stream, *own]).generate_state(1, np.uint64)[0]
+    is_shared = settings.null_arm is None or seed < settings.search_seeds
+    key = [settings.seed, seed, stream, *([] if is_shared else [ARMS.index(arm)])]
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 def _batches(generators: Sequence[torch.Generator], rows: int, batch_size: int) -> Iterator[Tensor]:
-    """Row numbers (runs, batch) of one mini-batch after another, each run in its own order, without end."""
+    """Yield the row numbers (runs, batch) of one mini-batch after another, each run in an order of its own."""
     while True:
         orders = torch.stack([torch.randperm(rows, generator=generator) for generator in generators])
         for start, end in batch_bounds(rows, batch_size):
             yield orders[:, start:end]
 
 
-class _Descent:
-    """Gradient descent, plain or Adam (Kingma & Ba 2015), with a learning rate a run."""
+class _GradientDescent:
+    """Stochastic gradient descent, or Adam (Kingma & Ba 2015), with a learning rate per run."""
 
     def __init__(self, network: MLP, name: str, learning_rates: Sequence[float]) -> None:
         self.parameters = list(network.parameters())
@@ -51,24 +62,27 @@ class _Descent:
         self.taken = 0
 
     def step(self, losses: Tensor) -> None:
-        """One step down each run's loss (runs,)."""
+        """Take one step down the loss of each run (runs,)."""
         gradients = torch.autograd.grad(losses.sum(), self.parameters)
-        moves = [gradient.view_as(view) for gradient, view in zip(gradients, self.views, strict=True)]
+        directions = [gradient.view_as(view) for gradient, view in zip(gradients, self.views, strict=True)]
         if self.adam:
-            self.taken += 1
-            torch._foreach_lerp_(self.first, moves, 1 - 0.9)
-            torch._foreach_mul_(self.second, 0.999)
-            torch._foreach_addcmul_(self.second, moves, moves, 1 - 0.999)
-            sizes = torch._foreach_div(self.second, 1 - 0.999**self.taken)
-            torch._foreach_sqrt_(sizes)
-            torch._foreach_add_(sizes, 1e-8)
-            moves = list(torch._foreach_div(torch._foreach_div(self.first, 1 - 0.9**self.taken), sizes))
-        for view, move in zip(self.views, moves, strict=True):
-            view.addcmul_(move, self.rates, value=-1)
+            directions = self._adam_directions(directions)
+        for view, direction in zip(self.views, directions, strict=True):
+            view.addcmul_(direction, self.rates, value=-1)
+
+    def _adam_directions(self, gradients: list[Tensor]) -> list[Tensor]:
+        self.taken += 1
+        directions = []
+        for first, second, gradient in zip(self.first, self.second, gradients, strict=True):
+            first.lerp_(gradient, 1 - 0.9)
+            second.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
+            size = (second / (1 - 0.999**self.taken)).sqrt_().add_(1e-8)
+            directions.append(first / (1 - 0.9**self.taken) / size)
+        return directions
 
 
 def _losses(task: Task, output: Tensor, y: Tensor) -> Tensor:
-    """Loss of each row (runs, N): cross-entropy in nats, or the squared error of the standardised target."""
+    """Return the loss of each row (runs, N): cross-entropy in nats, or squared error of the standardized target."""
     y = y.expand(output.shape[:2])
     if task == "regression":
         return (output.squeeze(2) - y) ** 2
@@ -76,14 +90,14 @@ def _losses(task: Task, output: Tensor, y: Tensor) -> Tensor:
 
 
 def row_errors(task: Task, output: Tensor, y: Tensor) -> Tensor:
-    """Error of each row (runs, N): 1 for a wrong class and 0 for the right one, or the squared error."""
+    """Return the error of each row (runs, N): 1 for a wrong class and 0 for the right one, or the squared error."""
     if task == "regression":
         return _losses(task, output, y)
     return (output.argmax(2) != y).to(output.dtype)
 
 
 class Trainer:
-    """The network of a stack, its data and its state, one gradient step at a time."""
+    """Trainer of a stack: its networks, their data and their state, advanced one gradient step at a time."""
 
     def __init__(
         self, dataset: Dataset, arm: Arm, learning_rates: Sequence[float], seeds: Sequence[int], settings: Settings
@@ -91,11 +105,10 @@ class Trainer:
         self.dataset = dataset
         self.runs = len(seeds)
         standardized = settings.inputs == "standardized"
-        self.parts = {
-            name: tuple(torch.from_numpy(array) for array in dataset.part(name, standardized=standardized))
-            for name in ("train", "validation", "test")
+        self.parts: dict[PartName, LabeledRows] = {
+            name: LabeledRows(*map(torch.from_numpy, dataset.part(name, standardized=standardized))) for name in PARTS
         }
-        x, _ = self.parts["train"]
+        x = self.parts["train"].x
         self.network = MLP(
             x.shape[1],
             settings.hidden,
@@ -104,14 +117,14 @@ class Trainer:
             placement=PLACEMENTS[settings.null_arm or arm],
             runs=self.runs,
         ).to(x.dtype)
-        self.network.initialise(
+        self.network.initialize(
             [_generator(settings, arm, seed, 0) for seed in seeds], settings.init, settings.init_scale
         )
         self.batches = _batches([_generator(settings, arm, seed, 1) for seed in seeds], len(x), settings.batch_size)
-        self.descent = _Descent(self.network, settings.optimizer, learning_rates)
+        self.descent = _GradientDescent(self.network, settings.optimizer, learning_rates)
 
     def step(self) -> Tensor:
-        """Take one gradient step on each run's next mini-batch; returns the losses before it (runs,)."""
+        """Take one gradient step on the next mini-batch of each run; return the losses before it (runs,)."""
         x, y = self.parts["train"]
         rows = next(self.batches)
         self.network.train()
@@ -119,13 +132,13 @@ class Trainer:
         self.descent.step(losses)
         return losses.detach()
 
-    def errors(self, part: str) -> tuple[Tensor, Tensor]:
-        """Loss and error of each row of a part (runs, N), with the statistics that inference uses."""
+    def errors(self, part: PartName) -> tuple[Tensor, Tensor]:
+        """Return loss and error of each row of a part (runs, N), with the running statistics."""
         return self.errors_on(*self.parts[part])
 
     @torch.no_grad()
     def errors_on(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and error of each of some rows (runs, N), with the statistics that inference uses."""
+        """Return loss and error of each of the given rows (runs, N), with the running statistics."""
         self.network.eval()
         widest = max(x.shape[1], *(linear.weight.shape[2] for linear in self.network.linears()))
         rows = max(1, NUMBERS_AT_ONCE // (self.runs * widest))
@@ -136,27 +149,27 @@ class Trainer:
             errors.append(row_errors(self.dataset.task, output, some_y))
         return torch.cat(losses, 1), torch.cat(errors, 1)
 
-    def score(self, errors: Tensor, part: str) -> Tensor:
-        """Accuracy, or R squared, of each run from the errors of the rows of a part, in float64."""
-        return self.score_on(errors, self.parts[part][1])
+    def score(self, errors: Tensor, part: PartName) -> Tensor:
+        """Return accuracy, or R squared, of each run in float64, given the errors of the rows of a part."""
+        return self.score_on(errors, self.parts[part].y)
 
     def score_on(self, errors: Tensor, y: Tensor) -> Tensor:
-        """Accuracy, or R squared, of each run from the errors on rows with targets y, in float64."""
+        """Return accuracy, or R squared, of each run in float64, given the errors of rows with targets y."""
         rows = errors.shape[1]
-        wrong = errors.double().sum(1)
+        total = errors.double().sum(1)
         if self.dataset.task == "classification":
-            return (rows - wrong) / rows  # the very float that a target of k / rows is
-        return 1 - wrong / ((y.double() - y.double().mean()) ** 2).sum()
+            return (rows - total) / rows  # exactly the float that a target of k / rows is
+        return 1 - total / ((y.double() - y.double().mean()) ** 2).sum()
 
-    def some_rows(self, part: str, most: int) -> tuple[Tensor, Tensor]:
-        """At most so many rows of a part, spread evenly over it."""
+    def spaced_rows(self, part: PartName, limit: int) -> LabeledRows:
+        """Return at most ``limit`` rows of a part, evenly spaced."""
         x, y = self.parts[part]
-        chosen = torch.from_numpy(np.linspace(0, len(x) - 1, min(most, len(x))).round().astype(np.int64))
-        return x[chosen], y[chosen]
+        chosen = torch.from_numpy(np.linspace(0, len(x) - 1, min(limit, len(x))).round().astype(np.int64))
+        return LabeledRows(x[chosen], y[chosen])
 
     @contextmanager
     def batch_statistics(self) -> Iterator[None]:
-        """Normalise with the batch's own statistics, as in training, and leave the running ones as they are."""
+        """Normalize with the statistics of the batch, as in training, and leave the running statistics as they are."""
         layers = [module for module in self.network.modules() if isinstance(module, BatchNorm1d)]
         momenta = [layer.momentum for layer in layers]
         self.network.train()
@@ -169,7 +182,7 @@ class Trainer:
                 layer.momentum = momentum
 
     def gradients(self, x: Tensor, y: Tensor) -> list[Tensor]:
-        """Gradient of each run's mean loss on some rows, a view (runs, numbers) for each parameter."""
+        """Return the gradient of each run's mean loss on the given rows, a view (runs, numbers) per parameter."""
         with self.batch_statistics():
             losses = _losses(self.dataset.task, self.network(x), y).mean(1)
         gradients = torch.autograd.grad(losses.sum(), self.descent.parameters)
