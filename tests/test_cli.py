@@ -323,7 +323,7 @@ def test_shift_as_json_compared_with_clean_rows_fails_where_asked_to(wines):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nothing", "same.csv"], "error: MODEL must be MODULE:NAME, as in train:make_model; got 'nothing'"),
+        (["nothing", "same.csv"], "must be MODULE:NAME, as in train:make_model; got 'nothing'"),
         (["cellar:none", "same.csv"], "has no attribute 'none'"),
         (["cellar:fitted", "none.csv"], "there is no file 'none.csv'"),
         (

@@ -108,7 +108,7 @@ def test_what_is_no_model_is_refused_in_one_sentence(name, said):
 
 
 def test_weights_belong_to_a_module_and_must_be_there(module):
-    with pytest.raises(InputError, match="^weights must name a file; there is none at"):
+    with pytest.raises(InputError, match=r"^weights must name a file; there is none at"):
         load("mine:network", module / "none.pt")
-    with pytest.raises(InputError, match="^weights are for a torch Module; 'mine:estimator' is a fitted BatchNorm"):
+    with pytest.raises(InputError, match=r"^weights are for a torch Module; 'mine:estimator' is a fitted BatchNorm"):
         load("mine:estimator", module / "none.pt")

@@ -104,7 +104,7 @@ def test_compared_with_clean_rows(served):
 
 def test_a_score_needs_an_output_a_class():
     model = nn.Sequential(nn.Linear(4, 3), bn.BatchNorm1d(3), nn.Linear(3, 1)).double().eval()
-    with pytest.raises(InputError, match=r"one output a class, \(N, classes\); got \(150, 1\). without a target"):
+    with pytest.raises(InputError, match=r"one output per class, \(N, classes\); got \(150, 1\). Without a target"):
         examine(Served(model, torch.as_tensor, None), rows_of_two_classes(300, 1), **LIMITS)
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from batchnorm.errors import InputError
+from batchnorm.errors import InputError, MissingDependencyError
 
 __all__ = ["Served", "load"]
 
@@ -69,8 +69,8 @@ def load(model: str, weights: Path | None = None) -> Served:
     network = getattr(last, "network_", None)
     if not isinstance(network, nn.Module):
         raise InputError(
-            f"model must name a torch Module or a fitted batchnorm estimator, or a function that returns one; {model!r} "
-            f"is {type(found).__name__}"
+            f"model must name a torch Module or a fitted batchnorm estimator, or a function that returns one; "
+            f"{model!r} is {type(found).__name__}"
         )
     if weights is not None:
         raise InputError(f"weights are for a torch Module; {model!r} is a fitted {type(last).__name__}")

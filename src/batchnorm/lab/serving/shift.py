@@ -109,7 +109,9 @@ def read_rows(data: str, target: str | None, columns: Sequence[str]) -> Rows:
     for name in names:
         column = frame[name]
         if not (column.dtype.is_numeric() or column.dtype == pl.Boolean):
-            raise DataError(f"a feature must be a column of numbers; {name!r} is {column.dtype}: choose others with columns=")
+            raise DataError(
+                f"a feature must be a column of numbers; {name!r} is {column.dtype}: choose others with columns="
+            )
         if column.null_count():
             raise DataError(f"a feature must have no empty cell; {name!r} has {column.null_count()}")
     if found is not None and frame[found].null_count():
@@ -171,7 +173,7 @@ def _score(served: Served, features: NDArray[np.float64], target: NDArray[Any]) 
         output = torch.cat([served.model(batch) for batch in _batches(served, features)])
     if output.dim() != 2 or output.shape[1] < 2:
         raise InputError(
-            f"a score needs a model with one output a class, (N, classes); got {tuple(output.shape)}. Without --target "
-            "there is none"
+            f"a score needs a model with one output per class, (N, classes); got {tuple(output.shape)}. Without a "
+            "target no score is computed"
         )
     return float(accuracy_score(target, output.argmax(1).numpy()))
