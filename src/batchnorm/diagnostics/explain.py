@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import InputError
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import reference
 from batchnorm.text import WIDTH, format_column, format_table
+from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["Calculation", "Explanation", "explain"]
 

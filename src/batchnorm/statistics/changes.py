@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm.statistics.distance import symmetrised_kl
 from batchnorm.statistics.forwards import kept_variance, running_statistics
 from batchnorm.statistics.moments import Moments
+from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["LayerChange", "changes", "named", "table"]
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer
 
@@ -19,6 +18,7 @@ from batchnorm.errors import InputError
 from batchnorm.nn.layer import Layer
 from batchnorm.nn.layout import dimension_of_channels
 from batchnorm.statistics.moments import Moments
+from batchnorm.torch_internals import TorchBatchNorm, compiled_module
 
 __all__ = [
     "Forward",
@@ -52,7 +52,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif (inner := compiled_module(model)) is not None:
             model = inner
         else:
             return model

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm import ops
 from batchnorm.errors import DistributedError, InputError
@@ -36,6 +35,7 @@ from batchnorm.statistics.forwards import (
 )
 from batchnorm.statistics.interrupts import held_back, let_through
 from batchnorm.statistics.moments import Moments
+from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["Measuring", "check_passes", "put_back_on_error"]
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm.errors import InputError
 from batchnorm.processes import process_group_of
@@ -16,6 +15,7 @@ from batchnorm.statistics.changes import LayerChange, changes, table
 from batchnorm.statistics.forwards import Forward, Statistics, kept_variance, statistics_layers, unwrapped
 from batchnorm.statistics.measuring import Measuring, check_passes, put_back_on_error
 from batchnorm.statistics.moments import Moments
+from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["Recalibration", "recalibrate"]
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm.errors import InputError
 from batchnorm.statistics.changes import named
 from batchnorm.statistics.distance import symmetrised_kl, wasserstein
 from batchnorm.statistics.forwards import Forward, running_layers, unwrapped
 from batchnorm.statistics.units import Units, scaled_statistics, seen_by
+from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["LayerShift", "Shift", "detect_shift"]
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from batchnorm import ops
 from batchnorm.errors import InputError
@@ -22,6 +21,7 @@ from batchnorm.statistics.forwards import (
     uncompiled,
 )
 from batchnorm.statistics.interrupts import held_back, let_through
+from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["Seen", "Units", "scaled_statistics", "seen_by"]
 
