@@ -42,7 +42,6 @@ __all__ = [
     "default_store",
     "dispatch_mode_class",
     "fast_apply",
-    "foreach",
     "forward_mode_is_active",
     "graph_task_id",
     "has_saved_tensors_hooks",
@@ -537,38 +536,3 @@ def collectives() -> Any:
 def collectives_while_compiling() -> Any:
     """Return the same under torch.compile, which traces this."""
     return torch.ops._c10d_functional
-
-
-# Operations on several tensors in one call.
-
-_FOREACH_TRIALS: dict[str, tuple[Any, ...]] = {
-    "add_": (2.0,),
-    "addcmul_": ([torch.tensor(3.0)], [torch.tensor(5.0)]),
-    "div": (2.0,),
-    "lerp_": ([torch.tensor(5.0)], 0.5),
-    "mul_": (2.0,),
-    "sqrt_": (),
-}
-PATHS["foreach"] = tuple(f"torch._foreach_{operation}" for operation in _FOREACH_TRIALS)
-
-
-@functools.cache
-def foreach(operation: str) -> Callable[..., Any]:
-    """Return a function that applies an operation of tensors (``"mul_"``) to each tensor of a list, in one call.
-
-    Arguments may be lists of as many tensors too. Where torch has none the function is a loop.
-    """
-
-    def loop(tensors: Sequence[Tensor], *arguments: Any, **options: Any) -> list[Tensor]:
-        apply = getattr(Tensor, operation)
-        each = zip(tensors, *(a if isinstance(a, list) else [a] * len(tensors) for a in arguments), strict=True)
-        return [apply(*one, **options) for one in each]
-
-    def is_same(function: Callable[..., Any]) -> bool:
-        tensors, expected = [torch.tensor(4.0)], [torch.tensor(4.0)]
-        result = function(tensors, *_FOREACH_TRIALS[operation])
-        looped = loop(expected, *_FOREACH_TRIALS[operation])
-        return torch.equal((result or tensors)[0], looped[0])
-
-    found = _find((f"torch._foreach_{operation}",), _itself, is_same)
-    return loop if found is None else found
