@@ -139,7 +139,7 @@ def test_a_layer_sends_what_the_page_says(script, dtype):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     try:
         layer = bn.BatchNorm2d(5, sync=True)
-        layer._agreed = True  # the first batch's exchange of names
+        layer.step_state.ranks_agreed = True  # the first batch's exchange of names
         with Sent() as sent:
             layer(torch.randn(2, 5, 3, 3, dtype=dtype, requires_grad=True)).sum().backward()
     finally:

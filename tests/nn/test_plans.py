@@ -64,9 +64,9 @@ def twins(x, residual=None, **options):
             values.uniform_(0.5, 1.5)
     for _ in range(2):
         step(layer, x, torch.ones_like(x), residual)
-    assert layer._plans
+    assert layer.step_state.plans
     fresh = copy.deepcopy(layer)
-    assert not fresh._plans
+    assert not fresh.step_state.plans
     return layer, fresh
 
 
@@ -115,11 +115,11 @@ def test_a_plan_gives_to_the_bit_what_questions_do(monkeypatch, options, with_re
     layer = bn.BatchNorm1d(CHANNELS, **OPTIONS[options]).train(training)
     other = copy.deepcopy(layer)
     by_plan = [step(layer, x, dy, residual) for x in batches]
-    assert layer._plans
+    assert layer.step_state.plans
     by_questions(monkeypatch)
     for mine, x in zip(by_plan, batches, strict=True):
         same(mine, step(other, x, dy, residual))
-    assert not other._plans
+    assert not other.step_state.plans
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -133,7 +133,7 @@ def test_further_calls_of_a_shape_ask_nothing(monkeypatch, shape, layout, dtype)
         refuse_questions(patch)
         same(step(layer, x, dy), expected)
         layer(x.requires_grad_())
-    assert {shape: len(plans) for shape, plans in layer._plans.items()} == {x.shape: 1}
+    assert {shape: len(plans) for shape, plans in layer.step_state.plans.items()} == {x.shape: 1}
 
 
 class OfAnotherTorch:
@@ -159,7 +159,7 @@ def test_a_torch_with_other_guards_has_no_plans(monkeypatch, theirs):
     other = copy.deepcopy(layer)
     for _ in range(2):
         same(step(layer, x, torch.ones_like(x)), step(other, x, torch.ones_like(x)))
-    assert not layer._plans
+    assert not layer.step_state.plans
 
 
 # What differs from the plan.
@@ -243,12 +243,12 @@ def test_a_changed_layer_goes_by_no_old_plan(change):
 
 def test_what_is_set_as_it_was_keeps_the_plans():
     layer, _ = twins(numbers(5, CHANNELS, 3))
-    kept = layer._plans
+    kept = layer.step_state.plans
     layer.train()  # as many do before each step
     layer.eps = layer.eps
-    assert layer._plans is kept
+    assert layer.step_state.plans is kept
     layer.eval()
-    assert not layer._plans
+    assert not layer.step_state.plans
 
 
 INPUTS = {
@@ -280,7 +280,7 @@ def test_an_input_that_is_its_own_residual_is_added():
     layer = bn.BatchNorm1d(CHANNELS).eval()
     for _ in range(3):
         torch.testing.assert_close(layer(x, x), 2 * x, rtol=1e-4, atol=1e-5)
-    assert not layer._plans
+    assert not layer.step_state.plans
 
 
 def test_a_mask_counts_after_calls_without_one():
@@ -367,7 +367,7 @@ def test_a_tracer_records_the_layer(planned, pre_dispatch):
     layer = bn.BatchNorm1d(CHANNELS).eval()
     if planned:
         layer(x)
-        assert layer._plans
+        assert layer.step_state.plans
     graph = make_fx(lambda values: layer(values), pre_dispatch=pre_dispatch)(x)
     torch.testing.assert_close(graph(x + 1), layer(x + 1))
 
@@ -624,7 +624,7 @@ def test_plans_are_in_no_copy_and_no_pickle():
     torch.save(layer, written)
     written.seek(0)
     for other in (copy.deepcopy(layer), copy.copy(layer), torch.load(written, weights_only=False)):
-        assert other._plans == {}
+        assert other.step_state.plans == {}
         other(numbers(4, CHANNELS))
 
 
@@ -632,7 +632,7 @@ def test_a_layer_keeps_so_many_plans_and_no_more():
     layer = bn.BatchNorm1d(CHANNELS)
     for samples in range(2, 100):
         layer(numbers(samples, CHANNELS))
-    assert len(layer._plans) == 64
+    assert len(layer.step_state.plans) == 64
 
 
 def test_a_plan_keeps_no_tensor_alive():

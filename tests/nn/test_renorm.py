@@ -524,7 +524,7 @@ def test_a_schedule_by_parts_of_batches_raises(name):
 
 
 def test_renorm_without_running_statistics_raises():
-    with pytest.raises(bn.InputError, match="track_running_stats=False keeps none"):
+    with pytest.raises(bn.InputError, match="track_running_stats=False, which keeps none"):
         bn.BatchNorm1d(3, renorm=bn.Renorm(2.0, 1.0), track_running_stats=False)
 
 

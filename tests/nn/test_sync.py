@@ -494,7 +494,7 @@ def refused(rank, way):
         first.sum().backward()
 
 
-@pytest.mark.parametrize(("way", "words"), [("torch.func", "transforms can't do"), ("twice", "differentiate twice")])
+@pytest.mark.parametrize(("way", "words"), [("torch.func", "transforms cannot do"), ("twice", "differentiate twice")])
 def test_transforms_and_second_derivatives_are_refused(way, words, tmp_path):
     assert all(words in str(error) for error in on_ranks(refused, 2, tmp_path, way, expected=2))
 
@@ -538,9 +538,9 @@ def test_the_repr_says_that_it_synchronises():
 
 def test_a_copy_and_a_pickle_keep_the_option_and_agree_anew():
     layer = bn.BatchNorm1d(C, sync=True)
-    layer._agreed = True
+    layer.step_state.ranks_agreed = True
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert (twin.sync, twin.process_group, twin._agreed) == (True, None, False)
+        assert (twin.sync, twin.process_group, twin.step_state.ranks_agreed) == (True, None, False)
 
 
 if __name__ == "rank":

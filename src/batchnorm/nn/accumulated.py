@@ -1,4 +1,4 @@
-"""The micro-batches that a layer has seen, as if they were one batch."""
+"""The moments of micro-batches that are pooled to update running statistics once."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from batchnorm.kernels.records import BatchMoments, Running
 
 __all__ = ["Pool", "add", "commit"]
 
-Pool = dict[str | None, list[BatchMoments]]  # of each domain
+Pool = dict[str | None, list[BatchMoments]]
+"""The moments of the micro-batches seen so far, by domain."""
 
 
 def add(pool: Pool, domain: str | None, batch: BatchMoments, running: Running) -> None:
-    """Remember a micro-batch; under a transform, with which its numbers end, it is left out.
+    """Add a micro-batch to the pool, unless a transform is active, since its numbers would outlive the transform.
 
     Raises
     ------
     InputError
-        Under vmap, where it would be many.
+        vmap is active, under which the micro-batch stands for many.
     """
     if not ops.running.may_write(None):
         return
-    seen = pool.setdefault(domain, [])
-    if torch.compiler.is_compiling():  # a graph holds for a list of one length alone
-        seen[:] = [_together([*seen, batch], running)]
+    parts = pool.setdefault(domain, [])
+    if torch.compiler.is_compiling():  # a graph is valid for one length of the list only
+        parts[:] = [_merged([*parts, batch], running)]
     else:
-        seen.append(batch)
+        parts.append(batch)
 
 
-def commit(seen: list[BatchMoments], running: Running) -> None:
-    """Move running statistics once, by the moments of all micro-batches."""
-    ops.running.update_(running, _together(seen, running))
+def commit(parts: list[BatchMoments], running: Running) -> None:
+    """Update running statistics once, by the moments of all micro-batches."""
+    ops.running.update_(running, _merged(parts, running))
 
 
-def _together(parts: list[BatchMoments], running: Running) -> BatchMoments:
-    """The moments of all parts; those that are not finite are counted as skipped, and left out.
+def _merged(parts: list[BatchMoments], running: Running) -> BatchMoments:
+    """Return the moments of all parts; parts that are not finite are left out, and counted as skipped.
 
-    Where none is finite, the whole is not, and the last of them is not counted, since moving by the whole does it.
+    If no part is finite, neither is the result, and one part less is counted, since the update by the result counts it.
     """
     each = reference.stacked(parts)
     if running.skipped is None:

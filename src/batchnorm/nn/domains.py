@@ -91,12 +91,12 @@ def use_domain(model: nn.Module, name: str) -> Iterator[None]:
             )
     before = {layer: layer.active_domain for layer in layers.values()}
     for layer in before:
-        layer.active_domain = name
+        layer.step_state.change(domain=name)
     try:
         yield
     finally:
         for layer, active in before.items():
-            layer.active_domain = active
+            layer.step_state.change(domain=active)
 
 
 def _layers(model: nn.Module) -> dict[str, Layer]:

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _LazyNormBase
 
 from batchnorm.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.layer import Layer
 from batchnorm.nn.layout import dimension_of_channels
 from batchnorm.nn.options import Options, checked_numbers, checked_options
+from batchnorm.torch_internals import TorchLazyNorm
 
 __all__ = ["LazyBatchNorm", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
 
 
-class _Lazy(_LazyNormBase, Layer):
+class _Lazy(TorchLazyNorm, Layer):
     """A layer without num_features, which the first batch tells; then it is of the class it is to become."""
 
     def __init__(
@@ -38,7 +38,7 @@ class _Lazy(_LazyNormBase, Layer):
         self.momentum = momentum  # checked above, where its warning names the caller
         if not bias:
             self.register_parameter("bias", None)
-        self._take(given, device)
+        self.adopt(given, device)
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:  # noqa: A002
         """Take the number of channels from the first batch, or from the state loaded before it."""

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
+from batchnorm import torch_internals
+from batchnorm.kernels.records import Running
 from batchnorm.nn.layout import dimension_of_channels
 from batchnorm.nn.options import Nonfinite
+from batchnorm.nn.step_state import StepState
+from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = [
     "COUNTS",
@@ -45,11 +48,16 @@ def _named(kind: str, domain: str | None) -> str:
 class RunningBuffers(TorchBatchNorm):
     """The running statistics of a layer of ours: one set per domain, and one that is used outside of all domains."""
 
-    active_domain: str | None
     channel_dim: int
     frozen_statistics: bool
     nonfinite: Nonfinite
+    step_state: StepState
     unbiased: bool
+
+    @property
+    def active_domain(self) -> str | None:
+        """The domain whose running statistics are used."""
+        return self.step_state.domain
 
     @property
     def domain_names(self) -> list[str]:
@@ -63,6 +71,11 @@ class RunningBuffers(TorchBatchNorm):
         if domain is None:
             return buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         return tuple(buffers[f"{kind}_{domain}"] for kind in STATISTICS)  # type: ignore[return-value]
+
+    def running(self, domain: str | None, *, update: bool) -> Running:
+        """Return a domain's running statistics as a record, with how a batch updates them."""
+        mean, var, batches = self.running_statistics(domain)
+        return Running(mean, var, batches, self.momentum, self._buffers[SKIPPED], self.unbiased, update)
 
     def register_counts(self, device: torch.device | str | None) -> None:
         """Register the counts that no state dict has."""
@@ -84,7 +97,7 @@ class RunningBuffers(TorchBatchNorm):
     def count_samples(self, samples: int) -> None:
         """Count the samples that update the running statistics: this process's weight in `pool_running_stats`."""
         seen = self._buffers[_named(SAMPLES, self.active_domain)]
-        if seen is not None and not torch._C._are_functorch_transforms_active():
+        if seen is not None and not torch_internals.is_transformed():
             seen.add_(samples)
 
     def reset_running_stats(self) -> None:

@@ -1,125 +1,118 @@
-"""Synchronised batch normalization: a batch spread over processes has one mean and one variance a channel.
+"""Synchronized batch normalization: a batch in parts on several processes has one mean and one variance per channel.
 
-Forward: each rank takes the moments of its own part, one all_gather shares them, and every rank merges all of them in
-the same order (Chan, Golub & LeVeque 1979), so that all end with the same numbers, to the bit. A part is then
-normalised as in eval, with these. Ranks may hold different counts, 1 and 0 among them.
+Forward: each rank computes the moments of its part, one all_gather shares them, and every rank merges all of them in
+the same order (Chan, Golub & LeVeque 1979), so that all ranks get the same bits. A part is then normalized as in eval,
+with these moments. Ranks may hold different counts of values, 1 and 0 among them.
 
 Backward: with dz the gradient of the activation's argument, s = 1 / sqrt(var + eps) and sums over all ranks' values::
 
     dx = gamma * s * dz - gamma * s * (1/m sum dz + x_hat * 1/m sum dz * x_hat)
 
-The first term, and this rank's own sums, are the backward of eval; one all_reduce adds up the sums; the second term is
-once more a normalisation of x, of scale ``-gamma * s / m * sum dz * x_hat`` and shift ``-gamma * s / m * sum dz``, to
-which the first is the residual. The gradients of gamma and beta stay the rank's own, since what trains in parallel
-(DistributedDataParallel, FSDP) adds up gradients itself.
+The first term and the local sums are the backward of eval; one all_reduce adds up the sums. The second term is another
+normalization of x, with scale ``-gamma * s / m * sum dz * x_hat``, shift ``-gamma * s / m * sum dz`` and the first term
+as its residual. The gradients of gamma and beta stay local, since DistributedDataParallel and FSDP add up gradients.
 
-The collectives are torch's functional ones, which torch.compile keeps in its graph; a rank that is gone or late gives
-the others an error within the group's timeout.
+The collectives are torch's functional ones, which torch.compile keeps in its graph. If a rank has ended or is late, the
+others get an error within the timeout of the group.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from batchnorm import ops
+from batchnorm import ops, torch_internals
 from batchnorm.errors import DistributedError, UnsupportedError
 from batchnorm.kernels import native, reference
 from batchnorm.kernels.records import BatchMoments, Operands, Rule, Running
-from batchnorm.nn.small_batch import label_of
 from batchnorm.ops import Normalized
 from batchnorm.processes import Group, all_gather_through_store, gather_in_graph, sum_in_graph
 
-if TYPE_CHECKING:
-    from batchnorm.nn.layer import Layer
+__all__ = ["GlobalMoments", "SharedGroup", "check_same_layer", "global_moments", "normalize", "refuse_transforms"]
 
-__all__ = ["Shared", "Spread", "normalise", "spread"]
+SAME_LAYERS = "with sync=True all ranks must run the same layers in the same order"
+_FIRST_BATCHES: Counter[str] = Counter()
+"""Number of layers that have had their first batch, by group."""
 
 
-class Spread(NamedTuple):
-    """A batch of which this rank has a part: the moments of all of it, and whether each channel has a single value."""
+class GlobalMoments(NamedTuple):
+    """The moments of a batch that several processes hold parts of.
+
+    Attributes
+    ----------
+    moments : BatchMoments
+    single_value : bool
+        All parts together have one value per channel.
+    group : Group
+    """
 
     moments: BatchMoments
-    single: bool
+    single_value: bool
     group: Group
 
 
-class Shared:
-    """A process group, as copies of a layer share it; no pickle can take it along."""
+class SharedGroup:
+    """A process group that copies of a layer share, and that cannot be pickled."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedGroup:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise UnsupportedError(
-            "a process group belongs to the processes that run, so a layer that has one can't be pickled: save its "
+            "a layer with a process group cannot be pickled, since the group belongs to running processes: save its "
             f"state_dict(), or set its process_group to None; got {self.group!r}"
         )
 
 
-@torch.no_grad()
-def spread(layer: Layer, x: Tensor, mask: Tensor | None, group: Group) -> Spread:
-    """Exchange the moments of all ranks' parts x (N, C, *), in one collective.
-
-    Raises
-    ------
-    DistributedError
-        At the layer's first batch, on all ranks: they are not at the same layer.
-    UnsupportedError
-        Under a transform of torch.func.
-    """
-    if torch._C._are_functorch_transforms_active():
+def refuse_transforms() -> None:
+    """Raise `UnsupportedError` under a transform of torch.func."""
+    if torch_internals.is_transformed():
         raise UnsupportedError(
-            "sync=True exchanges statistics with other processes, which torch.func's transforms can't do"
+            "sync=True exchanges statistics with other processes, which torch.func's transforms cannot do"
         )
-    compiling = torch.compiler.is_compiling()
-    if compiling:
-        layer._agreed = True  # nothing to be said in a graph; nor later, outside of it, where other ranks say nothing
-    elif not layer._agreed:
-        _agree(layer, x, group)
-        layer._agreed = True
-    own = ops.moments(x, mask)
-    values = x.numel() // max(x.shape[1], 1)
-    counts = own.mean.new_full((2,), values)
-    if mask is not None:
-        counts[1] = own.count
-    gathered = gather_in_graph(torch.cat((own.mean, own.var, counts)), group)
-    mean, var, counts = gathered.tensor_split((x.shape[1], 2 * x.shape[1]), 1)
-    # Only a rank that has at most one value waits for the device to tell how many there are: where all have one
-    # together, that is each of them. In a graph, which can't wait, such a batch gives beta and moves no statistics.
-    single = not compiling and values <= 1 and int(counts[:, 0].sum()) == 1
-    return Spread(reference.pooled(BatchMoments(mean, var, counts[:, 1])), single, group)
 
 
-SAME_LAYERS = "with sync=True all ranks must run the same layers in the same order"
-_MET: Counter[str] = Counter()
-"""How many layers have had their first batch, by group."""
+def check_same_layer(label: str, group: Group, process_group: Any) -> None:
+    """Raise `DistributedError` on all ranks unless all have the same label, which describes a layer.
 
-
-def _agree(layer: Layer, x: Tensor, group: Group) -> None:
-    """See that all ranks are at the same layer; through the store, since a collective would meet another layer's."""
-    mine = f"{label_of(layer)}{layer.num_features} channels of {x.dtype}, eps={layer.eps}"
-    key = f"batchnorm/{group.name}/{_MET[group.name]}"
-    _MET[group.name] += 1
+    The labels go through the store, since a collective could meet that of another layer.
+    """
+    key = f"batchnorm/{group.name}/{_FIRST_BATCHES[group.name]}"
+    _FIRST_BATCHES[group.name] += 1
     try:
-        said = all_gather_through_store(mine, key, layer.process_group)
+        labels = all_gather_through_store(label, key, process_group)
     except DistributedError as error:
-        raise DistributedError(f"{SAME_LAYERS}; {error}, while this one is at {mine!r}") from error
-    if len(set(said)) > 1:
-        at = "; ".join(f"rank {rank} of the group is at {text!r}" for rank, text in enumerate(said))
+        raise DistributedError(f"{SAME_LAYERS}; {error}, while this one is at {label!r}") from error
+    if len(set(labels)) > 1:
+        at = "; ".join(f"rank {rank} of the group is at {theirs!r}" for rank, theirs in enumerate(labels))
         raise DistributedError(f"{SAME_LAYERS}; {at}")
 
 
-def normalise(operands: Operands, running: Running, rule: Rule, batch: Spread) -> Normalized:
-    """As `ops.normalize` of the whole batch, of which x (N, C, *) is this rank's part."""
-    x, weight, bias, residual, mask = operands
+@torch.no_grad()
+def global_moments(x: Tensor, mask: Tensor | None, group: Group) -> GlobalMoments:
+    """Return the moments of all ranks' parts x (N, C, *), by one collective."""
+    local = ops.moments(x, mask)
+    values = x.numel() // max(x.shape[1], 1)
+    counts = local.mean.new_full((2,), values)
+    if mask is not None:
+        counts[1] = local.count
+    gathered = gather_in_graph(torch.cat((local.mean, local.var, counts)), group)
+    mean, var, counts = gathered.tensor_split((x.shape[1], 2 * x.shape[1]), 1)
+    # Only a rank that has at most one value waits for the device to know the total; if the total is one, every rank is
+    # such a rank. A graph cannot wait: there such a batch gives beta and updates no statistics.
+    single_value = not torch.compiler.is_compiling() and values <= 1 and int(counts[:, 0].sum()) == 1
+    return GlobalMoments(reference.pooled(BatchMoments(mean, var, counts[:, 1])), single_value, group)
+
+
+def normalize(operands: Operands, running: Running, rule: Rule, batch: GlobalMoments) -> Normalized:
+    """Do as `ops.normalize` for the whole batch, of which x (N, C, *) is this rank's part."""
     moments, _, group = batch
     correction = rule.correction
     if correction is None and rule.limits is not None:
@@ -129,48 +122,37 @@ def normalise(operands: Operands, running: Running, rule: Rule, batch: Spread) -
             reference.renorm_correction(moments, running.mean, running.var, rule.eps, *rule.limits)
         )
     if correction is not None:
-        weight, bias = ops.corrected(weight, bias, *correction)
+        weight, bias = ops.corrected(operands.weight, operands.bias, *correction)
+        operands = operands._replace(weight=weight, bias=bias)
     fused = rule.activation if rule.activation in native.FUSED else None
-    y = _Normalise.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, residual, mask, moments.mean, moments.var, moments.count, rule.eps, fused, group.name
-    )
+    y = _Normalize.apply(*operands, *moments, rule.eps, fused, group.name)  # type: ignore[no-untyped-call]
     ops.running.update_(running, moments)
     if rule.activation != fused:
-        y = ops.apply_activation(y, rule.activation, mask)
+        y = ops.apply_activation(y, rule.activation, operands.mask)
     return Normalized(y, moments, correction)
 
 
-class _Normalise(torch.autograd.Function):
-    """y = activation(weight * x_hat + bias + residual) with the moments of all ranks' values, of which x has some."""
+class _Normalize(torch.autograd.Function):
+    """``y = activation(weight * x_hat + bias + residual)`` with the moments of all ranks' values."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        count: Tensor,
-        eps: float,
-        activation: str | None,
-        group: str,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """Take the operands, the mean, variance and count, eps, the activation and the name of the group."""
+        x, weight, bias, residual, mask, mean, var, count, eps, activation, group = arguments
+        y: Tensor
         y, _ = torch.ops.batchnorm.forward(x, mean, var, weight, bias, residual, mask, eps, activation)
-        sign = y if residual is not None and activation is not None else None  # else x tells it
+        sign = y if residual is not None and activation is not None else None  # without a residual x tells the sign
         ctx.save_for_backward(x, weight, bias, sign, mask, mean, var, count)
         ctx.eps, ctx.activation, ctx.group = eps, activation, group
         ctx.residual_dtype = None if residual is None else residual.dtype
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, y, mask, mean, var, count = ctx.saved_tensors
         of_x, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
-        # In the dtype of the moments, and there even if the layer has none, so that the sums are exact and come out.
+        # In the dtype of the moments, so that the sums are exact, and present even if the layer has no gamma or beta.
         gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
         beta = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
         wanted = [of_x, True, True, of_residual and y is not None]

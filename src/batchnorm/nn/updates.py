@@ -1,4 +1,4 @@
-"""When running statistics move: not at all, or once for several batches."""
+"""Control of when running statistics are updated: never, or once for several batches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from torch import nn
 
 from batchnorm.errors import InputError
-from batchnorm.kernels.records import Running
 from batchnorm.nn import accumulated
 from batchnorm.nn.layer import layers_of, stock_layers_of
 
@@ -17,10 +16,11 @@ __all__ = ["accumulate", "no_stat_updates"]
 
 @contextmanager
 def no_stat_updates(model: nn.Module) -> Iterator[None]:
-    """Leave the running statistics and counts of every batch normalization layer as they are.
+    """Leave the running statistics and counts of all batch normalization layers unchanged.
 
-    All else goes on as it does: in training mode the batch's own statistics are used. torch's layers are held too, by
-    their ``track_running_stats``; a copy made within goes on without in them, but moves its statistics in ours.
+    Nothing else changes: in training mode the statistics of the batch are used. In torch's layers the context sets
+    ``track_running_stats`` to False. A copy made within it never updates its statistics if the layers are torch's, and
+    does if they are ours.
 
     Examples
     --------
@@ -31,36 +31,36 @@ def no_stat_updates(model: nn.Module) -> Iterator[None]:
     >>> layer.running_mean
     tensor([0., 0.])
     """
-    ours = [layer for layer in layers_of(model).values() if not layer._held]
+    ours = [layer for layer in layers_of(model).values() if not layer.step_state.updates_paused]
     stock = [layer for layer in stock_layers_of(model).values() if layer.track_running_stats]
     for layer in ours:
-        layer._held = True
+        layer.step_state.change(updates_paused=True)
     for other in stock:
         other.track_running_stats = False  # torch's forward then leaves the buffers out
     try:
         yield
     finally:
         for layer in ours:
-            layer._held = False
+            layer.step_state.change(updates_paused=False)
         for other in stock:
             other.track_running_stats = True
 
 
 @contextmanager
 def accumulate(model: nn.Module) -> Iterator[None]:
-    """Pool the statistics of the micro-batches within, and move the running ones once, by the moments of them all.
+    """Pool the statistics of the micro-batches within, and update the running ones once, by the moments of them all.
 
-    For gradient accumulation: k micro-batches then count as one batch in the running statistics, which move once, with
-    the pooled mean and variance of what each layer saw. Outputs are still normalised micro-batch by micro-batch, so
-    they differ from those of the whole batch, in training as well: nothing short of the whole batch (with activation
-    checkpointing, where memory is short) gives those, since each layer's statistics need all samples at once.
+    This is for gradient accumulation: k micro-batches count as one batch in the running statistics, which are updated
+    once, by the pooled mean and variance of each layer's inputs. Outputs are still normalized per micro-batch, so they
+    differ from those of the whole batch, in training as well. Only the whole batch gives those (with activation
+    checkpointing if memory is short), since the statistics of each layer need all samples at once.
 
-    An exception within drops what was pooled.
+    If an exception is raised within, the pooled moments are dropped.
 
     Raises
     ------
     InputError
-        The model has no layer of ours that keeps running statistics, or one of torch's that does, or is within such a
+        The model has no layer of ours that keeps running statistics, has one of torch's that does, or is within such a
         context already.
 
     Examples
@@ -80,22 +80,19 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     stock = [path for path, layer in stock_layers_of(model).items() if layer.track_running_stats]
     if stock:
         raise InputError(
-            "accumulate needs batchnorm's layers: torch's would move at each micro-batch; got "
-            f"{len(stock)} of torch's, the first {stock[0]}"
+            "accumulate needs batchnorm's layers, since torch's are updated by each micro-batch; got "
+            f"{len(stock)} of torch's, the first at {stock[0] or 'the model itself'}"
         )
-    if any(layer._pool is not None for layer in layers):
-        raise InputError("accumulate is at work on this model already, and can't be nested")
+    if any(layer.step_state.pool is not None for layer in layers):
+        raise InputError("accumulate cannot be nested; it is already active on this model")
     for layer in layers:
-        layer._pool = {}
+        layer.step_state.change(pool={})
     try:
         yield
-        pools = [(layer, layer._pool) for layer in layers]
+        pools = [(layer, layer.step_state.pool) for layer in layers]
     finally:
         for layer in layers:
-            layer._pool = None
+            layer.step_state.change(pool=None)
     for layer, pool in pools:
-        for domain, seen in (pool or {}).items():
-            skipped = layer._buffers["skipped_batches"]
-            accumulated.commit(
-                seen, Running(*layer.running_statistics(domain), layer.momentum, skipped, layer.unbiased)
-            )
+        for domain, parts in (pool or {}).items():
+            accumulated.commit(parts, layer.running(domain, update=True))
