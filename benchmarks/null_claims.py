@@ -24,7 +24,7 @@ import torch
 from joblib import Parallel, cpu_count, delayed
 from scipy.stats import binomtest
 
-from batchnorm.lab.claims import CLAIMS
+from batchnorm.lab.claims import CLAIMS, ClaimTests, read_judgment
 from batchnorm.lab.comparison.conduct import compare
 from batchnorm.lab.comparison.run_file import RunFile
 from batchnorm.lab.data.dataset import prepare
@@ -41,22 +41,22 @@ CHECKS = ("shuffled labels", "an arm against itself")
 def study(check: str, repetition: int) -> list[tuple[str, str]]:
     """What every claim of one study came to: ("fewer_steps, fewer steps, before", "undecided"), ..."""
     torch.set_num_threads(1)
-    settings, claims = replace(QUICK, seed=repetition), list(CLAIMS.values())
+    settings, claims = replace(QUICK, seed=repetition), list(CLAIMS)
     dataset = prepare(read_table("breast_cancer"), seed=repetition)
     if check == "shuffled labels":
         dataset = replace(dataset, y=np.random.default_rng(repetition).permutation(dataset.y))
     else:
         settings = replace(settings, null_arm="before")
-        claims = [claim for claim in claims if claim.name != "inputs"]  # it compares no arms
+        claims = [name for name in claims if name != "inputs"]  # it compares no arms
     with tempfile.TemporaryDirectory() as folder:
-        run = RunFile.create(
-            Path(folder), command="", request={}, settings=settings.to_json(), data=dataset.describe().to_json()
-        )
-        result = compare(dataset, settings, run, jobs=1, progress=Silence(), claims=claims)
+        run = RunFile.create(Path(folder), dataset.describe(), settings)
+        compare(dataset, run, jobs=1, progress=Silence(), extension=ClaimTests(claims))
+        judgment = read_judgment(run)
+    assert judgment is not None
     return [
-        (f"{claim['name']}, {finding['label']}, {finding['subject']}", finding["verdict"])
-        for claim in result["claims"]
-        for finding in claim["findings"]
+        (f"{claim.name}, {finding.label}, {finding.subject}", finding.verdict)
+        for claim in judgment.claims
+        for finding in claim.findings
     ]
 
 

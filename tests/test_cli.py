@@ -153,7 +153,7 @@ def test_a_batch_size_larger_than_the_data_is_reduced_and_said(tmp_path):
         (["compare", "digits", "--hidden", "ten"], "--hidden must be whole numbers separated by commas; got 'ten'"),
         (["compare", "digits", "--activation", "swish"], "one of identity, sigmoid, tanh, relu; got 'swish'"),
         (["compare", "digits", "--task", "ranking"], "classification or regression; got 'ranking'"),
-        (["compare", "digits", "--claim", "speed"], "must be one of fewer_steps, stability, "),
+        (["compare", "digits", "--claim", "speed"], "must be some of fewer_steps, stability, "),
         (["compare", "digits", "--study", "--claim", "shift"], "--study measures every claim; got --claim shift too"),
         (["compare", "--fast"], "--fast"),
         (["compare", "--resume", "."], "with a run.json; '.' has none"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from batchnorm.lab.claims import read_judgment
 from batchnorm.lab.comparison.run_file import read_run
 from batchnorm.lab.report.terminal import show_result
 
@@ -18,8 +19,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+def committed(name):
+    return read_run(ROOT / "docs/results" / name)
+
+
 def result(name):
-    return read_run(ROOT / "docs/results" / name).content["result"]
+    return committed(name).result
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/layers.md", "docs/statistics.md"])
@@ -31,12 +36,12 @@ def test_the_examples_of_a_page_run(page):
 
 def test_the_table_of_readme_is_what_the_committed_run_prints():
     console = Console(file=io.StringIO(), width=80, highlight=False)
-    show_result(console, result("digits"), 2000)
+    show_result(console, committed("digits"))
     printed = [line.rstrip() for line in console.file.getvalue().splitlines()]
     shown = [line[4:] for line in README.splitlines() if re.match(r" {4}(batch |norm |none |before |after )", line)]
     assert len(shown) == 5
     assert [line for line in shown if line not in printed] == []
-    assert result("digits")["verdict"] in " ".join(README.split())
+    assert result("digits").verdict in " ".join(README.split())
 
 
 def times(median):
@@ -47,41 +52,41 @@ def times(median):
 def test_the_figures_of_readme_are_those_of_the_committed_runs():
     text = " ".join(README.split())
     digits, weak = result("digits"), result("digits-paper")
-    before, after = (digits["ratios"][arm] for arm in ("before", "after"))
-    assert f"needs **{times(before['median'])} times fewer steps**" in text
-    assert "before the nonlinearity (97.9% interval: {:.1f} to unbounded)".format(before["interval"][0]) in text
-    assert f"and {times(after['median'])} times fewer with it after" in text
-    assert "after ({:.1f} to unbounded), measured by".format(after["interval"][0]) in text
-    assert {ratio["interval"][1] for ratio in (before, after)} == {math.inf}
-    assert f"{digits['arms']['none']['steps'].count(None)} of the 10 runs without" in text
-    seconds = {arm: values["seconds_a_step"] for arm, values in digits["arms"].items()}
+    before, after = (digits.ratios[arm] for arm in ("before", "after"))
+    assert f"needs **{times(before.median)} times fewer steps**" in text
+    assert f"before the nonlinearity (97.9% interval: {before.interval[0]:.1f} to unbounded)" in text
+    assert f"and {times(after.median)} times fewer with it after" in text
+    assert f"after ({after.interval[0]:.1f} to unbounded), measured by" in text
+    assert {ratio.interval[1] for ratio in (before, after)} == {math.inf}
+    assert f"{digits.arms['none'].steps.count(None)} of the 10 runs without" in text
+    seconds = {arm: values.seconds_per_step for arm, values in digits.arms.items()}
     assert f"costs {seconds['before'] / seconds['none']:.1f} times as much" in text
-    assert f"it is {times(before['seconds']['median'])} times before" in text
-    assert f"with an interval from {before['seconds']['interval'][0]:.1f}" in text
-    networks = digits["stacking"]["runs"]
+    assert f"it is {times(before.seconds.median)} times before" in text
+    assert f"with an interval from {before.seconds.interval[0]:.1f}" in text
+    networks = digits.stacking.runs
     assert f"{networks} networks" in text
     for arm in ("before", "after"):
-        assert f"at least {weak['ratios'][arm]['median'][0]:.0f} times" in text
-        assert f"({weak['ratios'][arm]['interval'][0]:.0f} to unbounded)" in text
-    assert f"to {100 * weak['target']['value']:.1f}%" in text
-    assert f"took {read_run(ROOT / 'docs/results/digits').content['seconds']:.0f} s" in text
+        assert f"at least {weak.ratios[arm].median[0]:.0f} times" in text
+        assert f"({weak.ratios[arm].interval[0]:.0f} to unbounded)" in text
+    assert f"to {100 * weak.target.value:.1f}%" in text
+    assert f"took {committed('digits').seconds:.0f} s" in text
 
 
 def test_the_verdicts_of_readme_are_those_of_the_committed_studies():
     shown = [line.strip("| ").split(" | ") for line in README.splitlines() if re.match(r"\| \w+: ", line)]
     expected = {}
     for study in ("digits-study", "placement-study"):
-        for claim in result(study)["claims"]:
-            for finding in claim["findings"]:
-                verdicts = expected.setdefault(f"{claim['name']}: {finding['label']}", [])
-                verdicts.append(finding["verdict"])
+        for claim in read_judgment(committed(study)).claims:
+            for finding in claim.findings:
+                verdicts = expected.setdefault(f"{claim.name}: {finding.label}", [])
+                verdicts.append(finding.verdict)
     assert {name: [verdict for verdict in verdicts if verdict.strip()] for name, *verdicts in shown} == expected
 
 
 def test_what_readme_says_of_the_studies_is_in_the_committed_runs():
     text = " ".join(README.split())
-    stability = next(claim for claim in result("digits-study")["claims"] if claim["name"] == "stability")
-    assert stability["findings"][0]["median"] == pytest.approx([2.5, 2.5], abs=0.05)
+    stability = next(claim for claim in read_judgment(committed("digits-study")).claims if claim.name == "stability")
+    assert stability.findings[0].median == pytest.approx([2.5, 2.5], abs=0.05)
     assert "trains over 2.5 decades more of learning rate" in text
     checks = json.loads((ROOT / "benchmarks/results/null_claims.json").read_text())["checks"]
     held = [check["any claim"]["holds"] for check in checks.values()]
@@ -89,9 +94,9 @@ def test_what_readme_says_of_the_studies_is_in_the_committed_runs():
 
 
 def test_a_study_and_a_comparison_of_the_same_data_agree():
-    assert result("digits-study")["verdict"] == result("digits")["verdict"]
-    for arm, values in result("digits")["arms"].items():
-        assert values["steps"] == result("digits-study")["arms"][arm]["steps"]
+    assert result("digits-study").verdict == result("digits").verdict
+    for arm, values in result("digits").arms.items():
+        assert values.steps == result("digits-study").arms[arm].steps
 
 
 def measured(name):

@@ -7,18 +7,19 @@ import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 try:
     import typer
     from joblib import cpu_count
 
-    from batchnorm.lab.claims import CLAIMS, claims_named
+    from batchnorm.lab.claims import CLAIMS, ClaimTests
     from batchnorm.lab.comparison.conduct import compare as run_comparison
-    from batchnorm.lab.comparison.conduct import fit_to_data
-    from batchnorm.lab.comparison.run_file import RunFile, new_folder, read_run
+    from batchnorm.lab.comparison.request import Request
+    from batchnorm.lab.comparison.resume import resume_run, start_run
+    from batchnorm.lab.comparison.run_file import read_run
     from batchnorm.lab.console import console
-    from batchnorm.lab.data.dataset import Dataset, Task, prepare
+    from batchnorm.lab.data.dataset import Task
     from batchnorm.lab.data.tables import BUILT_IN, read_table
     from batchnorm.lab.files import json_safe
     from batchnorm.lab.options import parse_numbers
@@ -30,7 +31,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: the command line needs pip install 'batchnorm[lab]'; {missing.name} is not installed")
 
-from batchnorm.errors import BatchNormError, InputError, RunError
+from batchnorm.errors import BatchNormError, InputError
 from batchnorm.kernels.allocator import tune_allocator
 from batchnorm.version import __version__
 
@@ -57,31 +58,8 @@ def _main(
         typer.echo(context.get_help())
 
 
-def _read(request: dict[str, Any], seed: int) -> Dataset:
-    """The data set that a request names."""
-    return prepare(
-        read_table(request["data"], request["target"], request["rows"]),
-        task=request["task"],
-        numeric=request["numeric"],
-        categorical=request["categorical"],
-        seed=seed,
-    )
-
-
 def _names(text: str | None) -> list[str]:
     return [name.strip() for name in text.split(",")] if text else []
-
-
-def _resumed(folder: Path) -> tuple[RunFile, Settings, Dataset]:
-    """An unfinished run, its settings, and its data as they were."""
-    run = read_run(folder)
-    if run.content["status"] == "complete":
-        raise RunError(f"--resume must name an unfinished run; {str(folder)!r} is complete: batchnorm report {folder}")
-    settings = Settings.from_json(run.content["settings"])
-    dataset = _read(run.content["request"], settings.seed)
-    if dataset.fingerprint != run.content["data"]["sha256"]:
-        raise RunError(f"--resume must find the data as they were; {run.content['request']['data']!r} has changed")
-    return run, settings, dataset
 
 
 @app.command()
@@ -119,7 +97,7 @@ def compare(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Train a network without batch norm, with it before and with it after the nonlinearity, and compare."""
-    notes = []
+    notes: list[str] = []
     if resume is not None:
         given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
         if given - OF_ANY_RUN:
@@ -127,11 +105,11 @@ def compare(
                 "DATA" if name == "data" else f"--{name.replace('_', '-')}" for name in sorted(given - OF_ANY_RUN)
             )
             raise InputError(f"--resume takes data and settings from the run it goes on with; got {names} too")
-        run, settings, dataset = _resumed(resume)
+        run, dataset = resume_run(resume)
     else:
         if study and claim:
             raise InputError(f"--study measures every claim; got --claim {claim[0]} too")
-        claims = list(CLAIMS) if study else [asked.name for asked in claims_named(claim or [])]
+        claims = ClaimTests(list(CLAIMS) if study else claim or [])
         if task not in (None, "classification", "regression"):
             raise InputError(f"--task must be classification or regression; got {task!r}")
         asked = Settings(
@@ -149,51 +127,35 @@ def compare(
             target_score=target_score,
             seed=seed,
         )
-        request = {
-            "data": data,
-            "target": target,
-            "rows": rows,
-            "task": cast("Task | None", task),
-            "numeric": _names(numeric),
-            "categorical": _names(categorical),
-            "claims": claims,
-        }
-        dataset = _read(request, seed)
-        settings, note = fit_to_data(asked, dataset)
-        notes = [note] if note else []
-        run = RunFile.create(
-            new_folder(out, dataset.name),
-            command=shlex.join(["batchnorm", *sys.argv[1:]]),
-            request=request,
-            settings=settings.to_json(),
-            data=dataset.describe().to_json(),
+        request = Request(
+            data,
+            target,
+            rows,
+            task=cast("Task | None", task),
+            numeric=_names(numeric),
+            categorical=_names(categorical),
+            claims=claims.names,
         )
+        run, dataset, notes = start_run(request, asked, out=out, command=shlex.join(["batchnorm", *sys.argv[1:]]))
     tune_allocator()
     progress = terminal.Silence() if quiet else terminal.Bars()
     if not quiet:
-        terminal.describe_data(console(stderr=True), run.content["data"], notes)
+        terminal.describe_data(console(stderr=True), run.data, notes)
     try:
         with nullcontext() if isinstance(progress, terminal.Silence) else progress:
-            result = run_comparison(
-                dataset,
-                settings,
-                run,
-                jobs=jobs or cpu_count(),
-                progress=progress,
-                claims=claims_named(run.content["request"].get("claims", [])),
-            )
+            extension = ClaimTests(run.request.claims) if run.request.claims else None
+            run_comparison(dataset, run, jobs=jobs or cpu_count(), progress=progress, extension=extension)
     except KeyboardInterrupt:
-        finished = len(run.content["stacks"])
+        finished = len(run.stacks)
         typer.echo(f"Stopped; the {finished} finished stacks of runs are kept.", err=True)
         typer.echo(f"  batchnorm report {run.folder}             shows them", err=True)
         typer.echo(f"  batchnorm compare --resume {run.folder}   goes on", err=True)
         raise typer.Exit(130) from None
     page = write_report(run)
     if json_output:
-        typer.echo(json.dumps(json_safe(result), indent=2, allow_nan=False))
+        typer.echo(json.dumps(run.result_json, indent=2, allow_nan=False))
     else:
-        shown = console()
-        terminal.show_result(shown, result, settings.steps)
+        terminal.show_result(console(), run)
         typer.echo(f"Report: {page}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import weakref
@@ -17,9 +18,11 @@ import polars as pl
 from joblib import cpu_count
 
 from batchnorm.errors import DataError, InputError
-from batchnorm.lab.claims import CLAIMS, claims_named
+from batchnorm.lab.claims import CLAIMS, ClaimTests, Judgment, read_judgment
 from batchnorm.lab.comparison.conduct import compare as run_comparison
 from batchnorm.lab.comparison.conduct import fit_to_data
+from batchnorm.lab.comparison.request import Request
+from batchnorm.lab.comparison.result import Result
 from batchnorm.lab.comparison.run_file import RunFile, new_folder
 from batchnorm.lab.data.dataset import Task, prepare
 from batchnorm.lab.data.tables import Table
@@ -30,6 +33,8 @@ from batchnorm.lab.report.report import figure_html, report_data, report_html
 from batchnorm.lab.training.settings import Arm, Settings
 
 __all__ = ["Comparison", "ShownFigure", "compare", "study"]
+
+UNKNOWN = (None, None)
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,10 @@ class Comparison:
 
     Attributes
     ----------
-    result : dict
-        Every figure, as ``result`` in run.json (docs/compare.md names the keys).
+    result : Result
+        All numbers of the comparison (docs/compare.md names them).
+    judgment : Judgment or None
+        The judged claims, where some were measured.
     folder : Path
         Where run.json is; a temporary folder that goes with this object unless ``out`` named one.
     """
@@ -79,13 +86,15 @@ class Comparison:
     def __init__(self, run: RunFile) -> None:
         self._run = run
         self.folder = run.folder
-        self.result: dict[str, Any] = run.content["result"]
+        assert run.result is not None
+        self.result: Result = run.result
+        self.judgment: Judgment | None = read_judgment(run)
         self._report = report_data(run)
 
     @property
     def verdict(self) -> str:
         """The verdict in one sentence."""
-        return str(self.result["verdict"])
+        return str(self.result.verdict)
 
     @property
     def figures(self) -> dict[str, ShownFigure]:
@@ -95,27 +104,28 @@ class Comparison:
     def table(self) -> pl.DataFrame:
         """A row for each arm; times fewer are bounds of the median and of its interval, null steps are above S."""
         rows = []
-        for arm, values in self.result["arms"].items():
-            ratio = self.result["ratios"].get(arm, {}) if self.result["headline"] else {}
-            median, interval = ratio.get("median", (None, None)), ratio.get("interval", (None, None))
-            seconds = ratio.get("seconds", {}).get("median", (None, None))
-            difference = self.result["ratios"].get(arm, {}).get("test_difference") or {}
-            low, high = difference.get("interval", (None, None))
+        for arm, values in self.result.arms.items():
+            ratio = self.result.ratios.get(arm)
+            difference = ratio.test_difference if ratio else None
+            claimed = ratio if self.result.headline else None
+            median, interval = (claimed.median, claimed.interval) if claimed else (UNKNOWN, UNKNOWN)
+            seconds = claimed.seconds.median if claimed and claimed.seconds else UNKNOWN
+            low, high = difference.interval if difference else UNKNOWN
             rows.append(
                 {
                     "batch_norm": arm,
-                    "learning_rate": values["learning_rate"],
-                    "median_steps": values["median_steps"],
+                    "learning_rate": values.learning_rate,
+                    "median_steps": values.median_steps,
                     "times_fewer_steps_at_least": median[0],
                     "times_fewer_steps_at_most": median[1],
                     "interval_low": interval[0],
                     "interval_high": interval[1],
                     "times_fewer_seconds_at_least": seconds[0],
                     "times_fewer_seconds_at_most": seconds[1],
-                    "milliseconds_a_step": 1000 * values["seconds_a_step"],
-                    "rates_that_reach": values["rates_that_reach"],
-                    "test_score": values["test_score"],
-                    "test_difference": difference.get("estimate"),
+                    "milliseconds_a_step": 1000 * (values.seconds_per_step or math.nan),
+                    "rates_that_reach": values.rates_that_reach,
+                    "test_score": values.test_score,
+                    "test_difference": difference.estimate if difference else None,
                     "test_difference_low": low,
                     "test_difference_high": high,
                 }
@@ -126,17 +136,17 @@ class Comparison:
         """A row for each thing claimed, with its verdict and its p-value, alone and corrected; none without claims."""
         rows = [
             {
-                "claim": claim["name"],
-                "label": finding["label"],
-                "subject": finding["subject"],
-                "verdict": finding["verdict"],
-                "amount": finding["text"],
-                "p": finding["p_holds"],
-                "corrected_p": finding["adjusted_holds"],
-                "reason": finding["reason"],
+                "claim": claim.name,
+                "label": finding.label,
+                "subject": finding.subject,
+                "verdict": finding.verdict,
+                "amount": finding.text,
+                "p": finding.p_holds,
+                "corrected_p": finding.adjusted_holds,
+                "reason": finding.reason,
             }
-            for claim in self.result.get("claims", [])
-            for finding in claim["findings"]
+            for claim in (self.judgment.claims if self.judgment else [])
+            for finding in claim.findings
         ]
         texts = ("claim", "label", "subject", "verdict", "amount", "reason")
         names = ("claim", "label", "subject", "verdict", "amount", "p", "corrected_p", "reason")
@@ -153,9 +163,9 @@ class Comparison:
         return f"Comparison({self._report.name}): {self.verdict}"
 
     def _repr_html_(self) -> str:
-        tables = [self.table(), *([self.verdicts()] if self.result.get("claims") else [])]
+        tables = [self.table(), *([self.verdicts()] if self.judgment else [])]
         shown = "".join(_html(table) for table in tables)
-        return f"<p><strong>{escape(self.verdict)}</strong></p><p>{escape(self.result['caveat'])}</p>{shown}"
+        return f"<p><strong>{escape(self.verdict)}</strong></p><p>{escape(str(self.result.caveat))}</p>{shown}"
 
 
 def _html(table: pl.DataFrame) -> str:
@@ -230,7 +240,7 @@ def compare(
     numeric, categorical : sequences of column names
         Columns to take as numbers or as categories, whatever they look like.
     claims : sequence of str
-        Claims to measure too: "fewer_steps", "stability", "initial_weights", "regularisation", "inputs",
+        Claims to measure too: "fewer_steps", "stability", "initial_weights", "regularization", "inputs",
         "placement", "shift".
     jobs : int, optional
         Processes of one thread; by default one a core.
@@ -268,22 +278,23 @@ def compare(
     unknown = [setting for setting in settings if setting not in known]
     if unknown:
         raise InputError(f"a setting must be one of {', '.join(sorted(known))}; got {unknown[0]!r}")
-    asked = claims_named(claims)
+    tests = ClaimTests(claims) if claims else None
+    names = tests.names if tests else []
     given = Settings(**settings)
     dataset = prepare(_table(X, y, name), task=task, numeric=numeric, categorical=categorical, seed=given.seed)
     fitted, _ = fit_to_data(given, dataset)
     run = RunFile.create(
         Path(tempfile.mkdtemp(prefix="batchnorm-")) if out is None else new_folder(Path(out), name),
-        command=_call(settings, [claim.name for claim in asked]),
-        request={"claims": [claim.name for claim in asked]},
-        settings=fitted.to_json(),
-        data=dataset.describe().to_json(),
+        dataset.describe(),
+        fitted,
+        request=Request(claims=names),
+        command=_call(settings, names),
     )
     if out is None:
         weakref.finalize(run, shutil.rmtree, run.folder, ignore_errors=True)
     shown = terminal.Bars() if progress else terminal.Silence()
     with shown if isinstance(shown, terminal.Bars) else nullcontext():
-        run_comparison(dataset, fitted, run, jobs=jobs or cpu_count(), progress=shown, claims=asked)
+        run_comparison(dataset, run, jobs=jobs or cpu_count(), progress=shown, extension=tests)
     return Comparison(run)
 
 

@@ -31,10 +31,10 @@ def test_the_steps_are_those_that_gradient_descent_takes(rows):
     assert steps_to_minimum(x, y) == steps
 
 
-def test_scaling_a_column_up_costs_steps_and_normalising_takes_them_back(rows):
+def test_scaling_a_column_up_costs_steps_and_normalizing_takes_them_back(rows):
     x, y = rows
-    normalised = (x - x.mean(0)) / x.std(0)
-    assert steps_to_minimum(x * [1, 10], y) > 10 * steps_to_minimum(x, y) > 100 * steps_to_minimum(normalised, y)
+    normalized = (x - x.mean(0)) / x.std(0)
+    assert steps_to_minimum(x * [1, 10], y) > 10 * steps_to_minimum(x, y) > 100 * steps_to_minimum(normalized, y)
 
 
 def test_a_column_that_says_all_and_one_that_says_nothing_take_one_step():
@@ -60,6 +60,6 @@ def test_the_surface_is_the_loss_and_the_condition_number_that_of_its_hessian(ro
     x, y = rows
     surface = _surface(x, y)
     for i, j in [(0, 0), (7, 30), (40, 40)]:
-        assert surface["loss"][j][i] == pytest.approx(loss(x, y, np.array([surface["x"][i], surface["y"][j]])))
-    assert surface["condition"] == pytest.approx(np.linalg.cond(2 * x.T @ x / len(x)))
-    assert math.isclose(np.min(surface["loss"]), loss(x, y, np.array(surface["minimum"])), rel_tol=1e-6)
+        assert surface.loss[j][i] == pytest.approx(loss(x, y, np.array([surface.x[i], surface.y[j]])))
+    assert surface.condition == pytest.approx(np.linalg.cond(2 * x.T @ x / len(x)))
+    assert math.isclose(np.min(surface.loss), loss(x, y, np.array(surface.minimum)), rel_tol=1e-6)

@@ -8,16 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from batchnorm.lab.claims import CLAIMS, claims_named
+from batchnorm.lab.claims import CLAIMS, ClaimTests, read_judgment
 from batchnorm.lab.comparison.conduct import compare
 from batchnorm.lab.comparison.run_file import RunFile, read_run
 from batchnorm.lab.data.dataset import prepare
 from batchnorm.lab.data.tables import read_table
 from batchnorm.lab.report.terminal import Silence
+from batchnorm.lab.training.records import Records
 from batchnorm.lab.training.settings import ARMS, Settings
 
 SETTINGS = Settings(hidden=(8, 6), steps=48, batch_size=40, search_seeds=1, seeds=5, learning_rates=(0.1, 1.0))
-ALL = list(CLAIMS.values())
+ALL = list(CLAIMS)
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +29,9 @@ def digits():
 def study(folder, dataset, settings=SETTINGS, claims=ALL, jobs=1, run=None, progress=None):
     if run is None:
         folder.mkdir(exist_ok=True)
-        run = RunFile.create(
-            folder, command="", request={}, settings=settings.to_json(), data=dataset.describe().to_json()
-        )
-    compare(dataset, settings, run, jobs=jobs, progress=progress or Silence(), claims=claims)
+        run = RunFile.create(folder, dataset.describe(), settings)
+    extension = ClaimTests(claims) if claims else None
+    compare(dataset, run, jobs=jobs, progress=progress or Silence(), extension=extension)
     return run
 
 
@@ -41,7 +41,7 @@ def finished(tmp_path_factory, digits):
 
 
 def claim_of(run, name):
-    return next(claim for claim in run.content["result"]["claims"] if claim["name"] == name)
+    return next(claim for claim in read_judgment(run).claims if claim.name == name)
 
 
 def raw(run, phase, arm):
@@ -63,7 +63,7 @@ def without_times(content):
     result = content["result"]
     result.pop("stacking")
     for values in result["arms"].values():
-        values.pop("seconds_a_step")
+        values.pop("seconds_per_step")
     for ratio in result["ratios"].values():
         ratio.pop("seconds")
     for claim in result["claims"]:
@@ -74,22 +74,22 @@ def without_times(content):
 
 
 def test_every_claim_has_its_question_design_sentence_and_findings(finished):
-    claims = finished.content["result"]["claims"]
-    assert [claim["name"] for claim in claims] == list(CLAIMS)
+    claims = read_judgment(finished).claims
+    assert [claim.name for claim in claims] == list(CLAIMS)
     for claim in claims:
-        assert claim["question"].endswith("?")
-        assert claim["design"].endswith(".")
-        assert claim["findings"]
-        assert all(finding["verdict"] in claim["sentence"] for finding in claim["findings"])
+        assert claim.question.endswith("?")
+        assert claim.design.endswith(".")
+        assert claim.findings
+        assert all(finding.verdict in claim.sentence for finding in claim.findings)
 
 
 def test_only_what_the_claims_asked_for_need_is_trained(tmp_path, digits):
-    run = study(tmp_path / "weights", digits, claims=claims_named(["initial_weights"]))
-    phases = {stack["phase"] for stack in run.content["stacks"]}
+    run = study(tmp_path / "weights", digits, claims=["initial_weights"])
+    phases = {stack.phase for stack in run.stacks}
     assert {"initial scale x 0.001", "initial scale x 100"} <= phases
     assert not phases & {"stability", "shift"}
-    assert [claim["name"] for claim in run.content["result"]["claims"]] == ["initial_weights"]
-    assert all(not values["record"] for stack in run.content["stacks"] for values in stack["runs"])
+    assert [claim.name for claim in read_judgment(run).claims] == ["initial_weights"]
+    assert all(trained.record == Records() for stack in run.stacks for trained in stack.runs)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -111,7 +111,7 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_result(finished, tmp_path,
 
 
 def test_a_seed_trains_over_as_many_decades_as_there_are_rates_at_which_it_ends_above_the_threshold(finished):
-    details = claim_of(finished, "stability")["details"]
+    details = claim_of(finished, "stability").details
     for arm in ARMS:
         runs = raw(finished, "stability", arm)
         assert {values["seed"] for values in runs} == {1, 2, 3, 4, 5}
@@ -121,10 +121,10 @@ def test_a_seed_trains_over_as_many_decades_as_there_are_rates_at_which_it_ends_
                 for values in runs
                 if values["seed"] == seed and values["diverged_at"] is None
             ]
-            above = sum(end >= details["threshold"] for end in ends)
-            assert details["width"][arm][i] == pytest.approx(above * math.log10(1.0 / 0.1))
-    pairs = claim_of(finished, "stability")["findings"][0]["pairs"]
-    expected = np.subtract(details["width"]["before"], details["width"]["none"])
+            above = sum(end >= details.threshold for end in ends)
+            assert details.width[arm][i] == pytest.approx(above * math.log10(1.0 / 0.1))
+    pairs = claim_of(finished, "stability").findings[0].pairs
+    expected = np.subtract(details.width["before"], details.width["none"])
     np.testing.assert_allclose(pairs, np.stack([expected, expected], axis=1))
 
 
@@ -136,7 +136,7 @@ def test_the_threshold_is_half_of_the_way_from_a_constant_guess_to_the_best_scor
             for rate in (0.1, 1.0))
         for arm in ARMS
     )  # fmt: skip
-    assert claim_of(finished, "stability")["details"]["threshold"] == pytest.approx((constant + best) / 2)
+    assert claim_of(finished, "stability").details.threshold == pytest.approx((constant + best) / 2)
 
 
 def test_initial_weights_are_what_they_are_multiplied_by(finished):
@@ -148,35 +148,35 @@ def test_initial_weights_are_what_they_are_multiplied_by(finished):
 
 
 def test_the_gain_of_the_gap_is_taken_at_the_least_training_loss_that_both_of_a_pair_reach(finished):
-    finding = claim_of(finished, "regularisation")["findings"][0]
+    finding = claim_of(finished, "regularization").findings[0]
     arms = {arm: [values["record"]["gap"] for values in raw(finished, "confirm", arm)] for arm in ("none", "before")}
-    for none, before, pair in zip(arms["none"], arms["before"], finding["pairs"], strict=True):
+    for none, before, pair in zip(arms["none"], arms["before"], finding.pairs, strict=True):
         level = max(min(none["train_loss"]), min(before["train_loss"]))
         gaps = []
         for record in (none, before):
             at = next(i for i, loss in enumerate(record["train_loss"]) if loss <= level)
             gaps.append(record["train_score"][at] - record["test_score"][at])
-        assert pair == [pytest.approx(gaps[0] - gaps[1])] * 2
+        assert pair == (pytest.approx(gaps[0] - gaps[1]),) * 2
 
 
 def test_drift_and_smoothness_are_compared_at_one_learning_rate_for_every_arm(finished):
-    details = claim_of(finished, "shift")["details"]
+    details = claim_of(finished, "shift").details
     for arm in ARMS:
-        assert {values["learning_rate"] for values in raw(finished, "shift", arm)} == {details["learning_rate"]}
+        assert {values["learning_rate"] for values in raw(finished, "shift", arm)} == {details.learning_rate}
     none, before = (
         [np.median(values["record"]["shift"]["drift"]) for values in raw(finished, "shift", arm)]
         for arm in ("none", "before")
     )
-    pairs = claim_of(finished, "shift")["findings"][0]["pairs"]
+    pairs = claim_of(finished, "shift").findings[0].pairs
     np.testing.assert_allclose([low for low, _ in pairs], np.divide(none, before), rtol=1e-9)
 
 
 def test_on_shuffled_labels_nothing_holds_and_the_reason_is_said(tmp_path, digits):
     shuffled = replace(digits, y=np.random.default_rng(0).permutation(digits.y))
     run = study(tmp_path / "shuffled", shuffled)
-    findings = [finding for claim in run.content["result"]["claims"] for finding in claim["findings"]]
-    assert {finding["verdict"] for finding in findings} == {"undecided"}
-    assert all("constant guess" in finding["reason"] for finding in findings)
+    findings = [finding for claim in read_judgment(run).claims for finding in claim.findings]
+    assert {finding.verdict for finding in findings} == {"undecided"}
+    assert all("constant guess" in finding.reason for finding in findings)
 
 
 def test_an_arm_against_itself_shares_the_search_and_confirms_with_seeds_of_its_own(tmp_path, digits):
@@ -195,19 +195,19 @@ def test_on_few_validation_rows_steps_are_not_judged_and_the_rest_is(tmp_path):
     dataset = prepare(read_table("wine"))
     run = study(tmp_path / "wine", dataset, replace(SETTINGS, steps=80))
     for name in ("fewer_steps", "placement"):
-        for finding in claim_of(run, name)["findings"]:
-            assert finding["reason"] == "on 36 validation rows no ratio of steps is claimed"
-    assert all(finding["p_holds"] is not None for finding in claim_of(run, "initial_weights")["findings"])
+        for finding in claim_of(run, name).findings:
+            assert finding.reason == "on 36 validation rows no ratio of steps is claimed"
+    assert all(finding.p_holds is not None for finding in claim_of(run, "initial_weights").findings)
 
 
 def test_a_regression_target_can_be_studied_too(tmp_path):
     dataset = prepare(read_table("diabetes"))
     run = study(tmp_path / "diabetes", dataset, replace(SETTINGS, learning_rates=(0.01, 0.1)))
-    details = claim_of(run, "inputs")["details"]
-    assert set(details["columns"]) <= set(dataset.features)
-    assert len(run.content["result"]["claims"]) == 7
+    details = claim_of(run, "inputs").details
+    assert set(details.columns) <= set(dataset.features)
+    assert len(read_judgment(run).claims) == 7
 
 
 def test_every_stack_of_a_study_has_a_key_of_its_own(finished):
-    keys = [stack["key"] for stack in finished.content["stacks"]]
+    keys = [stack.key for stack in finished.stacks]
     assert len(keys) == len(set(keys))

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from batchnorm.lab.comparison.conduct import compare, fit_to_data, variants
+from batchnorm.lab.comparison.conduct import compare, fit_to_data
 from batchnorm.lab.comparison.measures import ratio_bounds
+from batchnorm.lab.comparison.phases import variants
 from batchnorm.lab.comparison.run_file import RunFile, read_run
 from batchnorm.lab.data.dataset import prepare
 from batchnorm.lab.data.tables import read_table
 from batchnorm.lab.report.terminal import Silence
-from batchnorm.lab.training.runs import Target, evaluation_steps, steps_to
+from batchnorm.lab.training.runs import evaluation_steps, steps_to
 from batchnorm.lab.training.settings import ARMS, Settings
 
 SETTINGS = Settings(hidden=(8,), steps=40, search_seeds=2, seeds=3, learning_rates=(0.1, 0.3, 1.0))
@@ -44,14 +45,12 @@ def digits():
 
 def new_run(folder, settings, dataset):
     folder.mkdir()
-    return RunFile.create(
-        folder, command="", request={}, settings=settings.to_json(), data=dataset.describe().to_json()
-    )
+    return RunFile.create(folder, dataset.describe(), settings)
 
 
-def without_times(content):
+def without_times(run):
     """What must not differ from one run to the next."""
-    content = copy.deepcopy(content)
+    content = json.loads((run.folder / "run.json").read_text())
     for name in ("created", "seconds", "machine", "result", "status"):
         content.pop(name)
     for stack in content["stacks"]:
@@ -65,15 +64,15 @@ def finished(tmp_path_factory, digits):
     """A finished comparison: its progress, its run.json and its result."""
     run = new_run(tmp_path_factory.mktemp("compare") / "run", SETTINGS, digits)
     counter = Counter()
-    result = compare(digits, SETTINGS, run, jobs=1, progress=counter)
+    result = compare(digits, run, jobs=1, progress=counter)
     return counter, read_run(run.folder), result
 
 
 def test_all_the_planned_steps_are_counted_as_taken(finished):
     counter, run, _ = finished
     for arm in ARMS:
-        stacks = [stack for stack in run.content["stacks"] if stack["arm"] == arm]
-        half = sum(len(stack["runs"]) for stack in stacks if stack["phase"].startswith("variant"))
+        stacks = [stack for stack in run.stacks if stack.arm == arm]
+        half = sum(len(stack.runs) for stack in stacks if stack.phase.startswith("variant"))
         assert 2 * (2 * 2) <= half <= 2 * (3 * 2)  # two variants, two seeds, at two rates or three
         assert counter.planned[arm] == counter.taken[arm] == (3 * 2 + 3) * 40 + half * 20
 
@@ -84,45 +83,46 @@ def test_the_search_tries_every_rate_with_every_search_seed_and_confirms_with_fr
         searched = {(r.learning_rate, r.seed) for r in run.runs("search", arm)}
         assert searched == {(rate, seed) for rate in (0.1, 0.3, 1.0) for seed in (0, 1)}
         confirmed = [(r.learning_rate, r.seed) for r in run.runs("confirm", arm)]
-        assert confirmed == [(result["arms"][arm]["learning_rate"], seed) for seed in (2, 3, 4)]
+        assert confirmed == [(result.arms[arm].learning_rate, seed) for seed in (2, 3, 4)]
 
 
 def test_the_result_is_what_the_runs_say(finished):
     _, run, result = finished
     evaluations = evaluation_steps(SETTINGS.steps)
-    target = Target(**result["target"])
+    target = result.target
     steps = {arm: [steps_to(r, target, evaluations) for r in run.runs("confirm", arm)] for arm in ARMS}
     for arm in ARMS:
-        assert result["arms"][arm]["steps"] == steps[arm]
+        assert result.arms[arm].steps == steps[arm]
         scores = [r.test.score for r in run.runs("confirm", arm)]
-        assert result["arms"][arm]["test_score"] == pytest.approx(sum(scores) / 3)
+        assert result.arms[arm].test_score == pytest.approx(sum(scores) / 3)
     for arm in ARMS[1:]:
-        pairs = [list(ratio_bounds(a, b, SETTINGS.steps)) for a, b in zip(steps["none"], steps[arm], strict=True)]
-        assert result["ratios"][arm]["pairs"] == pairs
-    assert result["stacking"]["runs"] == sum(len(stack["runs"]) for stack in run.content["stacks"])
-    assert result["verdict"].startswith("On digits ")
+        pairs = [ratio_bounds(a, b, SETTINGS.steps) for a, b in zip(steps["none"], steps[arm], strict=True)]
+        assert result.ratios[arm].pairs == pairs
+    assert result.stacking.runs == sum(len(stack.runs) for stack in run.stacks)
+    assert result.verdict.startswith("On digits ")
 
 
 def test_only_confirming_runs_read_the_test_rows(finished):
     _, run, _ = finished
-    for stack in run.content["stacks"]:
-        assert all((values["test"] is not None) == (stack["phase"] == "confirm") for values in stack["runs"])
+    for stack in run.stacks:
+        assert all((trained.test is not None) == (stack.phase == "confirm") for trained in stack.runs)
 
 
 def test_run_json_holds_the_result_and_says_it_is_complete(finished):
     _, run, result = finished
-    assert run.content["status"] == "complete"
-    assert run.content["result"]["verdict"] == result["verdict"]
-    assert run.content["format"] == "batchnorm-run"
-    assert run.content["version"] == 1
+    content = json.loads((run.folder / "run.json").read_text())
+    assert content["status"] == run.status == "complete"
+    assert content["result"]["verdict"] == result.verdict
+    assert (content["format"], content["version"]) == ("batchnorm-run", 2)
+    assert run.result == result
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # loky's own, where Python warns of threads
 def test_two_jobs_give_the_same_run_as_one_but_for_times(finished, tmp_path, digits):
     _, once, _ = finished
     again = new_run(tmp_path / "run", SETTINGS, digits)
-    compare(digits, SETTINGS, again, jobs=2, progress=Silence())
-    assert without_times(read_run(again.folder).content) == without_times(once.content)
+    compare(digits, again, jobs=2, progress=Silence())
+    assert without_times(again) == without_times(once)
 
 
 def test_a_stopped_run_goes_on_where_it_was_and_ends_the_same(finished, tmp_path, digits, monkeypatch):
@@ -133,55 +133,55 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_the_same(finished, tmp_path
 
     def interrupted(self):
         save(self)
-        saves.append(len(self.content["stacks"]))
+        saves.append(len(self.stacks))
         if saves[-1] == 4 and saves.count(4) == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(RunFile, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compare(digits, SETTINGS, run, jobs=1, progress=Silence())
+        compare(digits, run, jobs=1, progress=Silence())
     monkeypatch.undo()
     half = read_run(run.folder)
-    assert half.content["status"] == "interrupted"
-    kept = copy.deepcopy(half.content["stacks"])
+    assert half.status == "interrupted"
+    kept = copy.deepcopy(half.stacks)
     assert len(kept) == 4
     counter = Counter()
-    compare(digits, SETTINGS, half, jobs=1, progress=counter)
+    compare(digits, half, jobs=1, progress=counter)
     whole = read_run(run.folder)
-    assert whole.content["stacks"][:4] == kept
+    assert whole.stacks[:4] == kept
     assert counter.planned == counter.taken
-    assert without_times(whole.content) == without_times(once.content)
+    assert without_times(whole) == without_times(once)
 
 
 def test_a_best_rate_at_the_edge_of_the_default_grid_extends_it_once_for_all_arms(tmp_path, digits):
     # after 12 steps of a small step size nothing is learned, so the greatest rates of the grid are the best
     settings = replace(SETTINGS, learning_rates=None, steps=12, seeds=2, search_seeds=1, optimizer="adam")
     counter = Counter()
-    result = compare(digits, settings, new_run(tmp_path / "run", settings, digits), jobs=1, progress=counter)
-    assert result["grid"] == [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
+    result = compare(digits, new_run(tmp_path / "run", settings, digits), jobs=1, progress=counter)
+    assert result.grid == [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
     assert counter.said == ["The best learning rate is at the edge of the grid: 0.3 is tried too."]
     assert counter.planned == counter.taken
-    assert all(len(values["search"]) == 8 for values in result["arms"].values())
+    assert all(len(values.search) == 8 for values in result.arms.values())
 
 
 def test_where_every_run_without_batch_norm_diverges_that_is_the_verdict(tmp_path, digits):
     settings = replace(SETTINGS, activation="relu", learning_rates=(1e30,), search_seeds=1, steps=30)
     run = new_run(tmp_path / "run", settings, digits)
-    result = compare(digits, settings, run, jobs=1, progress=Silence())
-    assert "diverged at every learning rate" in result["verdict"]
-    assert not result["headline"]
-    assert math.isnan(result["arms"]["none"]["test_score"])
+    result = compare(digits, run, jobs=1, progress=Silence())
+    assert "diverged at every learning rate" in result.verdict
+    assert not result.headline
+    assert math.isnan(result.arms["none"].test_score)
     json.loads((run.folder / "run.json").read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
 def test_regression_is_compared_in_r_squared(tmp_path):
     data = prepare(read_table("diabetes"))
     run = new_run(tmp_path / "run", SETTINGS, data)
-    result = compare(data, SETTINGS, run, jobs=1, progress=Silence())
-    assert result["score_name"] == "R2"
-    assert not result["headline"]
-    assert "89 validation rows" in result["caveat"]
-    assert result["arms"]["before"]["test_score"] < 1
+    result = compare(data, run, jobs=1, progress=Silence())
+    assert result.score_name == "R2"
+    assert not result.headline
+    assert "89 validation rows" in result.caveat
+    assert result.arms["before"].test_score < 1
 
 
 def test_a_batch_larger_than_the_training_rows_is_reduced_and_said(digits):

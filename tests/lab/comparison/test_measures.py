@@ -12,12 +12,12 @@ from batchnorm.lab.comparison.measures import (
     best_rate,
     choose_rate,
     choose_target,
-    median_ratio,
     order_statistic,
-    paired_difference,
     ratio_bounds,
-    summarise_rates,
+    summarize_pairs,
+    summarize_rates,
 )
+from batchnorm.lab.comparison.scores import paired_difference
 from batchnorm.lab.training.runs import Run, Target, evaluation_steps, median_steps, steps_to
 
 STEPS = [1, 2, 3, 4, 5, 6]
@@ -122,7 +122,7 @@ def arrivals(rate, *steps):
 def test_the_rate_chosen_has_all_its_seeds_arrive_in_the_fewest_median_steps():
     evaluations = list(range(1, 9))
     runs = arrivals(0.1, 5, 5, 5) + arrivals(0.3, 1, 1, None) + arrivals(1.0, 3, 4, 5)
-    summaries = summarise_rates(runs, score(0.9), evaluations)
+    summaries = summarize_rates(runs, score(0.9), evaluations)
     assert [s.reached for s in summaries] == [3, 2, 3]
     assert [s.median_steps for s in summaries] == [5, 1, 4]
     assert choose_rate(summaries) == 1.0
@@ -131,11 +131,11 @@ def test_the_rate_chosen_has_all_its_seeds_arrive_in_the_fewest_median_steps():
 def test_where_no_rate_has_all_seeds_arrive_the_most_count_and_ties_go_to_the_loss():
     evaluations = list(range(1, 9))
     runs = arrivals(0.1, 5, None, None) + arrivals(0.3, 6, 6, None)
-    assert choose_rate(summarise_rates(runs, score(0.9), evaluations)) == 0.3
+    assert choose_rate(summarize_rates(runs, score(0.9), evaluations)) == 0.3
     tied = arrivals(0.1, 5, 5, 5) + arrivals(0.3, 5, 5, 5)
     for one in tied[3:]:
         one.validation_loss = [0.01] * 8
-    assert choose_rate(summarise_rates(tied, score(0.9), evaluations)) == 0.3
+    assert choose_rate(summarize_rates(tied, score(0.9), evaluations)) == 0.3
 
 
 def test_a_ratio_is_exact_or_bounded():
@@ -160,28 +160,28 @@ def test_the_order_statistics_cover_the_median_as_often_as_they_say():
     assert covered == pytest.approx(confidence, abs=4 * math.sqrt(confidence * (1 - confidence) / 20_000))
 
 
-def test_the_median_ratio_of_known_pairs_is_their_median_and_its_interval_the_2nd_to_9th():
+def test_the_summary_of_known_pairs_is_their_median_and_its_interval_the_2nd_to_9th():
     pairs = [(float(r), float(r)) for r in (4, 1, 3, 2, 9, 7, 8, 5, 6, 10)]
-    ratio = median_ratio(pairs)
-    assert ratio["median"] == [5.5, 5.5]
-    assert ratio["interval"] == [2.0, 9.0]
-    assert (ratio["at_least"], ratio["at_most"], ratio["unknown"]) == (0, 0, 0)
+    ratio = summarize_pairs(pairs)
+    assert ratio.median == (5.5, 5.5)
+    assert ratio.interval == (2.0, 9.0)
+    assert (ratio.at_least, ratio.at_most, ratio.unknown) == (0, 0, 0)
 
 
 def test_pairs_that_are_only_bounded_bound_the_median_and_are_counted():
     known = [(float(r), float(r)) for r in range(1, 8)]
-    ratio = median_ratio([*known, (20.0, math.inf), (2.0, math.inf), (0.0, 0.5)])
-    assert ratio["median"] == [3.5, 4.5]
-    assert ratio["interval"] == [1.0, math.inf]
-    assert (ratio["at_least"], ratio["at_most"], ratio["unknown"]) == (2, 1, 0)
-    assert median_ratio([(0.0, math.inf)] * 10)["median"] == [0.0, math.inf]
+    ratio = summarize_pairs([*known, (20.0, math.inf), (2.0, math.inf), (0.0, 0.5)])
+    assert ratio.median == (3.5, 4.5)
+    assert ratio.interval == (1.0, math.inf)
+    assert (ratio.at_least, ratio.at_most, ratio.unknown) == (2, 1, 0)
+    assert summarize_pairs([(0.0, math.inf)] * 10).median == (0.0, math.inf)
 
 
 @given(st.lists(st.tuples(st.integers(1, 100), st.integers(1, 100)), min_size=1, max_size=12))
 def test_censoring_at_the_budget_never_excludes_the_true_median(steps):
     true = np.median([a / b for a, b in steps])
     censored = [ratio_bounds(a if a <= 50 else None, b if b <= 50 else None, 50) for a, b in steps]
-    low, high = median_ratio(censored)["median"]
+    low, high = summarize_pairs(censored).median
     assert low <= true * (1 + 1e-12)
     assert high >= true * (1 - 1e-12)
 
@@ -191,9 +191,9 @@ def test_the_difference_of_test_scores_is_that_of_the_means_with_a_bootstrap_int
     none = (random.random((10, 400)) < 0.10).astype(float)
     arm = (random.random((10, 400)) < 0.05).astype(float)
     difference = paired_difference(arm, none, None, seed=0)
-    assert difference["estimate"] == pytest.approx(none.mean() - arm.mean())
-    low, high = difference["interval"]
-    assert low < difference["estimate"] < high
+    assert difference.estimate == pytest.approx(none.mean() - arm.mean())
+    low, high = difference.interval
+    assert low < difference.estimate < high
     # independent errors: the standard error of a mean of 4000 paired differences, twice each way
     error = (none - arm).std() / math.sqrt(4000)
     assert high - low == pytest.approx(2 * 1.96 * error * math.sqrt(2), rel=0.35)
@@ -204,5 +204,5 @@ def test_the_difference_of_r_squared_is_in_units_of_the_targets_variance():
     spread = (y - y.mean()) ** 2
     none, arm = np.tile(0.5 * spread, (4, 1)), np.tile(0.2 * spread, (4, 1))
     difference = paired_difference(arm, none, spread, seed=0)
-    assert difference["estimate"] == pytest.approx(0.3)
-    assert difference["interval"] == pytest.approx([0.3, 0.3])
+    assert difference.estimate == pytest.approx(0.3)
+    assert difference.interval == pytest.approx([0.3, 0.3])

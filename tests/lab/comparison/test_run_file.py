@@ -1,39 +1,39 @@
 """run.json: written whole or not at all, and read with suspicion."""
 
-import json
 import math
 import resource
 
 import pytest
 
 from batchnorm.errors import RunError
-from batchnorm.lab.comparison.run_file import RunFile, new_folder, read_run
+from batchnorm.lab.comparison.request import Request
+from batchnorm.lab.comparison.run_file import RunFile, TrainedStack, new_folder, read_run
+from batchnorm.lab.data.dataset import DataDescription
 from batchnorm.lab.files import json_safe, write_file
+from batchnorm.lab.training.runs import Run, TestResult
+from batchnorm.lab.training.settings import Settings
 
 
 def test_numbers_that_json_lacks_are_kept_as_null_and_text():
     assert json_safe({"a": [math.nan, math.inf, (-math.inf, 1.5)]}) == {"a": [None, "inf", ["-inf", 1.5]]}
 
 
+DATA = DataDescription("rows", "classification", "y", {"train": 3}, ["x"], ["a", "b"], [], [], "0" * 64)
+
+
 def test_a_run_is_read_as_it_was_saved(tmp_path):
-    values = {
-        "arm": "none",
-        "learning_rate": 0.1,
-        "seed": 3,
-        "diverged_at": 2,
-        "train_loss": [1.0, math.nan],
-        "validation_loss": [math.inf, math.nan],
-        "validation_score": [0.5, math.nan],
-        "test": {"step": 1, "score": math.nan, "errors": ""},
-        "trace": None,
-    }
-    run = RunFile.create(tmp_path, command="", request={}, data={}, settings={})
-    run.content["stacks"].append({"key": "k/none/0", "phase": "p", "arm": "none", "seconds": 1.0, "runs": [values]})
+    test = TestResult(1, math.nan, "")
+    trained = Run("none", 0.1, 3, 2, [1.0, math.nan], [math.inf, math.nan], [0.5, math.nan], test)
+    run = RunFile.create(tmp_path, DATA, Settings(hidden=(8,)), request=Request("rows.csv", claims=["shift"]))
+    run.stacks.append(TrainedStack("k/none/0", "p", "none", 1.0, [trained]))
+    run.extension = {"more": [1]}
     run.save()
-    (back,) = read_run(tmp_path).runs("p", "none")
-    assert back.validation_loss[0] == math.inf
-    assert all(math.isnan(value) for value in (back.train_loss[1], back.validation_score[1], back.test.score))
-    assert (back.seed, back.diverged_at) == (3, 2)
+    back = read_run(tmp_path)
+    assert (back.settings, back.data, back.request) == (run.settings, run.data, run.request)
+    (read,) = back.runs("p", "none")
+    assert read.validation_loss[0] == math.inf
+    assert all(math.isnan(value) for value in (read.train_loss[1], read.validation_score[1], read.test.score))
+    assert (read.seed, read.diverged_at) == (3, 2)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_a_run_is_read_as_it_was_saved(tmp_path):
         ("{", "can't be read"),
         ("[]", "is something else"),
         ('{"format": "other"}', "is something else"),
-        ('{"format": "batchnorm-run", "version": 1}', "lacks status, command"),
-        ('{"format": "batchnorm-run", "version": 99}', "format version 1; .* is of 99"),
+        ('{"format": "batchnorm-run", "version": 2}', "lacks status, created"),
+        ('{"format": "batchnorm-run", "version": 1}', "format version 2; .* is of version 1, which another"),
     ],
 )
 def test_what_is_not_a_run_is_refused(tmp_path, text, message):
@@ -58,7 +58,8 @@ def test_a_run_says_nothing_of_who_and_where(tmp_path):
     import getpass
     import socket
 
-    text = json.dumps(RunFile.create(tmp_path).content)
+    RunFile.create(tmp_path, DATA, Settings()).save()
+    text = (tmp_path / "run.json").read_text()
     assert socket.gethostname() not in text
     assert f'"{getpass.getuser()}"' not in text
     assert str(tmp_path) not in text
@@ -71,7 +72,7 @@ def test_a_new_folder_is_the_next_free_number(tmp_path, monkeypatch):
 
 def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(RunError, match=r"new or an empty folder; .* holds thesis\.tex"):
+    with pytest.raises(RunError, match=r"new or an empty folder; .* contains thesis\.tex"):
         new_folder(tmp_path, "digits")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(RunError, match=r"must be a folder; .*thesis\.tex' is a file"):
@@ -80,7 +81,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="can be written to"):
+    with pytest.raises(RunError, match="must be a writable folder"):
         new_folder(tmp_path / "file" / "run", "digits")
 
 

@@ -1,25 +1,33 @@
 """The words of a result, for results made up by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from batchnorm.lab.comparison.measures import median_ratio
+from batchnorm.lab.comparison.measures import summarize_pairs
+from batchnorm.lab.comparison.result import ArmResult, Ratio, Result
 from batchnorm.lab.comparison.verdict import bounds_text, caveat, ratio_text, steps_text, verdict
+from batchnorm.lab.training.runs import Target
+from batchnorm.lab.training.settings import ARMS
 
 
 def result(before, after, *, headline=True, value=0.95, medians=(300, 50, 60), diverged=(0, 0, 0)):
     arms = {
-        arm: {"median_steps": median, "learning_rate": 0.3, "diverged": bad, "steps": [median] * 10}
-        for arm, median, bad in zip(("none", "before", "after"), medians, diverged, strict=True)
+        arm: ArmResult(0.3, [], 0, [median] * 10, median, bad, None, [], math.nan)
+        for arm, median, bad in zip(ARMS, medians, diverged, strict=True)
     }
-    return {
-        "target": {"measure": "score", "value": value, "rule": "a validation accuracy of 0.95, 0.99 of the best"},
-        "headline": headline,
-        "grid": [0.1, 0.3, 1.0],
-        "arms": arms,
-        "ratios": {"before": median_ratio(before), "after": median_ratio(after)},
-    }
+    return Result(
+        score_name="accuracy",
+        target=Target("score", value, "a validation accuracy of 0.95, 0.99 of the best"),
+        headline=headline,
+        grid=[0.1, 0.3, 1.0],
+        evaluation_steps=[],
+        arms=arms,
+        ratios={"before": Ratio(**vars(summarize_pairs(before))), "after": Ratio(**vars(summarize_pairs(after)))},
+        sensitivity=[],
+        stacking=None,
+    )
 
 
 def pairs(*ratios):
@@ -70,7 +78,7 @@ def test_a_ratio_that_is_only_bounded_is_said_to_be():
 
 def test_too_few_seeds_for_an_interval_make_no_claim():
     few = result(CLEAR[:4], CLEAR[:4])
-    few["arms"]["none"]["steps"] = [1] * 4
+    few.arms["none"] = replace(few.arms["none"], steps=[1] * 4)
     assert "does not clearly help" in verdict(few, "digits", 2000)
     assert "With 4 seeds an interval holds the true ratio with 87.5% confidence" in caveat(few, 360)
 
@@ -111,7 +119,7 @@ def test_where_the_baseline_never_trained_that_is_the_verdict(diverged, words):
 
 def test_a_rate_at_the_edge_is_the_caveat():
     edged = result(CLEAR, CLEAR)
-    edged["arms"]["before"]["learning_rate"] = 1.0
+    edged.arms["before"] = replace(edged.arms["before"], learning_rate=1.0)
     assert caveat(edged, 360).startswith("The best learning rate of before is at the edge of the grid")
     assert caveat(result(CLEAR, CLEAR), 360).startswith("The interval covers initial weights and batch order")
 
@@ -124,5 +132,5 @@ def test_numbers_in_words():
     assert bounds_text((3.0, 12.4)) == "3 to 12"
     assert steps_text(None, 2000) == "> 2000"
     assert steps_text(305.0, 2000) == "305"
-    assert ratio_text(median_ratio(CLEAR)) == "5.5 [4, 8]"
-    assert ratio_text(median_ratio(OPEN)) == ">=10 [4, inf]"
+    assert ratio_text(summarize_pairs(CLEAR)) == "5.5 [4, 8]"
+    assert ratio_text(summarize_pairs(OPEN)) == ">=10 [4, inf]"

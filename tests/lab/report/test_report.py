@@ -45,14 +45,8 @@ def run(tmp_path_factory):
         left_out=[{"column": NASTY, "reason": "it has one value"}],
         notes=[f"classification: {NASTY} has 10 values"],
     )
-    run = RunFile.create(
-        tmp_path_factory.mktemp("run"),
-        request={},
-        settings=SETTINGS.to_json(),
-        data=dataset.describe().to_json(),
-        command=f"echo {NASTY}",
-    )
-    compare(dataset, SETTINGS, run, jobs=1, progress=Silence())
+    run = RunFile.create(tmp_path_factory.mktemp("run"), dataset.describe(), SETTINGS, command=f"echo {NASTY}")
+    compare(dataset, run, jobs=1, progress=Silence())
     return run
 
 
@@ -87,9 +81,10 @@ def raw_runs(run, phase, arm):
     return [values for stack in stacks for values in stack["runs"]]
 
 
-def copied(run, folder, **changes):
+def copied(run, folder, change=lambda content: None, **changes):
     """The run as it is read back from disk, changed, in a folder of its own."""
-    content = copy.deepcopy(json.loads(json.dumps(json_safe(run.content)))) | changes
+    content = json.loads((run.folder / "run.json").read_text()) | changes
+    change(content)
     (folder / "run.json").write_text(json.dumps(content))
     return read_run(folder)
 
@@ -212,7 +207,7 @@ def test_buttons_turn_an_axis_from_logarithmic_to_linear_and_back(visit):
 def test_a_button_counts_seconds_in_place_of_steps(visit, run):
     visit.press("curves", "time", "seconds")
     assert visit.axis("curves", "x")["title"] == "seconds of one thread"
-    seconds = [run.content["result"]["arms"][arm]["seconds_a_step"] * SETTINGS.steps for arm in ARMS]
+    seconds = [run.content["result"]["arms"][arm]["seconds_per_step"] * SETTINGS.steps for arm in ARMS]
     assert [x for _, x in visit.lines("curves")] == pytest.approx(seconds, rel=1e-4)
     visit.press("curves", "time", "steps")
     assert [x for _, x in visit.lines("curves")] == [SETTINGS.steps] * 3
@@ -281,7 +276,7 @@ def searched(run):
     result |= {"ratios": {}, "sensitivity": [], "stacking": None}
     del result["verdict"], result["caveat"]
     for values in result["arms"].values():
-        values |= {"steps": [], "median_steps": None, "seconds_a_step": None, "test_scores": [], "test_score": None}
+        values |= {"steps": [], "median_steps": None, "seconds_per_step": None, "test_scores": [], "test_score": None}
     return result
 
 
@@ -313,14 +308,16 @@ def test_the_page_of_an_interrupted_run_opens_without_a_complaint(run, open_repo
 
 
 def test_a_baseline_that_always_diverged_is_drawn_beside_those_that_did_not(run, open_report, tmp_path):
-    changed = copied(run, tmp_path)
-    for stack in changed.content["stacks"]:
-        for values in stack["runs"] if stack["arm"] == "none" else []:
-            gone = [None] * len(values["train_loss"])
-            values |= {"diverged_at": 1, "train_loss": gone, "validation_loss": gone, "validation_score": gone}
-            values["trace"] = values["trace"] and [[[None] * 3 for _ in unit] for unit in values["trace"]]
-    changed.content["result"]["target"] |= {"measure": "loss", "value": -math.inf}
-    changed.content["result"]["headline"] = False
+    def diverge(content):
+        for stack in content["stacks"]:
+            for values in stack["runs"] if stack["arm"] == "none" else []:
+                gone = [None] * len(values["train_loss"])
+                values |= {"diverged_at": 1, "train_loss": gone, "validation_loss": gone, "validation_score": gone}
+                values["trace"] = values["trace"] and [[[None] * 3 for _ in unit] for unit in values["trace"]]
+        content["result"]["target"] |= {"measure": "loss", "value": "-inf"}
+        content["result"]["headline"] = False
+
+    changed = copied(run, tmp_path, diverge)
     report = report_data(changed)
     assert "not finite without batch norm" in figure_of(report, "race").finding
     assert set(series_of(drawing(report, "race")["plots"][0], "none")["y"]) == {None}
@@ -329,8 +326,7 @@ def test_a_baseline_that_always_diverged_is_drawn_beside_those_that_did_not(run,
 
 
 def test_few_validation_rows_claim_no_ratio(run, tmp_path):
-    changed = copied(run, tmp_path)
-    changed.content["result"]["headline"] = False
+    changed = copied(run, tmp_path, lambda content: content["result"].update(headline=False))
     report = report_data(changed)
     assert [row.ratio for row in report.rows] == ["1", "not claimed", "not claimed"]
     assert "target" not in [figure["key"] for figure in report.drawings]
@@ -338,10 +334,9 @@ def test_few_validation_rows_claim_no_ratio(run, tmp_path):
 
 def test_medians_count_a_diverged_run_as_the_worst(run, tmp_path):
     changed = copied(run, tmp_path)
-    confirm = [values for s in changed.content["stacks"] if s["phase"] == "confirm" for values in s["runs"]]
-    lost = next(values for values in confirm if values["arm"] == "before")
-    lost["validation_score"] = lost["validation_score"][:5] + [None] * (len(lost["validation_score"]) - 5)
-    rest = [values["validation_score"][-1] for values in confirm if values["arm"] == "before" and values is not lost]
+    lost, *others = changed.runs("confirm", "before")
+    lost.validation_score = lost.validation_score[:5] + [math.nan] * (len(lost.validation_score) - 5)
+    rest = [other.validation_score[-1] for other in others]
     curve = series_of(drawing(report_data(changed), "curves")["plots"][1], "before")
     assert curve["y"][-1] == pytest.approx(min(rest), rel=1e-4)
     assert curve["low"][-1] is None

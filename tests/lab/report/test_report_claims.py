@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from markupsafe import escape
 
-from batchnorm.lab.claims import CLAIMS
+from batchnorm.lab.claims import CLAIMS, ClaimTests
 from batchnorm.lab.comparison.conduct import compare
 from batchnorm.lab.comparison.run_file import RunFile, read_run
 from batchnorm.lab.data.dataset import prepare
@@ -33,7 +33,7 @@ FIGURES = {
     "fewer_steps": ["race"],
     "stability": ["stability"],
     "initial_weights": ["initial_weights"],
-    "regularisation": ["regularisation"],
+    "regularization": ["regularization"],
     "inputs": ["contours"],
     "placement": ["placements"],
     "shift": ["drift", "layers", "subnetworks"],
@@ -46,14 +46,8 @@ def study(tmp_path_factory):
     """A real study, small, of data that is named as nastily as can be."""
     digits = prepare(read_table("digits", None))
     dataset = dataclasses.replace(digits, name=NASTY, target=NASTY, features=[f"{NASTY}{i}" for i in range(64)])
-    run = RunFile.create(
-        tmp_path_factory.mktemp("study"),
-        request={},
-        settings=SETTINGS.to_json(),
-        data=dataset.describe().to_json(),
-        command="x",
-    )
-    compare(dataset, SETTINGS, run, jobs=1, progress=Silence(), claims=list(CLAIMS.values()))
+    run = RunFile.create(tmp_path_factory.mktemp("study"), dataset.describe(), SETTINGS, command="x")
+    compare(dataset, run, jobs=1, progress=Silence(), extension=ClaimTests(list(CLAIMS)))
     return run
 
 
@@ -141,7 +135,7 @@ def test_the_marks_of_the_three_verdicts_are_of_different_shapes(study, tmp_path
 def test_a_row_of_the_opening_table_leads_to_its_section(visit):
     link = visit.page.locator(".verdicts a").nth(3)
     link.click()
-    assert visit.page.url.endswith("#claim-regularisation")
+    assert visit.page.url.endswith("#claim-regularization")
     assert visit.page.locator(":target").inner_text() == link.inner_text()
 
 
@@ -175,7 +169,7 @@ def test_no_figure_is_drawn_twice(report):
 
 @pytest.mark.parametrize("name", [name for name in CLAIMS if name != "fewer_steps"])
 def test_a_claim_that_could_not_be_measured_keeps_its_sentence_and_has_no_figure(study, tmp_path, name):
-    found = section(report_data(changed(study, tmp_path, lambda claims: claims[name].update(details={}))), name)
+    found = section(report_data(changed(study, tmp_path, lambda claims: claims[name].update(details=None))), name)
     assert found.figures == []
     assert found.sentence
 
@@ -254,7 +248,7 @@ def valley(**changes):
         path = {"path": [[0.9, 0.9], [0.0, 0.5], [0.0, 0.1]], "path_steps": [0, 1, 40], "minimum": [0.0, 0.0]}
         return {"x": grid.tolist(), "y": grid.tolist()} | own | path | changes
 
-    return {"columns": ["a", "b"], "told_apart": "c", "raw": surface(1000), "normalised": surface(1)}
+    return {"columns": ["a", "b"], "told_apart": "c", "raw": surface(1000), "normalized": surface(1)}
 
 
 def test_contours_lie_equal_factors_apart_above_the_minimum():
@@ -339,11 +333,11 @@ def diverge(claims):
     for by_layer in (shift["drift"]["none"], [shift["gradient"]["none"]]):
         for band in by_layer:
             band |= {name: ["inf"] * len(shift["probes"]) for name in ("median", "low", "high")}
-    for by_probe in shift["distributions"]["none"]:
+    for by_probe in shift["distributions"]["quantiles"]["none"]:
         by_probe[3:] = [[None] * 41 for _ in by_probe[3:]]
-    shift["outputs"]["none"] = [[[None, None] for _ in rows] for rows in shift["outputs"]["none"]]
+    shift["outputs"]["rows"]["none"] = [[[None, None] for _ in rows] for rows in shift["outputs"]["rows"]["none"]]
     stable["scores"]["none"] = [[None] * SETTINGS.seeds for _ in stable["rates"]]
-    stable["loss_change"]["none"]["high"] = ["inf"] * len(stable["loss_change"]["none"]["steps"])
+    stable["loss_change"]["none"]["change"]["high"] = ["inf"] * len(stable["loss_change"]["none"]["steps"])
 
 
 def test_runs_that_diverged_are_drawn_without_a_complaint(study, open_report, tmp_path):

@@ -1,8 +1,9 @@
-"""The claims made for batch normalization, each with its design, its measurement and its verdict."""
+"""The claims about batch normalization, each with its design, its measurements and its verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from batchnorm.errors import InputError
@@ -11,47 +12,95 @@ from batchnorm.lab.claims import (
     initial_weights,
     inputs,
     placement,
-    regularisation,
+    regularization,
     shift,
     stability,
 )
-from batchnorm.lab.claims.claim import Claim
-from batchnorm.lab.claims.judgement import judge, power, sentence
-from batchnorm.lab.claims.study import Study
+from batchnorm.lab.claims.claim import Claim, JudgedClaim
+from batchnorm.lab.claims.judgment import Power, judge, power, sentence
+from batchnorm.lab.comparison.run_file import RunFile
+from batchnorm.lab.comparison.study import Study
+from batchnorm.lab.json_records import from_json
+from batchnorm.lab.training.records import RecordName
+from batchnorm.lab.training.stacks import Stack
 
-__all__ = ["CLAIMS", "Claim", "Study", "claims_named", "judge_claims"]
+__all__ = ["CLAIMS", "Claim", "ClaimTests", "Judgment", "read_judgment"]
 
 CLAIMS: dict[str, Claim] = {
     module.CLAIM.name: module.CLAIM
-    for module in (fewer_steps, stability, initial_weights, regularisation, inputs, placement, shift)
+    for module in (fewer_steps, stability, initial_weights, regularization, inputs, placement, shift)
 }
 
 
-def claims_named(names: Sequence[str]) -> list[Claim]:
-    """The claims of some names, in the order of the study and each once."""
-    unknown = [name for name in names if name not in CLAIMS]
-    if unknown:
-        raise InputError(f"a claim must be one of {', '.join(CLAIMS)}; got {unknown[0]!r}")
-    return [claim for name, claim in CLAIMS.items() if name in names]
+@dataclass(frozen=True)
+class Judgment:
+    """The claims that a comparison judged, and how much its number of seeds can show."""
+
+    claims: list[JudgedClaim]
+    power: Power
 
 
-def judge_claims(study: Study, claims: Sequence[Claim]) -> dict[str, Any]:
-    """``claims`` and ``power`` of a result: every claim measured, all of them judged together."""
-    measured = [claim.measure(study) for claim in claims]
-    findings = judge([measurement for one in measured for measurement in one.measurements])
-    judged = []
-    for claim, one in zip(claims, measured, strict=True):
-        own, findings = findings[: len(one.measurements)], findings[len(one.measurements) :]
-        judged.append(
-            {
-                "name": claim.name,
-                "title": claim.title,
-                "question": claim.question,
-                "design": claim.design(study),
-                "sentence": sentence(claim.statement, own),
-                "findings": own,
-                "details": one.details,
-            }
-        )
-    tests = sum(m.judged and m.family == "steps" for one in measured for m in one.measurements)
-    return {"claims": judged, "power": power(study.settings.seeds, max(tests, 1))}
+class ClaimTests:
+    """Claims that a comparison measures and judges (an `Extension` of it).
+
+    Parameters
+    ----------
+    names : sequence of str
+        Names of `CLAIMS`; they are measured in the order of `CLAIMS`, each once.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in CLAIMS]
+        if unknown:
+            raise InputError(f"claims must be some of {', '.join(CLAIMS)}; got {unknown[0]!r}")
+        self.claims = [claim for name, claim in CLAIMS.items() if name in names]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the claims."""
+        return [claim.name for claim in self.claims]
+
+    @property
+    def records(self) -> tuple[RecordName, ...]:
+        """The recorders that the confirming runs need."""
+        return tuple(dict.fromkeys(record for claim in self.claims for record in claim.records))
+
+    def stacks(self, study: Study) -> list[Stack]:
+        """Return the stacks that the claims train besides the comparison."""
+        return [stack for claim in self.claims for stack in claim.stacks(study)]
+
+    def judge(self, study: Study) -> Judgment:
+        """Return every claim measured, all of them judged together."""
+        measured = [claim.measure(study) for claim in self.claims]
+        findings = judge([measurement for one in measured for measurement in one.measurements])
+        judged = []
+        for claim, one in zip(self.claims, measured, strict=True):
+            own, findings = findings[: len(one.measurements)], findings[len(one.measurements) :]
+            judged.append(
+                JudgedClaim(
+                    name=claim.name,
+                    title=claim.title,
+                    question=claim.question,
+                    design=claim.design(study),
+                    sentence=sentence(claim.statement, own),
+                    findings=own,
+                    details=one.details,
+                )
+            )
+        tests = sum(m.judged and m.effect.family == "steps" for one in measured for m in one.measurements)
+        return Judgment(judged, power(study.settings.seeds, max(tests, 1)))
+
+
+def read_judgment(run: RunFile) -> Judgment | None:
+    """Return the judged claims of a run; None where it has none."""
+    if "claims" not in run.extension:
+        return None
+    return Judgment(
+        claims=[_read_claim(values) for values in run.extension["claims"]],
+        power=from_json(Power, run.extension["power"]),
+    )
+
+
+def _read_claim(values: dict[str, Any]) -> JudgedClaim:
+    details = values["details"] and from_json(CLAIMS[values["name"]].details, values["details"])
+    return from_json(JudgedClaim, values | {"details": details})

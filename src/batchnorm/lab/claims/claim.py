@@ -1,25 +1,29 @@
-"""The form of a claim."""
+"""The parts of a claim: its question, the stacks it trains, its measurements, and the details that its figure shows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from batchnorm.lab.claims.judgement import Measurement
-from batchnorm.lab.claims.study import Study
+from batchnorm.lab.claims.judgment import Finding, Measurement
+from batchnorm.lab.comparison.study import Study
 from batchnorm.lab.training.records import RecordName
 from batchnorm.lab.training.stacks import Stack
 
-__all__ = ["Claim", "Measured"]
+__all__ = ["Claim", "Details", "JudgedClaim", "Measured"]
+
+
+@dataclass(frozen=True)
+class Details:
+    """Base of what a claim measured besides its pairs, for its figures; each claim has a class of its own."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured for a claim: what is judged, and what else its figure shows."""
+    """What was measured for a claim: the measurements to judge, and the details, None where there are none."""
 
     measurements: Sequence[Measurement]
-    details: dict[str, Any] = field(default_factory=dict)
+    details: Details | None = None
 
 
 def _no_stacks(_: Study) -> list[Stack]:
@@ -28,22 +32,24 @@ def _no_stacks(_: Study) -> list[Stack]:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim made for batch normalization, and how it is measured.
+    """A claim about batch normalization, and how it is measured.
 
     Attributes
     ----------
     name, title, question : str
-        What ``--claim`` calls it, its heading, and what it asks.
+        Its name in ``claims=``, its heading, and what it asks.
     statement : str
         What is claimed, as the beginning of the sentence of its verdict.
     design : function of a Study
-        How it is measured, in a paragraph.
+        Returns how it is measured, in a paragraph.
     measure : function of a Study
-        The measurements, from the finished runs.
+        Returns the measurements, from the finished runs.
     stacks : function of a Study
-        What it trains beside the comparison.
+        Returns the stacks that it trains besides the comparison.
     records : tuple of RecordName
-        What the confirming runs of the comparison must record for it.
+        The recorders that it needs in the confirming runs of the comparison.
+    details : type
+        Class of the details that ``measure`` returns.
     """
 
     name: str
@@ -54,3 +60,30 @@ class Claim:
     measure: Callable[[Study], Measured]
     stacks: Callable[[Study], list[Stack]] = _no_stacks
     records: tuple[RecordName, ...] = ()
+    details: type[Details] = Details
+
+
+@dataclass(frozen=True)
+class JudgedClaim:
+    """A claim with its findings.
+
+    Attributes
+    ----------
+    name, title, question : str
+        As of the claim.
+    design : str
+        How it was measured.
+    sentence : str
+        The verdicts in one sentence.
+    findings : list of Finding
+    details : Details or None
+        An instance of the claim's own class of details; None where nothing was measured.
+    """
+
+    name: str
+    title: str
+    question: str
+    design: str
+    sentence: str
+    findings: list[Finding]
+    details: Details | None

@@ -1,15 +1,17 @@
-"""Claim: batch normalization needs fewer steps, and fewer seconds, to a score."""
+"""Claim: batch normalization needs fewer steps, and fewer seconds, to reach a score."""
 
 from __future__ import annotations
 
 from batchnorm.lab.claims.claim import Claim, Measured
-from batchnorm.lab.claims.judgement import Measurement
-from batchnorm.lab.claims.study import Study
-from batchnorm.lab.training.settings import ARMS
+from batchnorm.lab.claims.judgment import NORMALIZED_ARMS, Effect, Measurement
+from batchnorm.lab.comparison.study import Study
+from batchnorm.lab.training.settings import Arm
 
 __all__ = ["CLAIM"]
 
 MARGIN = 1.1
+STEPS = Effect("fewer steps", "times fewer steps", "times more steps", "ratio", MARGIN)
+SECONDS = Effect("fewer seconds", "times fewer seconds", "times more seconds", "ratio", MARGIN, family="seconds")
 
 
 def _design(study: Study) -> str:
@@ -21,33 +23,23 @@ def _design(study: Study) -> str:
 
 
 def _measure(study: Study) -> Measured:
+    arms, ratios = study.result.arms, study.result.ratios
     measurements = []
-    for arm in ARMS[1:]:
-        ratio = study.run.content["result"]["ratios"][arm]
-        pairs = [(low, high) for low, high in ratio["pairs"]]
-        reason = study.nothing_learned("none", arm) if study.counted else study.too_few_rows
-        measurements.append(
-            Measurement(arm, "fewer steps", "times fewer steps", "times more steps", "ratio", pairs, MARGIN, reason)
-        )
-    for arm in ARMS[1:]:
-        arms, ratio = (study.run.content["result"][key] for key in ("arms", "ratios"))
-        factor = arms["none"]["seconds_a_step"] / arms[arm]["seconds_a_step"]
-        pairs = [(low * factor, high * factor) for low, high in ratio[arm]["pairs"]]
-        reason = study.nothing_learned("none", arm) if study.counted else study.too_few_rows
-        measurements.append(
-            Measurement(
-                arm,
-                "fewer seconds",
-                "times fewer seconds",
-                "times more seconds",
-                "ratio",
-                pairs,
-                MARGIN,
-                reason,
-                family="seconds",
-            )
-        )
+    for arm in NORMALIZED_ARMS:
+        measurements.append(Measurement(arm, STEPS, ratios[arm].pairs, _reason(study, arm)))
+    for arm in NORMALIZED_ARMS:
+        none, some = arms["none"].seconds_per_step, arms[arm].seconds_per_step
+        assert none is not None
+        assert some is not None
+        factor = none / some
+        pairs = [(low * factor, high * factor) for low, high in ratios[arm].pairs]
+        measurements.append(Measurement(arm, SECONDS, pairs, _reason(study, arm)))
     return Measured(measurements)
+
+
+def _reason(study: Study, arm: Arm) -> str | None:
+    """Return why the ratio of an arm can't be judged; None where it can."""
+    return study.nothing_learned("none", arm) if study.result.headline else study.too_few_rows
 
 
 CLAIM = Claim(

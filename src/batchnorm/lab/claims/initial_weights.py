@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from batchnorm.lab.claims.claim import Claim, Measured
-from batchnorm.lab.claims.judgement import Measurement
-from batchnorm.lab.claims.study import Study
+from batchnorm.lab.claims.claim import Claim, Details, Measured
+from batchnorm.lab.claims.judgment import NORMALIZED_ARMS, Effect, Measurement
 from batchnorm.lab.claims.sweep import share, width_pairs, widths
+from batchnorm.lab.comparison.study import Study
 from batchnorm.lab.training.runs import Target, evaluation_steps, steps_to
-from batchnorm.lab.training.settings import ARMS
+from batchnorm.lab.training.settings import ARMS, Arm
 from batchnorm.lab.training.stacks import Stack, cut
 
-__all__ = ["CLAIM", "SCALES"]
+__all__ = ["CLAIM", "SCALES", "InitialWeightsDetails"]
 
 SCALES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+WIDER_RANGE = Effect(
+    "more initial weights train",
+    "decades more of initial weights",
+    "decades fewer of initial weights",
+    "difference",
+    margin=1.0,
+)
+
+
+@dataclass(frozen=True)
+class InitialWeightsDetails(Details):
+    """Details of the sweep of initial weights, by arm and scale.
+
+    Attributes
+    ----------
+    scales : list of float
+        Factors of the initial weights.
+    threshold : float or None
+        The score from which on a run trains.
+    steps : int
+        Steps of every run.
+    trains : dict of arm to list of float
+        Share of the seeds that train, per scale.
+    scores : dict of arm to list of list of float
+        Score at the end, per scale and seed.
+    width : dict of arm to list of float
+        Decades of initial weights that train, per seed.
+    arrivals : dict of arm to list of list of int or None
+        Steps to the threshold, per scale and seed; empty where there is no threshold.
+    """
+
+    scales: list[float]
+    threshold: float | None
+    steps: int
+    trains: dict[Arm, list[float]]
+    scores: dict[Arm, list[list[float]]]
+    width: dict[Arm, list[float]]
+    arrivals: dict[Arm, list[list[int | None]]]
 
 
 def _phase(scale: float) -> str:
@@ -54,32 +91,25 @@ def _measure(study: Study) -> Measured:
     runs = {arm: [study.run.runs(_phase(scale), arm) for scale in SCALES] for arm in ARMS}
     decades = {arm: widths(study, by_scale, 1.0) for arm, by_scale in runs.items()}
     evaluations = evaluation_steps(study.settings.sweep_steps)
-    details: dict[str, Any] = {
-        "scales": list(SCALES),
-        "threshold": study.threshold,
-        "steps": study.settings.sweep_steps,
-        "trains": {arm: [share(study.trains, at) for at in by_scale] for arm, by_scale in runs.items()},
-        "scores": {arm: [[study.last_score(run) for run in at] for at in by_scale] for arm, by_scale in runs.items()},
-        "width": decades,
-    }
+    arrivals: dict[Arm, list[list[int | None]]] = {}
     if study.threshold is not None:
         target = Target("score", study.threshold, "")
-        details["arrivals"] = {
+        arrivals = {
             arm: [[steps_to(run, target, evaluations) for run in at] for at in by_scale]
             for arm, by_scale in runs.items()
         }
+    details = InitialWeightsDetails(
+        scales=list(SCALES),
+        threshold=study.threshold,
+        steps=study.settings.sweep_steps,
+        trains={arm: [share(study.trains, at) for at in by_scale] for arm, by_scale in runs.items()},
+        scores={arm: [[study.last_score(run) for run in at] for at in by_scale] for arm, by_scale in runs.items()},
+        width=decades,
+        arrivals=arrivals,
+    )
     measurements = [
-        Measurement(
-            arm,
-            "more initial weights train",
-            "decades more of initial weights",
-            "decades fewer of initial weights",
-            "difference",
-            width_pairs(decades, arm),
-            1.0,
-            study.nothing_learned("none", arm),
-        )
-        for arm in ARMS[1:]
+        Measurement(arm, WIDER_RANGE, width_pairs(decades, arm), study.nothing_learned("none", arm))
+        for arm in NORMALIZED_ARMS
     ]
     return Measured(measurements, details)
 
@@ -92,4 +122,5 @@ CLAIM = Claim(
     design=_design,
     measure=_measure,
     stacks=_stacks,
+    details=InitialWeightsDetails,
 )

@@ -1,4 +1,4 @@
-"""Claim: normalised inputs make the loss rounder, so that gradient descent gets to its minimum in fewer steps."""
+"""Claim: normalized inputs make the loss rounder, so that gradient descent gets to its minimum in fewer steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.feature_selection import f_classif, f_regression
 
-from batchnorm.lab.claims.claim import Claim, Measured
-from batchnorm.lab.claims.judgement import FEWEST_PAIRS, Measurement
-from batchnorm.lab.claims.study import Study
-from batchnorm.lab.comparison.measures import Bounds, paired_difference
+from batchnorm.lab.claims.claim import Claim, Details, Measured
+from batchnorm.lab.claims.judgment import FEWEST_PAIRS, Effect, Measurement
+from batchnorm.lab.comparison.measures import Bounds
+from batchnorm.lab.comparison.scores import paired_difference
+from batchnorm.lab.comparison.study import Study
 
-__all__ = ["CLAIM", "steps_to_minimum"]
+__all__ = ["CLAIM", "InputsDetails", "LossSurface", "steps_to_minimum"]
 
 MARGIN = 1.1
 ENOUGH = 0.01
@@ -25,6 +26,51 @@ MOST_PARTS = 20
 GRID = 41
 PATH = 60
 Array = NDArray[np.float64]
+FEWER_STEPS = Effect(
+    "fewer steps of a neuron", "times fewer steps to the minimum", "times more steps to the minimum", "ratio", MARGIN
+)
+
+
+@dataclass(frozen=True)
+class LossSurface:
+    """The loss of a linear neuron over its two weights, and the path of gradient descent on it.
+
+    Attributes
+    ----------
+    x, y : list of float
+        Grid of the first and of the second weight.
+    loss : list of list of float
+        A row per value of ``y``.
+    path : list of list of float
+        The weights at some of the steps.
+    path_steps : list of float
+        The steps of the path, from 0.
+    minimum : list of float
+        The weights of least loss.
+    condition : float
+        The largest over the least curvature.
+    steps : float
+        Steps to the minimum (see `steps_to_minimum`); infinite where no number of steps gets there.
+    """
+
+    x: list[float]
+    y: list[float]
+    loss: list[list[float]]
+    path: list[list[float]]
+    path_steps: list[float]
+    minimum: list[float]
+    condition: float
+    steps: float
+
+
+@dataclass(frozen=True)
+class InputsDetails(Details):
+    """Details of the linear neuron: its two columns, its target, and its loss with raw and with normalized inputs."""
+
+    columns: list[str]
+    told_apart: str
+    raw: LossSurface
+    normalized: LossSurface
 
 
 @dataclass(frozen=True)
@@ -34,7 +80,7 @@ class _Neuron:
     columns: tuple[int, int]
     told_apart: str
     raw: Array
-    normalised: Array
+    normalized: Array
     y: Array
     validation: tuple[Array, Array]
 
@@ -42,11 +88,11 @@ class _Neuron:
 def _design(_: Study) -> str:
     return (
         "One linear neuron w1*x1 + w2*x2 on the two columns that tell most (by their F statistics; of several classes "
-        "the two that they tell best apart), squared error of the standardised target, on raw and on normalised "
+        "the two that they tell best apart), squared error of the standardized target, on raw and on normalized "
         "inputs. Gradient descent starts at w = 0 and takes the largest step that is safe everywhere, one over the "
         f"largest curvature; counted are its steps until {1 - ENOUGH:.0%} of the loss that can be shed is shed. For "
         f"the verdict the training rows are dealt into up to {MOST_PARTS} parts, and the steps with raw "
-        "inputs over those with normalised ones are taken part by part. It does not hold where a gain of "
+        "inputs over those with normalized ones are taken part by part. It does not hold where a gain of "
         "10% is excluded."
     )
 
@@ -144,8 +190,8 @@ def _descent(x: Array, y: Array) -> tuple[Array, Array]:
     return steps, np.asarray(minimum - (shrink * (directions.T @ minimum)) @ directions.T)
 
 
-def _surface(x: Array, y: Array) -> dict[str, Any]:
-    """The loss around its minimum and the way to it, as far as either reaches, and what it takes to get there."""
+def _surface(x: Array, y: Array) -> LossSurface:
+    """Return the loss around its minimum, over a range that holds the path of gradient descent too."""
     curvatures, _, minimum = _fit(x, y)
     points, path = _descent(x, y)
     steps = steps_to_minimum(x, y)
@@ -160,16 +206,16 @@ def _surface(x: Array, y: Array) -> dict[str, Any]:
         - 2 * (cross[0] * w1 + cross[1] * w2)
         + square
     )
-    return {
-        "x": axes[0].tolist(),
-        "y": axes[1].tolist(),
-        "loss": loss.tolist(),
-        "path": path.tolist(),
-        "path_steps": points.tolist(),
-        "minimum": minimum.tolist(),
-        "condition": float(curvatures[-1] / curvatures[0]) if curvatures[0] > 0 else math.inf,
-        "steps": steps,
-    }
+    return LossSurface(
+        x=axes[0].tolist(),
+        y=axes[1].tolist(),
+        loss=loss.tolist(),
+        path=path.tolist(),
+        path_steps=points.tolist(),
+        minimum=minimum.tolist(),
+        condition=float(curvatures[-1] / curvatures[0]) if curvatures[0] > 0 else math.inf,
+        steps=steps,
+    )
 
 
 def _parts(neuron: _Neuron, seed: int) -> list[NDArray[np.int64]]:
@@ -180,7 +226,7 @@ def _parts(neuron: _Neuron, seed: int) -> list[NDArray[np.int64]]:
 
 
 def _ratio(neuron: _Neuron, rows: NDArray[np.int64]) -> Bounds:
-    """Steps with raw over steps with inputs normalised on these rows themselves."""
+    """Steps with raw over steps with inputs normalized on these rows themselves."""
     raw, y = neuron.raw[rows], neuron.y[rows] - neuron.y[rows].mean()
     slow, fast = steps_to_minimum(raw, y), steps_to_minimum((raw - raw.mean(0)) / raw.std(0), y)
     ratio = slow / fast if fast and math.isfinite(fast) else math.nan
@@ -192,16 +238,15 @@ def _tells(neuron: _Neuron, seed: int) -> bool:
     x, y = neuron.validation
     if len(y) == 0:
         return False
-    _, _, weights = _fit(neuron.normalised, neuron.y)
+    _, _, weights = _fit(neuron.normalized, neuron.y)
     gain = paired_difference(((x @ weights - y) ** 2)[None], (y**2)[None], None, seed)
-    return bool(gain["interval"][0] > 0)
+    return gain.interval[0] > 0
 
 
 def _measure(study: Study) -> Measured:
     neuron = _choose(study)
-    words = ("fewer steps of a neuron", "times fewer steps to the minimum", "times more steps to the minimum")
     if neuron is None:
-        return Measured([Measurement("inputs", *words, "ratio", [], MARGIN, "it takes two columns that vary")])
+        return Measured([Measurement("inputs", FEWER_STEPS, [], "it takes two columns that vary")])
     parts = _parts(neuron, study.settings.seed)
     reason: str | None = None
     if len(parts) < FEWEST_PAIRS:
@@ -209,20 +254,21 @@ def _measure(study: Study) -> Measured:
     elif not _tells(neuron, study.settings.seed):
         reason = "the neuron does not clearly beat a constant guess on the validation rows"
     pairs = [_ratio(neuron, part) for part in parts]
-    details = {
-        "columns": [study.dataset.features[column] for column in neuron.columns],
-        "told_apart": neuron.told_apart,
-        "raw": _surface(neuron.raw, neuron.y),
-        "normalised": _surface(neuron.normalised, neuron.y),
-    }
-    return Measured([Measurement("inputs", *words, "ratio", pairs, MARGIN, reason)], details)
+    details = InputsDetails(
+        columns=[study.dataset.features[column] for column in neuron.columns],
+        told_apart=neuron.told_apart,
+        raw=_surface(neuron.raw, neuron.y),
+        normalized=_surface(neuron.normalized, neuron.y),
+    )
+    return Measured([Measurement("inputs", FEWER_STEPS, pairs, reason)], details)
 
 
 CLAIM = Claim(
     name="inputs",
-    title="Normalised inputs",
-    question="Is the loss over two weights rounder when the inputs are normalised, and its minimum nearer in steps?",
-    statement="Normalised inputs bring gradient descent to the minimum in fewer steps",
+    title="Normalized inputs",
+    question="Is the loss over two weights rounder when the inputs are normalized, and its minimum nearer in steps?",
+    statement="Normalized inputs bring gradient descent to the minimum in fewer steps",
     design=_design,
     measure=_measure,
+    details=InputsDetails,
 )

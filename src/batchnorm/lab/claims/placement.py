@@ -1,16 +1,41 @@
-"""Claim: before the nonlinearity, where the paper puts it, batch normalization arrives sooner than after it."""
+"""Claim: batch normalization reaches the target sooner before the nonlinearity, as in the paper, than after it."""
 
 from __future__ import annotations
 
-from batchnorm.lab.claims.claim import Claim, Measured
-from batchnorm.lab.claims.judgement import Measurement
-from batchnorm.lab.claims.study import Study
+from dataclasses import dataclass
+
+from batchnorm.lab.claims.claim import Claim, Details, Measured
+from batchnorm.lab.claims.judgment import Effect, Measurement
 from batchnorm.lab.comparison.measures import ratio_bounds
-from batchnorm.lab.comparison.result import test_difference
+from batchnorm.lab.comparison.scores import Difference, test_difference
+from batchnorm.lab.comparison.study import Study
+from batchnorm.lab.training.settings import ARMS, Arm
 
-__all__ = ["CLAIM"]
+__all__ = ["CLAIM", "PlacementDetails"]
 
-MARGIN = 1.1
+SOONER = Effect(
+    "sooner than after it",
+    "times fewer steps than after it",
+    "times more steps than after it",
+    "ratio",
+    margin=1.1,
+)
+
+
+@dataclass(frozen=True)
+class PlacementDetails(Details):
+    """Details of the two placements.
+
+    Attributes
+    ----------
+    steps : dict of arm to list of int or None
+        Steps to the target per seed, for "before" and "after".
+    test_difference : Difference or None
+        Test score before less that after the nonlinearity.
+    """
+
+    steps: dict[Arm, list[int | None]]
+    test_difference: Difference | None
 
 
 def _design(study: Study) -> str:
@@ -22,26 +47,15 @@ def _design(study: Study) -> str:
 
 
 def _measure(study: Study) -> Measured:
-    runs = {arm: study.run.runs("confirm", arm) for arm in ("before", "after")}
-    arms = study.run.content["result"]["arms"]
-    steps = {arm: arms[arm]["steps"] for arm in runs}
+    steps: dict[Arm, list[int | None]] = {arm: study.result.arms[arm].steps for arm in ARMS[1:]}
     pairs = [
         ratio_bounds(after, before, study.settings.steps)
         for after, before in zip(steps["after"], steps["before"], strict=True)
     ]
-    reason = study.nothing_learned("before", "after") if study.counted else study.too_few_rows
-    measurement = Measurement(
-        "before",
-        "sooner than after it",
-        "times fewer steps than after it",
-        "times more steps than after it",
-        "ratio",
-        pairs,
-        MARGIN,
-        reason,
-    )
-    difference = test_difference(runs["before"], runs["after"], study.dataset, study.settings.seed)
-    return Measured([measurement], {"steps": steps, "test_difference": difference})
+    reason = study.nothing_learned("before", "after") if study.result.headline else study.too_few_rows
+    before, after = (study.run.runs("confirm", arm) for arm in ("before", "after"))
+    difference = test_difference(before, after, study.dataset, study.settings.seed)
+    return Measured([Measurement("before", SOONER, pairs, reason)], PlacementDetails(steps, difference))
 
 
 CLAIM = Claim(
@@ -51,4 +65,5 @@ CLAIM = Claim(
     statement="Batch norm arrives sooner before the nonlinearity than after it",
     design=_design,
     measure=_measure,
+    details=PlacementDetails,
 )

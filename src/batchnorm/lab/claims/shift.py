@@ -3,28 +3,112 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from batchnorm.lab.claims.claim import Claim, Measured
-from batchnorm.lab.claims.judgement import Measurement
-from batchnorm.lab.claims.study import Study
-from batchnorm.lab.comparison.measures import Bounds, middle_half
+from batchnorm.lab.claims.claim import Claim, Details, Measured
+from batchnorm.lab.claims.judgment import NORMALIZED_ARMS, Effect, Measurement
+from batchnorm.lab.comparison.measures import Bounds, QuartileBand, quartile_band
+from batchnorm.lab.comparison.study import Study
 from batchnorm.lab.training.recorders import STEP_SIZES, probe_steps
 from batchnorm.lab.training.records import recorded
 from batchnorm.lab.training.runs import Run, Target, evaluation_steps, steps_to
 from batchnorm.lab.training.settings import ARMS, Arm
 from batchnorm.lab.training.stacks import Stack, cut
 
-__all__ = ["CLAIM"]
+__all__ = ["CLAIM", "Correlations", "Distributions", "Outputs", "RankCorrelation", "ShiftDetails"]
 
 PHASE = "shift"
 MARGIN = 1.1
 FEWEST_FOR_A_RANK_CORRELATION = 5
+LESS_DRIFT = Effect("less drift", "times less drift", "times more drift", "ratio", MARGIN)
+SMOOTHER_LOSS = Effect(
+    "a smoother loss", "times less change of the gradient", "times more change of the gradient", "ratio", MARGIN
+)
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Rank correlation of an amount with the steps needed, over a number of runs; None where it is not defined."""
+
+    rho: float | None
+    runs: int
+
+
+@dataclass(frozen=True)
+class Correlations:
+    """Rank correlations of the drift and of the change of the gradient with the steps needed."""
+
+    drift: RankCorrelation
+    gradient: RankCorrelation
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Distributions of the inputs of each hidden nonlinearity, in the first run of each arm.
+
+    Attributes
+    ----------
+    layers : list of str
+    quantiles : dict of arm to list, shape (layers, probes, quantiles)
+        Quantiles equally spaced from 0 to 1.
+    """
+
+    layers: list[str]
+    quantiles: dict[Arm, list[list[list[float]]]]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Outputs of two units of a middle layer, in the first run of each arm.
+
+    Attributes
+    ----------
+    layer : str
+    rows : dict of arm to list, shape (probes, rows, 2)
+        Fewer than 2 columns where the layer has fewer units.
+    """
+
+    layer: str
+    rows: dict[Arm, list[list[list[float]]]]
+
+
+@dataclass(frozen=True)
+class ShiftDetails(Details):
+    """Details of the drift of the layers' inputs, and of the smoothness of the loss.
+
+    Attributes
+    ----------
+    probes : list of int
+        Steps at which the networks are measured.
+    learning_rate : float
+        Learning rate of every run.
+    layers : list of str
+        The layers whose inputs drift.
+    drift : dict of arm to list of QuartileBand
+        Drift per layer and probe.
+    gradient : dict of arm to QuartileBand
+        Change of the gradient per probe.
+    arrivals : dict of arm to list of int or None
+        Steps of each run to the threshold from which on a run trains.
+    correlation : Correlations
+    distributions : Distributions
+    outputs : Outputs
+    """
+
+    probes: list[int]
+    learning_rate: float
+    layers: list[str]
+    drift: dict[Arm, list[QuartileBand]]
+    gradient: dict[Arm, QuartileBand]
+    arrivals: dict[Arm, list[int | None]]
+    correlation: Correlations
+    distributions: Distributions
+    outputs: Outputs
 
 
 def _stacks(study: Study) -> list[Stack]:
@@ -81,19 +165,13 @@ def _ratio(none: float, arm: float) -> Bounds:
     return ratio, ratio
 
 
-def _over_seeds(values: NDArray[np.float64]) -> dict[str, list[float]]:
-    """Median and middle half over seeds (the first axis)."""
-    median, low, high = middle_half(values)
-    return {"median": median.tolist(), "low": low.tolist(), "high": high.tolist()}
-
-
-def _correlation(amounts: list[float], arrivals: list[int | None]) -> dict[str, Any]:
-    """Rank correlation over runs of an amount with the steps it took, those that never arrive last."""
+def _correlation(amounts: list[float], arrivals: list[int | None]) -> RankCorrelation:
+    """Return the rank correlation of an amount with the steps needed, where runs that never arrive rank last."""
     steps = [math.inf if step is None else float(step) for step in arrivals]
     varied = len(set(steps)) > 1 and len(set(amounts)) > 1
     known = len(steps) >= FEWEST_FOR_A_RANK_CORRELATION and varied
     ranks = [np.unique(values, return_inverse=True)[1] for values in (amounts, steps)]
-    return {"rho": float(spearmanr(*ranks).statistic) if known else None, "runs": len(steps)}
+    return RankCorrelation(float(spearmanr(*ranks).statistic) if known else None, len(steps))
 
 
 def _measure(study: Study) -> Measured:
@@ -104,38 +182,39 @@ def _measure(study: Study) -> Measured:
     change = {arm: [float(np.median(values)) for values in of_arm] for arm, of_arm in changes.items()}
     arrivals = {arm: [_arrival(study, run) for run in of_arm] for arm, of_arm in runs.items()}
     measurements = []
-    for amounts, label, more, less in (
-        (drift, "less drift", "times less drift", "times more drift"),
-        (change, "a smoother loss", "times less change of the gradient", "times more change of the gradient"),
-    ):
-        for arm in ARMS[1:]:
+    for amounts, effect in ((drift, LESS_DRIFT), (change, SMOOTHER_LOSS)):
+        for arm in NORMALIZED_ARMS:
             pairs = [_ratio(none, some) for none, some in zip(amounts["none"], amounts[arm], strict=True)]
-            reason = study.nothing_learned("none", arm)
-            measurements.append(Measurement(arm, label, more, less, "ratio", pairs, MARGIN, reason))
+            measurements.append(Measurement(arm, effect, pairs, study.nothing_learned("none", arm)))
     hidden = len(study.settings.hidden)
-    first_half = (hidden - 1) // 2
-    shown = {arm: recorded(of_arm[0].record.shift) for arm, of_arm in runs.items()}
     together = [step for arm in ARMS for step in arrivals[arm]]
-    details = {
-        "probes": probe_steps(study.settings.variant_steps),
-        "learning_rate": study.common_rate,
-        "layers": [*(f"hidden layer {number}" for number in range(2, hidden + 1)), "output layer"],
-        "drift": {arm: [_over_seeds(values[:, :, i]) for i in range(hidden)] for arm, values in drifts.items()},
-        "gradient": {arm: _over_seeds(values) for arm, values in changes.items()},
-        "arrivals": arrivals,
-        "correlation": {
-            "drift": _correlation([value for arm in ARMS for value in drift[arm]], together),
-            "gradient": _correlation([value for arm in ARMS for value in change[arm]], together),
-        },
-        "distributions": {"layers": [f"hidden layer {number}" for number in range(1, hidden + 1)]}
-        | {
-            arm: [[probe[i] for probe in recorded(record.distributions)] for i in range(hidden)]
-            for arm, record in shown.items()
-        },
-        "outputs": {"layer": f"hidden layer {first_half + 1}"}
-        | {arm: recorded(record.outputs) for arm, record in shown.items()},
-    }
+    details = ShiftDetails(
+        probes=probe_steps(study.settings.variant_steps),
+        learning_rate=study.common_rate,
+        layers=[*(f"hidden layer {number}" for number in range(2, hidden + 1)), "output layer"],
+        drift={arm: [quartile_band(values[:, :, i]) for i in range(hidden)] for arm, values in drifts.items()},
+        gradient={arm: quartile_band(values) for arm, values in changes.items()},
+        arrivals=arrivals,
+        correlation=Correlations(
+            drift=_correlation([value for arm in ARMS for value in drift[arm]], together),
+            gradient=_correlation([value for arm in ARMS for value in change[arm]], together),
+        ),
+        distributions=_distributions(runs, hidden),
+        outputs=Outputs(
+            layer=f"hidden layer {(hidden - 1) // 2 + 1}",
+            rows={arm: recorded(recorded(of_arm[0].record.shift).outputs) for arm, of_arm in runs.items()},
+        ),
+    )
     return Measured(measurements, details)
+
+
+def _distributions(runs: dict[Arm, list[Run]], hidden: int) -> Distributions:
+    """Return the distributions that the first run of each arm recorded, by layer and then by probe."""
+    probes = {arm: recorded(recorded(of_arm[0].record.shift).distributions) for arm, of_arm in runs.items()}
+    return Distributions(
+        layers=[f"hidden layer {number}" for number in range(1, hidden + 1)],
+        quantiles={arm: [[probe[i] for probe in of_arm] for i in range(hidden)] for arm, of_arm in probes.items()},
+    )
 
 
 CLAIM = Claim(
@@ -146,4 +225,5 @@ CLAIM = Claim(
     design=_design,
     measure=_measure,
     stacks=_stacks,
+    details=ShiftDetails,
 )

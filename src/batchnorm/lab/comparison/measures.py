@@ -1,7 +1,7 @@
-"""What is counted: the target, steps to it, the choice of a learning rate, ratios and their intervals.
+"""Measures of a comparison: the target, the choice of a learning rate, ratios of steps and their intervals.
 
-A run that does not reach the target within its S steps took "more than S": it is neither dropped nor given a
-number. Quantities that depend on such runs are kept as bounds (lower, upper), which meet where they are known.
+A run that does not reach the target within its S steps took "more than S". It is neither dropped nor given a number:
+quantities that depend on such runs are (lower, upper) bounds, which are equal where the quantity is known.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,16 +17,18 @@ from batchnorm.lab.training.runs import Measure, Run, Target, median_steps, step
 
 __all__ = [
     "Bounds",
+    "PairSummary",
+    "QuartileBand",
     "RateSummary",
     "best_rate",
     "choose_rate",
     "choose_target",
-    "median_ratio",
     "middle_half",
     "order_statistic",
-    "paired_difference",
+    "quartile_band",
     "ratio_bounds",
-    "summarise_rates",
+    "summarize_pairs",
+    "summarize_rates",
 ]
 
 SHARE_OF_BEST = 0.99
@@ -41,7 +42,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _best(run: Run, measure: Measure) -> float:
-    """Best value of a run; that of a diverged one is the worst there is."""
+    """Return the best value of a run, or the worst value possible where it diverged."""
     worst = -math.inf if measure == "score" else math.inf
     if run.diverged_at is not None:
         return worst
@@ -49,7 +50,7 @@ def _best(run: Run, measure: Measure) -> float:
 
 
 def best_rate(runs: Sequence[Run], measure: Measure) -> tuple[float, float]:
-    """Learning rate with the best median over seeds of the best validation value, and that median."""
+    """Return the learning rate with the best median over seeds of the best validation value, and that median."""
     sign = 1 if measure == "score" else -1
     medians = {
         rate: _median([_best(run, measure) for run in runs if run.learning_rate == rate])
@@ -62,13 +63,13 @@ def best_rate(runs: Sequence[Run], measure: Measure) -> tuple[float, float]:
 def choose_target(
     baseline: Sequence[Run], *, task: str, validation_rows: int, constant_loss: float, target_score: float | None
 ) -> Target:
-    """The target that the search of the arm without batch normalization sets.
+    """Return the target that the search of the arm without batch normalization sets.
 
-    0.99 of the median over seeds of its best validation score, at its best learning rate, rounded down to a
-    multiple of 1 / (validation rows). On fewer than 100 validation rows, or where that is not positive, the same
-    of the validation loss: 0.99 of the best reduction below the loss of a constant guess, or within 1% of the best
-    loss where it is no reduction. One that nothing reaches where every run diverged. A target score given overrides
-    all this.
+    The target is 0.99 of the median over seeds of the best validation score at the best learning rate, rounded down
+    to a multiple of 1 / (validation rows). On fewer than 100 validation rows, or where that is not positive, it is a
+    validation loss instead: 0.99 of the best reduction below the loss of a constant guess, or within 1% of the best
+    loss where that is no reduction. Where every run diverged, no run can reach the target. ``target_score`` overrides
+    all of this.
     """
     name = "R2" if task == "regression" else "accuracy"
     if target_score is not None:
@@ -89,7 +90,18 @@ def choose_target(
 
 @dataclass(frozen=True)
 class RateSummary:
-    """How the search seeds of an arm fared at one learning rate."""
+    """Summary of the search seeds of an arm at one learning rate.
+
+    Attributes
+    ----------
+    learning_rate : float
+    seeds, reached, diverged : int
+        Number of runs, of those that reach the target, and of those that diverged.
+    median_steps : float or None
+        Median steps to the target; None where at most half of the runs reach it.
+    best_score, best_loss : float
+        Median over the runs of the best validation score and of the least validation loss.
+    """
 
     learning_rate: float
     seeds: int
@@ -100,8 +112,8 @@ class RateSummary:
     best_loss: float
 
 
-def summarise_rates(runs: Sequence[Run], target: Target, evaluations: Sequence[int]) -> list[RateSummary]:
-    """One `RateSummary` for each learning rate of an arm, in ascending order."""
+def summarize_rates(runs: Sequence[Run], target: Target, evaluations: Sequence[int]) -> list[RateSummary]:
+    """Return a summary per learning rate of an arm, in ascending order."""
     summaries = []
     for rate in sorted({run.learning_rate for run in runs}):
         here = [run for run in runs if run.learning_rate == rate]
@@ -121,7 +133,7 @@ def summarise_rates(runs: Sequence[Run], target: Target, evaluations: Sequence[i
 
 
 def choose_rate(summaries: Sequence[RateSummary]) -> float:
-    """The learning rate of an arm: most seeds that reach the target, then least median steps, then least loss."""
+    """Return the rate at which most seeds reach the target; ties go to fewer median steps, then to less loss."""
 
     def order(summary: RateSummary) -> tuple[float, ...]:
         steps = math.inf if summary.median_steps is None else summary.median_steps
@@ -131,7 +143,7 @@ def choose_rate(summaries: Sequence[RateSummary]) -> float:
 
 
 def ratio_bounds(baseline: int | None, arm: int | None, steps: int) -> Bounds:
-    """Bounds of baseline / arm, the times fewer steps, where one that is None took more than ``steps``."""
+    """Return bounds of ``baseline / arm``, where a number of steps that is None is above ``steps``."""
     if baseline is not None and arm is not None:
         return baseline / arm, baseline / arm
     lower = 0.0 if arm is None else steps / arm
@@ -140,16 +152,31 @@ def ratio_bounds(baseline: int | None, arm: int | None, steps: int) -> Bounds:
 
 
 def middle_half(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Median over the first axis, and the order statistics at or just outside its quartiles."""
+    """Return the median over the first axis, and the order statistics at or just outside its quartiles."""
     ordered = np.sort(values, axis=0)
     last = len(ordered) - 1
     return np.median(ordered, axis=0), ordered[math.floor(last / 4)], ordered[math.ceil(last * 3 / 4)]
 
 
-def order_statistic(count: int) -> tuple[int, float]:
-    """Which order statistics k and n + 1 - k bound the median with at least 95% confidence, and with how much.
+@dataclass(frozen=True)
+class QuartileBand:
+    """A curve: the median over runs and the ends of at least their middle half."""
 
-    Where even the extremes fall short, those. Exact for independent pairs (the sign test).
+    median: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def quartile_band(values: NDArray[np.float64]) -> QuartileBand:
+    """Return the curve of values (runs, points)."""
+    return QuartileBand(*(curve.tolist() for curve in middle_half(values)))
+
+
+def order_statistic(count: int) -> tuple[int, float]:
+    """Return the k for which order statistics k and n + 1 - k bound the median, and the confidence that they do.
+
+    The confidence is at least 95%, unless even the extremes (k = 1) fall short of it. It is exact for independent
+    pairs (the sign test).
 
     >>> order_statistic(10)
     (2, 0.978515625)
@@ -162,49 +189,43 @@ def order_statistic(count: int) -> tuple[int, float]:
     return k, max(coverage(k), 0.0)
 
 
-def median_ratio(pairs: Sequence[Bounds]) -> dict[str, Any]:
-    """Median of paired ratios and its interval, each as bounds, with the counts of pairs that are only bounded."""
+@dataclass(frozen=True)
+class PairSummary:
+    """Paired amounts, each as (lower, upper) bounds, with their median and its interval.
+
+    Attributes
+    ----------
+    pairs : list of (float, float)
+    median, interval : (float, float)
+        Bounds of the median, and the interval that holds the true median with probability ``confidence``.
+    confidence : float
+    at_least, at_most, unknown : int
+        Number of pairs that are bounded from below alone, from above alone, and not at all.
+    """
+
+    pairs: list[Bounds]
+    median: Bounds
+    interval: Bounds
+    confidence: float
+    at_least: int
+    at_most: int
+    unknown: int
+
+
+def summarize_pairs(pairs: Sequence[Bounds]) -> PairSummary:
+    """Return the median of paired amounts and its interval, with the counts of the pairs that are only bounded."""
     count = len(pairs)
     k, confidence = order_statistic(count)
     lower = np.sort([pair[0] for pair in pairs])
     upper = np.sort([pair[1] for pair in pairs])
     with np.errstate(invalid="ignore"):
         middle = (float(np.median(lower)), float(np.median(upper)))
-    return {
-        "pairs": [list(pair) for pair in pairs],
-        "median": list(middle),
-        "interval": [float(lower[k - 1]), float(upper[count - k])],
-        "confidence": confidence,
-        "at_least": sum(low > 0 and high == math.inf for low, high in pairs),
-        "at_most": sum(low == 0 and high < math.inf for low, high in pairs),
-        "unknown": sum(low == 0 and high == math.inf for low, high in pairs),
-    }
-
-
-def paired_difference(
-    arm: NDArray[np.float64], baseline: NDArray[np.float64], spread: NDArray[np.float64] | None, seed: int
-) -> dict[str, Any]:
-    """Difference of the mean test score and its 95% interval, by a bootstrap over test rows and seeds.
-
-    ``arm`` and ``baseline`` are errors (seeds, rows), paired; ``spread`` is the squared distance of each row's
-    target from the mean of the test targets, by which squared errors become R squared (None for accuracy).
-    """
-    seeds, rows = arm.shape
-    gain = baseline - arm
-
-    def difference(by_seed: NDArray[np.float64], by_row: NDArray[np.float64]) -> NDArray[np.float64]:
-        per_row = (by_seed @ gain) / seeds
-        divisor = np.full(len(by_row), float(rows)) if spread is None else by_row @ spread
-        return np.asarray((per_row * by_row).sum(1) / np.where(divisor > 0, divisor, np.nan))
-
-    generator = np.random.default_rng(seed)
-    drawn = [
-        difference(
-            generator.multinomial(seeds, np.full(seeds, 1 / seeds), 100).astype(float),
-            generator.multinomial(rows, np.full(rows, 1 / rows), 100).astype(float),
-        )
-        for _ in range(20)
-    ]
-    low, high = np.nanpercentile(np.concatenate(drawn), [2.5, 97.5])
-    estimate = difference(np.ones((1, seeds)), np.ones((1, rows)))[0]
-    return {"estimate": float(estimate), "interval": [float(low), float(high)], "seeds": seeds}
+    return PairSummary(
+        pairs=list(pairs),
+        median=middle,
+        interval=(float(lower[k - 1]), float(upper[count - k])),
+        confidence=confidence,
+        at_least=sum(low > 0 and high == math.inf for low, high in pairs),
+        at_most=sum(low == 0 and high < math.inf for low, high in pairs),
+        unknown=sum(low == 0 and high == math.inf for low, high in pairs),
+    )

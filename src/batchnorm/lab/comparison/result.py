@@ -1,146 +1,145 @@
-"""The result of a comparison: every figure that the terminal and the report show, computed from the runs."""
+"""The result of a comparison: all the numbers that the terminal and the report show.
+
+`evaluate` computes it from the runs, run.json holds it (docs/compare.md names its keys), and reading run.json gives
+the same objects back.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
+from batchnorm.lab.comparison.measures import Bounds, PairSummary, RateSummary
+from batchnorm.lab.comparison.scores import Difference
+from batchnorm.lab.training.runs import Target
+from batchnorm.lab.training.settings import Arm
 
-from batchnorm.lab.comparison.measures import (
-    FEWEST_VALIDATION_ROWS,
-    median_ratio,
-    paired_difference,
-    ratio_bounds,
-    summarise_rates,
-)
-from batchnorm.lab.comparison.run_file import RunFile
-from batchnorm.lab.comparison.verdict import caveat, verdict
-from batchnorm.lab.data.dataset import Dataset
-from batchnorm.lab.training.runs import Run, Target, evaluation_steps, median_steps, steps_to
-from batchnorm.lab.training.settings import ARMS, Arm, Settings
-
-__all__ = ["evaluate", "test_difference", "test_errors"]
+__all__ = ["ArmResult", "MedianRatio", "Ratio", "Result", "Stacking", "Variant"]
 
 
-def test_errors(runs: Sequence[Run], dataset: Dataset) -> NDArray[np.float64]:
-    """Errors (seeds, test rows) as the runs kept them."""
-    rows = len(dataset.parts["test"])
-    return np.stack([run.test.row_errors(dataset.task, rows) for run in runs if run.test is not None])
+@dataclass(frozen=True)
+class ArmResult:
+    """The result of one arm.
+
+    Attributes
+    ----------
+    learning_rate : float
+        The learning rate that the search chose.
+    search : list of RateSummary
+        One row per learning rate searched.
+    rates_that_reach : int
+        Number of learning rates at which every search seed reaches the target.
+    steps : list of int or None
+        Steps to the target of each confirming run; None where the run does not reach it.
+    median_steps : float or None
+        None where at most half of the confirming runs reach the target.
+    diverged : int
+        Number of confirming runs that diverged.
+    seconds_per_step : float or None
+        None until it is measured, after all training.
+    test_scores : list of float
+        Test score of each confirming run; NaN where it diverged.
+    test_score : float
+        Mean of the test scores that are known.
+    """
+
+    learning_rate: float
+    search: list[RateSummary]
+    rates_that_reach: int
+    steps: list[int | None]
+    median_steps: float | None
+    diverged: int
+    seconds_per_step: float | None
+    test_scores: list[float]
+    test_score: float
 
 
-def test_difference(arm: Sequence[Run], baseline: Sequence[Run], dataset: Dataset, seed: int) -> dict[str, Any] | None:
-    """Difference of the test scores over the pairs in which neither run diverged."""
-    pairs = [(a, b) for a, b in zip(arm, baseline, strict=True) if a.diverged_at is None and b.diverged_at is None]
-    if not pairs:
-        return None
-    spread = None
-    if dataset.task == "regression":
-        y = dataset.y[dataset.parts["test"]]
-        spread = (y - y.mean()) ** 2
-    return paired_difference(
-        test_errors([a for a, _ in pairs], dataset), test_errors([b for _, b in pairs], dataset), spread, seed
-    )
+@dataclass(frozen=True)
+class MedianRatio:
+    """Median ratio and the interval of the true median, each as (lower, upper) bounds."""
+
+    median: Bounds
+    interval: Bounds
 
 
-def _best_median(
-    runs: Sequence[Run], target: Target, evaluations: Sequence[int], rates: set[float], within: int
-) -> float | None:
-    """Median steps over the seeds, at the best of some learning rates; None where that is above ``within``."""
-    medians = []
-    for rate in rates:
-        steps = [steps_to(run, target, evaluations) for run in runs if run.learning_rate == rate]
-        medians.append(median_steps([step if step and step <= within else None for step in steps]))
-    return min((median for median in medians if median is not None), default=None)
+@dataclass(frozen=True)
+class Ratio(PairSummary):
+    """Ratio of the steps to the target, without batch norm over with it, seed by seed.
+
+    Attributes
+    ----------
+    seconds : MedianRatio or None
+        The same ratio of seconds, once the time per step is measured.
+    test_difference : Difference or None
+        Test score with batch norm less that without; None where every pair has a diverged run.
+    """
+
+    seconds: MedianRatio | None = None
+    test_difference: Difference | None = None
 
 
-def _sensitivity(run: RunFile, settings: Settings, target: Target) -> list[dict[str, Any]]:
-    """For each variant of the set-up and each arm, the median steps at the best of three learning rates."""
-    phases = list(
-        dict.fromkeys(stack["phase"] for stack in run.content["stacks"] if stack["phase"].startswith("variant"))
-    )
-    if not phases:
-        return []
-    evaluations = evaluation_steps(settings.steps)
-    rows: list[dict[str, Any]] = []
-    tried = {arm: {r.learning_rate for r in run.runs(phases[0], arm)} for arm in ARMS}
-    for phase in ["search", *phases]:
-        name = "as set up" if phase == "search" else phase.removeprefix("variant: ")
-        arrivals = {
-            arm: _best_median(run.runs(phase, arm), target, evaluations, tried[arm], settings.variant_steps)
-            for arm in ARMS
-        }
-        rows.append({"name": name, "steps": arrivals})
-    return rows
+@dataclass(frozen=True)
+class Variant:
+    """Median steps of each arm in one variant of the set-up; None is above the steps trained."""
+
+    name: str
+    steps: dict[Arm, float | None]
 
 
-def _stacking(run: RunFile, seconds: dict[Arm, float], evaluations: Sequence[int]) -> dict[str, float]:
-    """What training in stacks cost, and what the same steps cost one run after another, in seconds of a core."""
-    together = sum(stack["seconds"] for stack in run.content["stacks"])
-    alone = sum(
-        evaluations[len(values["train_loss"]) - 1] * seconds[stack["arm"]]
-        for stack in run.content["stacks"]
-        for values in stack["runs"]
-    )
-    runs = sum(len(stack["runs"]) for stack in run.content["stacks"])
-    return {"runs": runs, "together": together, "alone": alone, "factor": alone / together}
+@dataclass(frozen=True)
+class Stacking:
+    """The cost of training runs side by side in stacks.
+
+    Attributes
+    ----------
+    runs : int
+        Number of networks trained.
+    together, alone : float
+        Seconds of one core that the stacks took, and that the same steps would take one run after another.
+    factor : float
+        ``alone / together``.
+    """
+
+    runs: int
+    together: float
+    alone: float
+    factor: float
 
 
-def evaluate(
-    run: RunFile,
-    dataset: Dataset,
-    settings: Settings,
-    target: Target,
-    chosen: dict[Arm, float],
-    seconds: dict[Arm, float] | None = None,
-) -> dict[str, Any]:
-    """The result as far as the runs go; its keys are described in docs/compare.md."""
-    evaluations = evaluation_steps(settings.steps)
-    confirmed = {arm: run.runs("confirm", arm) for arm in ARMS}
-    finished = all(len(runs) == settings.seeds for runs in confirmed.values())
-    arrivals = {arm: [steps_to(r, target, evaluations) for r in runs] for arm, runs in confirmed.items()}
-    rows = len(dataset.parts["validation"])
-    result: dict[str, Any] = {
-        "score_name": "R2" if dataset.task == "regression" else "accuracy",
-        "target": asdict(target),
-        "headline": rows >= FEWEST_VALIDATION_ROWS and math.isfinite(target.value),
-        "grid": sorted({r.learning_rate for r in run.runs("search")}),
-        "evaluation_steps": evaluations,
-        "arms": {},
-        "ratios": {},
-        "sensitivity": _sensitivity(run, settings, target),
-        "stacking": None if seconds is None else _stacking(run, seconds, evaluations),
-    }
-    for arm in ARMS:
-        scores = [math.nan if r.test is None else r.test.score for r in confirmed[arm]]
-        known = [score for score in scores if not math.isnan(score)]
-        summaries = summarise_rates(run.runs("search", arm), target, evaluations)
-        result["arms"][arm] = {
-            "learning_rate": chosen[arm],
-            "search": [asdict(summary) for summary in summaries],
-            "rates_that_reach": sum(summary.reached == summary.seeds for summary in summaries),
-            "steps": arrivals[arm],
-            "median_steps": median_steps(arrivals[arm]) if arrivals[arm] else None,
-            "diverged": sum(r.diverged_at is not None for r in confirmed[arm]),
-            "seconds_a_step": None if seconds is None else seconds[arm],
-            "test_scores": scores,
-            "test_score": float(np.mean(known)) if known else math.nan,
-        }
-    if finished:
-        for arm in ARMS[1:]:
-            pairs = [
-                ratio_bounds(none, some, settings.steps)
-                for none, some in zip(arrivals["none"], arrivals[arm], strict=True)
-            ]
-            ratio = median_ratio(pairs)
-            if seconds is not None:
-                factor = seconds["none"] / seconds[arm]
-                ratio["seconds"] = {name: [bound * factor for bound in ratio[name]] for name in ("median", "interval")}
-            ratio["test_difference"] = test_difference(confirmed[arm], confirmed["none"], dataset, settings.seed)
-            result["ratios"][arm] = ratio
-        result["verdict"] = verdict(result, dataset.name, settings.steps)
-        result["caveat"] = caveat(result, rows)
-    return result
+@dataclass(frozen=True)
+class Result:
+    """The result of a comparison, as far as its runs are finished.
+
+    Attributes
+    ----------
+    score_name : str
+        "accuracy" or "R2".
+    target : Target
+        What a run must reach, and the rule that set it.
+    headline : bool
+        Whether there are enough validation rows to claim a ratio of steps.
+    grid : list of float
+        Learning rates searched.
+    evaluation_steps : list of int
+        Steps at which every run was evaluated.
+    arms : dict of arm to ArmResult
+    ratios : dict of arm to Ratio
+        For "before" and "after"; empty until the confirming runs are finished.
+    sensitivity : list of Variant
+        Empty until the variants of the set-up are trained.
+    stacking : Stacking or None
+        None until the time per step is measured.
+    verdict, caveat : str or None
+        The sentences printed; None until the confirming runs are finished.
+    """
+
+    score_name: str
+    target: Target
+    headline: bool
+    grid: list[float]
+    evaluation_steps: list[int]
+    arms: dict[Arm, ArmResult]
+    ratios: dict[Arm, Ratio]
+    sensitivity: list[Variant]
+    stacking: Stacking | None
+    verdict: str | None = None
+    caveat: str | None = None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
-from batchnorm.lab.comparison.measures import CONFIDENCE
+from batchnorm.lab.comparison.measures import CONFIDENCE, Bounds, PairSummary
+from batchnorm.lab.comparison.result import MedianRatio, Ratio, Result
+from batchnorm.lab.comparison.scores import Difference
+from batchnorm.lab.training.settings import Arm
 
 __all__ = ["bounds_text", "caveat", "difference_text", "number", "ratio_text", "steps_text", "verdict"]
 
-WHERE = {"before": "before the nonlinearity", "after": "after it"}
+WHERE: dict[str, str] = {"before": "before the nonlinearity", "after": "after it"}
 
 
 def number(value: float) -> str:
@@ -18,8 +19,8 @@ def number(value: float) -> str:
     return f"{value:.2g}" if abs(value) < 10 else f"{value:.0f}"
 
 
-def bounds_text(bounds: Sequence[float]) -> str:
-    """A number that is known, or what bounds it."""
+def bounds_text(bounds: Bounds) -> str:
+    """Return a known number, or its bounds in words."""
     lower, upper = bounds
     if lower == upper:
         return number(lower)
@@ -28,73 +29,70 @@ def bounds_text(bounds: Sequence[float]) -> str:
     return f"{number(lower)} to {number(upper)}" if lower > 0 else f"at most {number(upper)}"
 
 
-def ratio_text(ratio: dict[str, Any]) -> str:
-    """The median ratio with its interval: "5.6 [4.1, 9.0]"."""
-    low, high = ratio["interval"]
+def ratio_text(ratio: MedianRatio | PairSummary) -> str:
+    """Return the median ratio with its interval, such as "5.6 [4.1, 9]"."""
+    low, high = ratio.interval
     top = "inf" if high == math.inf else number(high)
-    sign = {"at least ": ">=", "at most ": "<="}
-    text = bounds_text(ratio["median"])
-    for words, symbol in sign.items():
-        text = text.replace(words, symbol)
-    return f"{text} [{number(low)}, {top}]"
+    median = bounds_text(ratio.median).replace("at least ", ">=").replace("at most ", "<=")
+    return f"{median} [{number(low)}, {top}]"
 
 
-def difference_text(difference: dict[str, Any]) -> str:
-    """A difference of test scores with its interval: "+0.016 [+0.002, +0.031]"."""
-    low, high = difference["interval"]
-    return f"{difference['estimate']:+.3f} [{low:+.3f}, {high:+.3f}]"
+def difference_text(difference: Difference) -> str:
+    """Return a difference of test scores with its interval, such as "+0.016 [+0.002, +0.031]"."""
+    low, high = difference.interval
+    return f"{difference.estimate:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def steps_text(median: float | None, steps: int) -> str:
-    """Median steps, or that it is above those trained."""
+    """Return the median steps, or that they are above the steps trained."""
     return f"> {steps}" if median is None else f"{median:.0f}"
 
 
-def _direction(ratio: dict[str, Any]) -> int:
-    """1 where the whole interval says fewer steps, -1 where more, 0 where it does not tell or is no interval."""
-    low, high = ratio["interval"]
-    return 0 if ratio["confidence"] < CONFIDENCE else int(low > 1) - int(high < 1)
+def _direction(ratio: Ratio) -> int:
+    """Return 1 or -1 where the whole interval says fewer or more steps, and 0 where it does neither."""
+    low, high = ratio.interval
+    return 0 if ratio.confidence < CONFIDENCE else int(low > 1) - int(high < 1)
 
 
-def _inverse(bounds: Sequence[float]) -> list[float]:
-    return [1 / bounds[1], 1 / bounds[0] if bounds[0] > 0 else math.inf]
+def _inverse(bounds: Bounds) -> Bounds:
+    return 1 / bounds[1], 1 / bounds[0] if bounds[0] > 0 else math.inf
 
 
 def _end(value: float) -> str:
     return "unbounded" if value == math.inf else number(value)
 
 
-def _clear(arm: str, ratio: dict[str, Any]) -> str:
+def _clear(arm: Arm, ratio: Ratio) -> str:
     """What a placement changed for certain: "5.6 times fewer steps before the nonlinearity (4.1 to 9)"."""
     fewer = _direction(ratio) > 0
-    median = ratio["median"] if fewer else _inverse(ratio["median"])
-    low, high = ratio["interval"] if fewer else _inverse(ratio["interval"])
+    median = ratio.median if fewer else _inverse(ratio.median)
+    low, high = ratio.interval if fewer else _inverse(ratio.interval)
     return (
         f"{bounds_text(median)} times {'fewer' if fewer else 'more'} steps {WHERE[arm]} ({_end(low)} to {_end(high)})"
     )
 
 
-def _unclear(arm: str, ratio: dict[str, Any]) -> str:
+def _unclear(arm: Arm, ratio: Ratio) -> str:
     """What a placement changed, or did not: "0.6 to 2 times fewer steps before the nonlinearity"."""
-    low, high = ratio["interval"]
+    low, high = ratio.interval
     return f"{_end(low)} to {_end(high)} times fewer steps {WHERE[arm]}"
 
 
-def verdict(result: dict[str, Any], name: str, steps: int) -> str:
-    """One sentence: what batch normalization changed on this data, and that it does not help where it does not."""
-    ratios, arms = result["ratios"], result["arms"]
-    rule = result["target"]["rule"].split(",")[0]
-    if not math.isfinite(result["target"]["value"]):
-        trains = [WHERE[arm] for arm in ratios if arms[arm]["diverged"] < len(arms[arm]["steps"])]
+def verdict(result: Result, name: str, steps: int) -> str:
+    """Return one sentence: what batch normalization changed on this data, or that it does not help."""
+    ratios, arms = result.ratios, result.arms
+    rule = result.target.rule.split(",")[0]
+    if not math.isfinite(result.target.value):
+        trains = [WHERE[arm] for arm in ratios if arms[arm].diverged < len(arms[arm].steps)]
         with_it = f"and with it {' and '.join(trains)} trained" if trains else "and so did those with it"
         return (
             f"On {name} the network without batch norm diverged at every learning rate tried, {with_it}; "
             "so there is nothing to count steps against."
         )
-    if all(arms[arm]["median_steps"] is None for arm in arms):
+    if all(values.median_steps is None for values in arms.values()):
         return f"On {name} no arm had most of its runs reach {rule} within {steps} steps, so no ratio can be given."
-    if not result["headline"]:
-        medians = {arm: steps_text(values["median_steps"], steps) for arm, values in arms.items()}
+    if not result.headline:
+        medians = {arm: steps_text(values.median_steps, steps) for arm, values in arms.items()}
         return (
             f"On {name}, too small for a ratio, the median steps to {rule} were {medians['none']} without batch "
             f"norm, {medians['before']} with it before the nonlinearity and {medians['after']} after it."
@@ -110,32 +108,32 @@ def verdict(result: dict[str, Any], name: str, steps: int) -> str:
     return f"On {name} batch norm does not clearly help the network reach {rule} sooner: {unclear}."
 
 
-def caveat(result: dict[str, Any], validation_rows: int) -> str:
-    """The one thing most worth knowing before the verdict is believed."""
-    arms, ratios = result["arms"], result["ratios"]
-    if not math.isfinite(result["target"]["value"]):
+def caveat(result: Result, validation_rows: int) -> str:
+    """Return the one limit of the result that is most worth knowing."""
+    arms, ratios = result.arms, result.ratios
+    if not math.isfinite(result.target.value):
         return "No run without batch norm set a target; what can be compared is the test score."
-    if not result["headline"]:
-        counted = "steps are counted on the validation loss and " if result["target"]["measure"] == "loss" else ""
+    if not result.headline:
+        counted = "steps are counted on the validation loss and " if result.target.measure == "loss" else ""
         return (
             f"Only {validation_rows} validation rows: {counted}no ratio is claimed, since one row more or less "
             "would move it."
         )
-    seeds = len(arms["none"]["steps"])
-    confidence = min(ratio["confidence"] for ratio in ratios.values())
+    seeds = len(arms["none"].steps)
+    confidence = min(ratio.confidence for ratio in ratios.values())
     if confidence < CONFIDENCE:
         return (
             f"With {seeds} seeds an interval holds the true ratio with {100 * confidence:.3g}% confidence at most, too "
             "little for a claim: take 6 or more."
         )
-    open_ended = sum(ratio["at_least"] + ratio["at_most"] + ratio["unknown"] for ratio in ratios.values())
+    open_ended = sum(ratio.at_least + ratio.at_most + ratio.unknown for ratio in ratios.values())
     if open_ended:
         return (
             f"In {open_ended} of the {len(ratios)} x {seeds} pairs a run did not arrive within the steps trained; such "
             "a pair bounds the ratio and does not fix it."
         )
-    edges = {result["grid"][0], result["grid"][-1]}
-    at_edge = [arm for arm, values in arms.items() if values["learning_rate"] in edges]
-    if at_edge and len(result["grid"]) > 1:
+    edges = {result.grid[0], result.grid[-1]}
+    at_edge = [arm for arm, values in arms.items() if values.learning_rate in edges]
+    if at_edge and len(result.grid) > 1:
         return f"The best learning rate of {', '.join(at_edge)} is at the edge of the grid: a wider one may be better."
     return "The interval covers initial weights and batch order, given one split of the data and this set-up."

@@ -16,7 +16,7 @@ from batchnorm.lab.training.settings import ARMS
 
 __all__ = ["ClaimSection", "Download", "Finding", "claim_sections"]
 
-SUBJECTS = LABELS | {"inputs": "normalised inputs"}
+SUBJECTS = LABELS | {"inputs": "normalized inputs"}
 COLUMNS = ("before", "after")
 MARKS = {"holds": "holds", "does not hold": "fails", "undecided": "open"}
 
@@ -113,7 +113,7 @@ FIGURES: dict[str, Sequence[Callable[[Evidence, dict[str, Any]], Figure | None]]
     "fewer_steps": (_race,),
     "stability": (figures.stability,),
     "initial_weights": (figures.initial_weights,),
-    "regularisation": (figures.regularisation,),
+    "regularization": (figures.regularization,),
     "inputs": (figures.inputs,),
     "placement": (figures.placements,),
     "shift": (figures.drift, figures.layers, figures.subnetworks),
@@ -162,7 +162,7 @@ def _gaps(value: Any) -> Any:
 
 
 def _section(evidence: Evidence, claim: dict[str, Any]) -> ClaimSection:
-    drawn = [figure for draw in FIGURES[claim["name"]] if (figure := draw(evidence, claim["details"]))]
+    drawn = [figure for draw in FIGURES[claim["name"]] if (figure := draw(evidence, claim["details"] or {}))]
     known = [finding["confidence"] for finding in claim["findings"] if finding["confidence"]]
     return ClaimSection(
         key=f"claim-{claim['name']}",

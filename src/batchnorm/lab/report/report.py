@@ -12,6 +12,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from batchnorm.lab.comparison.measures import CONFIDENCE, FEWEST_VALIDATION_ROWS, SHARE_OF_BEST
+from batchnorm.lab.comparison.result import MedianRatio, Ratio
 from batchnorm.lab.comparison.run_file import RunFile
 from batchnorm.lab.comparison.verdict import difference_text, number, ratio_text, steps_text
 from batchnorm.lab.files import write_file
@@ -88,10 +89,10 @@ def _row(evidence: Evidence, arm: Arm) -> Row:
     """An arm's row, as far as its runs are finished."""
     result, settings = evidence.result, evidence.settings
     values = result["arms"][arm] if result else None
-    ratio = result["ratios"].get(arm) if result else None
+    ratio = evidence.run_result.ratios.get(arm) if evidence.run_result else None
     arrivals = evidence.arrivals[arm] if result else []
     some = 0 < len(arrivals) < settings.seeds
-    difference = ratio and ratio["test_difference"]
+    difference = ratio and ratio.test_difference
     return Row(
         arm=arm,
         label=LABELS[arm],
@@ -99,14 +100,14 @@ def _row(evidence: Evidence, arm: Arm) -> Row:
         steps=steps_text(median_steps(arrivals), settings.steps) if arrivals else SOON,
         seeds=f"{len(arrivals)} of {settings.seeds} seeds" if some else "",
         ratio=_times(evidence, arm, ratio),
-        seconds_ratio=_times(evidence, arm, ratio and ratio.get("seconds")),
+        seconds_ratio=_times(evidence, arm, ratio and ratio.seconds),
         rates_that_reach=f"{values['rates_that_reach']} of {len(values['search'])}" if values else SOON,
         test_score=_test_score(values),
         test_difference=difference_text(difference) if difference else "",
     )
 
 
-def _times(evidence: Evidence, arm: Arm, ratio: dict[str, Any] | None) -> str:
+def _times(evidence: Evidence, arm: Arm, ratio: Ratio | MedianRatio | None) -> str:
     """Times fewer steps or seconds than without batch norm."""
     if arm == "none":
         return "1"
@@ -208,7 +209,7 @@ def _made_with(content: dict[str, Any], evidence: Evidence) -> list[tuple[str, s
         ("Python", machine["python"]),
         ("started", content["created"]),
     ]
-    if "seconds" in content:
+    if content["seconds"] is not None:
         lines.append(("time taken", f"{content['seconds']:.0f} s"))
     stacking = evidence.result and evidence.result["stacking"]
     if stacking:
@@ -248,7 +249,8 @@ def report_data(run: RunFile) -> Report:
     claims = claim_sections(evidence)
     return Report(
         name=data["name"],
-        verdict=result.get("verdict", f"The comparison on {data['name']} is not finished, so there is no verdict yet."),
+        verdict=result.get("verdict")
+        or f"The comparison on {data['name']} is not finished, so there is no verdict yet.",
         caveat=result.get("caveat"),
         unfinished=_unfinished(run, evidence),
         score_name=evidence.score_name,

@@ -11,7 +11,7 @@ from batchnorm.lab.report.figures.layers import layers
 from batchnorm.lab.report.figures.learning_rates import learning_rates
 from batchnorm.lab.report.figures.levels import every_score, moving_target
 from batchnorm.lab.report.figures.placements import placements
-from batchnorm.lab.report.figures.regularisation import regularisation
+from batchnorm.lab.report.figures.regularization import regularization
 from batchnorm.lab.report.figures.stability import stability
 from batchnorm.lab.report.figures.subnetworks import subnetworks
 from batchnorm.lab.report.figures.training import curves, race
@@ -34,7 +34,7 @@ __all__ = [
     "moving_target",
     "placements",
     "race",
-    "regularisation",
+    "regularization",
     "stability",
     "subnetworks",
     "variants",

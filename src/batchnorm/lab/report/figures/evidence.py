@@ -68,6 +68,7 @@ class Evidence:
         self.settings = Settings.from_json(content["settings"])
         self.data: dict[str, Any] = content["data"]
         self.result: dict[str, Any] | None = content["result"]
+        self.run_result = run.result
         self.target = Target(**self.result["target"]) if self.result else None
         self.evaluations = evaluation_steps(self.settings.steps)
         self.search: dict[Arm, list[Run]] = {arm: run.runs("search", arm) for arm in ARMS}
@@ -78,9 +79,9 @@ class Evidence:
             for arm in self.arms
         }
         self.confirmed = all(self.confirm.values())
-        timed = self.result and self.result["arms"]["none"]["seconds_a_step"] is not None
+        timed = self.result and self.result["arms"]["none"]["seconds_per_step"] is not None
         self.seconds: dict[Arm, float] | None = (
-            {arm: self.result["arms"][arm]["seconds_a_step"] for arm in ARMS} if self.result and timed else None
+            {arm: self.result["arms"][arm]["seconds_per_step"] for arm in ARMS} if self.result and timed else None
         )
 
     @property

@@ -31,7 +31,7 @@ LABELS = {"none": "without batch norm", "before": "batch norm before", "after": 
 PHRASES = {"none": "without batch norm", "before": "with it before the nonlinearity", "after": "with it after"}
 GROUPS = LABELS | {
     "raw": "raw inputs",
-    "normalised": "normalised inputs",
+    "normalized": "normalized inputs",
     "theory": "what independent rows give",
     "pair": "one seed",
     "descent": "gradient descent",

@@ -1,4 +1,4 @@
-"""The notes' picture of why inputs are normalised: the loss over two weights, and the way of gradient descent on it."""
+"""The notes' picture of why inputs are normalized: the loss over two weights, and the way of gradient descent on it."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def _plot(group: str, values: dict[str, Any], moments: list[int], equal: bool) -
 
 
 def inputs(_: Evidence, details: dict[str, Any]) -> Figure | None:
-    """Contours of the loss with raw and with normalised inputs; None where they could not be measured."""
+    """Contours of the loss with raw and with normalized inputs; None where they could not be measured."""
     if "raw" not in details:
         return None
-    both = {group: details[group] for group in ("raw", "normalised")}
+    both = {group: details[group] for group in ("raw", "normalized")}
     moments = _moments(both)
     equal = all(_equal(values) for values in both.values())
     first, second = details["columns"]
@@ -94,7 +94,7 @@ def inputs(_: Evidence, details: dict[str, Any]) -> Figure | None:
         title="The loss over two weights",
         finding=(
             f"The largest curvature of the loss is {conditions['raw']} times the least with raw and "
-            f"{conditions['normalised']} times with normalised inputs."
+            f"{conditions['normalized']} times with normalized inputs."
         ),
         note=(
             f"The loss of one linear neuron, w1 * {first} + w2 * {second}, on {details['told_apart']}. A contour is a "

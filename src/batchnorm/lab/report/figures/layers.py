@@ -85,7 +85,7 @@ def layers(_: Evidence, details: dict[str, Any]) -> Figure | None:
     if "distributions" not in details:
         return None
     probes, names = details["probes"], details["distributions"]["layers"]
-    arms = of_arms(details["distributions"])
+    arms = of_arms(details["distributions"]["quantiles"])
     last = len(next(iter(arms.values()))[0][0]) - 1
     spans = []
     for arm, by_layer in arms.items():

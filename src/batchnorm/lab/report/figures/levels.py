@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
-from batchnorm.lab.comparison.measures import median_ratio, ratio_bounds
+from batchnorm.lab.comparison.measures import Bounds, PairSummary, ratio_bounds, summarize_pairs
 from batchnorm.lab.comparison.verdict import bounds_text, ratio_text, steps_text
 from batchnorm.lab.report.figures.controls import SCALES, Control
 from batchnorm.lab.report.figures.evidence import Evidence
@@ -108,7 +106,7 @@ def every_score(evidence: Evidence) -> Figure | None:
     )
 
 
-def _drawn(bounds: Sequence[float]) -> tuple[Value, Mark]:
+def _drawn(bounds: Bounds) -> tuple[Value, Mark]:
     """Where a median ratio is drawn: at itself, or at the bound that is known."""
     lower, upper = bounds
     if lower == upper:
@@ -118,16 +116,16 @@ def _drawn(bounds: Sequence[float]) -> tuple[Value, Mark]:
     return (upper, "at most") if upper < math.inf else (None, "beyond")
 
 
-def _ratio_series(arm: str, x: list[float], ratios: list[dict[str, Any]], top: float) -> list[Series]:
+def _ratio_series(arm: str, x: list[float], ratios: list[PairSummary], top: float) -> list[Series]:
     """A line through the medians that are known, in the band of their intervals, and marks at those that are not."""
-    places = [_drawn(ratio["median"]) for ratio in ratios]
+    places = [_drawn(ratio.median) for ratio in ratios]
     said = [f"{ratio_text(ratio)} times fewer steps {PHRASES[arm]}" for ratio in ratios]
     line = Series(
         arm,
         x,
         [y if mark == "known" else None for y, mark in places],
-        [max(ratio["interval"][0], 1 / top) for ratio in ratios],
-        [min(ratio["interval"][1], top) for ratio in ratios],
+        [max(ratio.interval[0], 1 / top) for ratio in ratios],
+        [min(ratio.interval[1], top) for ratio in ratios],
         marks=["known"] * len(x),
         text=said,
     )
@@ -156,21 +154,21 @@ def moving_target(evidence: Evidence) -> Figure | None:
     levels = [levels[i] for i in some]
     ratios = {
         arm: [
-            median_ratio(
+            summarize_pairs(
                 [ratio_bounds(a, b, steps) for a, b in zip(arrivals["none"][i], arrivals[arm][i], strict=True)]
             )
             for i in some
         ]
         for arm in ARMS[1:]
     }
-    ends = [end for rows in ratios.values() for ratio in rows for end in (*ratio["median"], *ratio["interval"])]
+    ends = [end for rows in ratios.values() for ratio in rows for end in (*ratio.median, *ratio.interval)]
     top = 2 * max([max(end, 1 / end) for end in ends if 0 < end < math.inf])
     name = evidence.score_name if target.measure == "score" else "loss"
     x = [_place(evidence, target.measure, level) for level in levels]
     here = min(range(len(levels)), key=lambda i: abs(levels[i] - target.value))
     chosen = sorted({here // 3, here * 2 // 3, here})
     changes = [
-        f"{listed([bounds_text(rows[i]['median']) for i in chosen])} times fewer steps {PHRASES[arm]}"
+        f"{listed([bounds_text(rows[i].median) for i in chosen])} times fewer steps {PHRASES[arm]}"
         for arm, rows in ratios.items()
     ]
     where = listed([f"{levels[i]:.3g}" for i in chosen])

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from batchnorm.lab.comparison.scores import Difference
 from batchnorm.lab.comparison.verdict import difference_text, steps_text
+from batchnorm.lab.json_records import from_json
 from batchnorm.lab.report.figures.beyond import place, steps_axis, zone_rule
 from batchnorm.lab.report.figures.downloads import Data
 from batchnorm.lab.report.figures.evidence import Evidence
@@ -84,7 +86,8 @@ def placements(evidence: Evidence, details: dict[str, Any]) -> Figure | None:
     steps = evidence.settings.steps
     scores = {arm: evidence.result["arms"][arm]["test_scores"] for arm in COLUMNS}
     medians = [f"{steps_text(median_steps(counts[arm]), steps)} {arm}" for arm in COLUMNS]
-    difference = details.get("test_difference")
+    found = details.get("test_difference")
+    difference = from_json(Difference, found) if found else None
     tested = (
         f" The test {evidence.score_name} differs by {difference_text(difference)}, before less after."
         if difference

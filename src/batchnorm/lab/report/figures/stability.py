@@ -43,6 +43,7 @@ def stability(evidence: Evidence, details: dict[str, Any]) -> Figure | None:
     changes = of_arms(details.get("loss_change", {}))
     if changes:
         steps = next(iter(changes.values()))["steps"]
+        changes = {arm: values["change"] for arm, values in changes.items()}
         drawn = [band(arm, steps, values) for arm, values in changes.items()]
         plots.append(Plot("Change of the loss in a step", step_axis(steps), Axis("", "log"), drawn))
     widths = [f"{median(values):.2g} {PHRASES[arm]}" for arm, values in of_arms(details["width"]).items()]

@@ -42,7 +42,7 @@ def _moved(by_probe: list[list[list[float]]]) -> str:
 def subnetworks(evidence: Evidence, details: dict[str, Any]) -> Figure | None:
     """Two outputs of P1 over training, each arm in a plot; None where they were not recorded or are not two."""
     outputs = details.get("outputs")
-    arms = of_arms(outputs or {})
+    arms = of_arms(outputs["rows"] if outputs else {})
     if not outputs or not arms or any(len(row) < 2 for row in next(iter(arms.values()))[0]):
         return None
     probes, last = details["probes"], outputs["layer"]

@@ -1,4 +1,4 @@
-"""What the claims are measured from: the finished runs of a comparison, its data and its choices."""
+"""A comparison whose search is finished. The rest is planned from it, and its claims are measured on it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
-from batchnorm.lab.comparison.measures import best_rate, paired_difference
-from batchnorm.lab.comparison.result import test_errors
+from batchnorm.lab.comparison.measures import best_rate
+from batchnorm.lab.comparison.result import Result
 from batchnorm.lab.comparison.run_file import RunFile
+from batchnorm.lab.comparison.scores import paired_difference, test_errors
 from batchnorm.lab.data.dataset import Dataset
 from batchnorm.lab.training.runs import CONSECUTIVE, Run, Target
 from batchnorm.lab.training.settings import ARMS, Arm, Settings
@@ -20,7 +21,21 @@ __all__ = ["Study"]
 
 @dataclass(frozen=True)
 class Study:
-    """A comparison whose learning rates are chosen, and what its claims have in common."""
+    """A comparison from the end of its search on.
+
+    Attributes
+    ----------
+    dataset : Dataset
+    settings : Settings
+    run : RunFile
+        The finished runs.
+    target : Target
+        The target that the search set.
+    chosen : dict of arm to float
+        The learning rate that the search chose for each arm.
+    tried : list of float
+        All learning rates of the search, in ascending order.
+    """
 
     dataset: Dataset
     settings: Settings
@@ -31,23 +46,24 @@ class Study:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds that confirm, which the claims are measured on too."""
+        """The seeds of the confirming runs, on which the claims are measured too."""
         first = self.settings.search_seeds
         return list(range(first, first + self.settings.seeds))
 
     @property
-    def counted(self) -> bool:
-        """Whether steps to the target are counted, so that ratios of them can be judged."""
-        return bool(self.run.content["result"]["headline"])
+    def result(self) -> Result:
+        """The result of the comparison, as far as its runs are finished."""
+        assert self.run.result is not None
+        return self.run.result
 
     @property
     def too_few_rows(self) -> str:
-        """Why ratios of steps are not judged where they are not counted."""
+        """The reason why no ratio of steps is judged where the result has no headline."""
         return f"on {len(self.dataset.parts['validation'])} validation rows no ratio of steps is claimed"
 
     @cached_property
     def constant_score(self) -> float:
-        """Validation score of one guess for every row: the most frequent class, or the mean, of the training rows."""
+        """Validation score of the best constant guess: the most frequent class, or the mean, of the training rows."""
         if self.dataset.task == "regression":
             return 0.0
         train, validation = (self.dataset.y[self.dataset.parts[part]] for part in ("train", "validation"))
@@ -55,7 +71,7 @@ class Study:
 
     @cached_property
     def threshold(self) -> float | None:
-        """The validation score of a run that trains: half of the way from a constant guess to the best of any arm.
+        """The validation score from which on a run trains: halfway from a constant guess to the best of any arm.
 
         None where no arm's best is above that of a constant guess.
         """
@@ -65,24 +81,21 @@ class Study:
     @cached_property
     def common_rate(self) -> float:
         """The learning rate of the search at which the worst of the arms does best, by its best median score."""
-        summaries = self.run.content["result"]["arms"]
+        searches = {arm: self.result.arms[arm].search for arm in ARMS}
         worst: dict[float, float] = {
-            row["learning_rate"]: min(
-                other["best_score"]
-                for arm in ARMS
-                for other in summaries[arm]["search"]
-                if other["learning_rate"] == row["learning_rate"]
+            row.learning_rate: min(
+                other.best_score for arm in ARMS for other in searches[arm] if other.learning_rate == row.learning_rate
             )
-            for row in summaries["none"]["search"]
+            for row in searches["none"]
         }
         return max(worst, key=lambda rate: worst[rate])
 
     def last_score(self, run: Run) -> float:
-        """Mean of a run's last three validation scores; NaN where it diverged."""
+        """Return the mean of a run's last three validation scores; NaN where it diverged."""
         return math.nan if run.diverged_at is not None else float(np.mean(run.validation_score[-CONSECUTIVE:]))
 
     def trains(self, run: Run) -> bool:
-        """Whether a run ends at the threshold or above."""
+        """Return whether a run ends at the threshold or above."""
         return self.threshold is not None and self.last_score(run) >= self.threshold
 
     @cached_property
@@ -91,9 +104,9 @@ class Study:
         y = self.dataset.y
         train, test = (y[self.dataset.parts[part]] for part in ("train", "test"))
         if self.dataset.task == "classification":
-            guess, spread = (test != np.bincount(train).argmax()).astype(float), None
+            guess, squared_deviation = (test != np.bincount(train).argmax()).astype(float), None
         else:
-            guess, spread = (test - train.mean()) ** 2, (test - test.mean()) ** 2
+            guess, squared_deviation = (test - train.mean()) ** 2, (test - test.mean()) ** 2
         learns = {}
         for arm in ARMS:
             runs = [run for run in self.run.runs("confirm", arm) if run.diverged_at is None]
@@ -101,12 +114,13 @@ class Study:
                 learns[arm] = False
                 continue
             errors = test_errors(runs, self.dataset)
-            gain = paired_difference(errors, np.broadcast_to(guess, errors.shape), spread, self.settings.seed)
-            learns[arm] = gain["interval"][0] > 0
+            guesses = np.broadcast_to(guess, errors.shape)
+            gain = paired_difference(errors, guesses, squared_deviation, self.settings.seed)
+            learns[arm] = gain.interval[0] > 0
         return learns
 
     def nothing_learned(self, *arms: Arm) -> str | None:
-        """Why nothing is claimed of some arms: none of them beats a constant guess; else None."""
+        """Return the reason why nothing is claimed of some arms, that none beats a constant guess; else None."""
         if any(self.learns[arm] for arm in arms):
             return None
         return "the networks don't clearly beat a constant guess on the test rows, so there is nothing to compare"

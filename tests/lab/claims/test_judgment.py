@@ -1,27 +1,24 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from scipy.stats import binomtest
 
-from batchnorm.lab.claims.judgement import ALPHA, Measurement, holm, judge, power, sentence, sign_test
+from batchnorm.lab.claims.judgment import ALPHA, Effect, Measurement, holm, judge, power, sentence, sign_test
+
+STEPS = Effect("fewer steps", "times fewer steps", "times more steps", "ratio", 1.1)
+SECONDS = replace(STEPS, family="seconds")
+DECADES = Effect("a wider range", "decades more", "decades fewer", "difference", 1.1)
 
 
-def ratio(*pairs, **changes):
-    given = {
-        "subject": "before",
-        "label": "fewer steps",
-        "more": "times fewer steps",
-        "less": "times more steps",
-        "kind": "ratio",
-        "pairs": [pair if isinstance(pair, tuple) else (pair, pair) for pair in pairs],
-        "margin": 1.1,
-    }
-    return Measurement(**given | changes)
+def ratio(*amounts, subject="before", effect=STEPS, reason=None):
+    pairs = [amount if isinstance(amount, tuple) else (amount, amount) for amount in amounts]
+    return Measurement(subject, effect, pairs, reason)
 
 
-def difference(*amounts, **changes):
-    return ratio(*amounts, **{"kind": "difference", "more": "decades more", "less": "decades fewer"} | changes)
+def difference(*amounts):
+    return ratio(*amounts, effect=DECADES)
 
 
 @pytest.mark.parametrize("pairs", [1, 5, 10, 13])
@@ -44,64 +41,64 @@ def test_holm_rejects_what_its_step_down_procedure_rejects():
 def test_where_nothing_differs_a_single_claim_holds_in_at_most_its_alpha_of_all_the_ways_signs_can_fall():
     """Under the null each of the 2^8 patterns of signs is as likely as any other."""
     patterns = list(itertools.product((0.5, 2.0), repeat=8))
-    holds = sum(judge([ratio(*pattern)])[0]["verdict"] == "holds" for pattern in patterns)
+    holds = sum(judge([ratio(*pattern)])[0].verdict == "holds" for pattern in patterns)
     assert 0 < holds / len(patterns) <= ALPHA
 
 
 def test_a_claim_holds_where_all_pairs_agree_and_does_not_where_none_gains():
-    assert judge([ratio(*[2.0] * 10)])[0]["verdict"] == "holds"
-    assert judge([ratio(*[1.0] * 10)])[0]["verdict"] == "does not hold"
-    assert judge([ratio(*[0.5] * 10)])[0]["verdict"] == "does not hold"
-    assert judge([ratio(*[2.0] * 5, *[0.5] * 5)])[0]["verdict"] == "undecided"
+    assert judge([ratio(*[2.0] * 10)])[0].verdict == "holds"
+    assert judge([ratio(*[1.0] * 10)])[0].verdict == "does not hold"
+    assert judge([ratio(*[0.5] * 10)])[0].verdict == "does not hold"
+    assert judge([ratio(*[2.0] * 5, *[0.5] * 5)])[0].verdict == "undecided"
 
 
 def test_a_pair_that_is_only_bounded_counts_as_far_as_its_bounds_go():
-    assert judge([ratio(*[(1.5, math.inf)] * 10)])[0]["verdict"] == "holds"
-    assert judge([ratio(*[(0.0, math.inf)] * 10)])[0]["verdict"] == "undecided"
-    assert judge([ratio(*[(0.0, 0.9)] * 10)])[0]["verdict"] == "does not hold"
+    assert judge([ratio(*[(1.5, math.inf)] * 10)])[0].verdict == "holds"
+    assert judge([ratio(*[(0.0, math.inf)] * 10)])[0].verdict == "undecided"
+    assert judge([ratio(*[(0.0, 0.9)] * 10)])[0].verdict == "does not hold"
 
 
 def test_with_four_seeds_nothing_is_decided_and_with_five_it_may_be():
     four, five = (judge([ratio(*[2.0] * seeds)])[0] for seeds in (4, 5))
-    assert (four["verdict"], five["verdict"]) == ("undecided", "holds")
-    assert four["reason"] == "a verdict takes at least 5 seeds; got 4"
+    assert (four.verdict, five.verdict) == ("undecided", "holds")
+    assert four.reason == "a verdict takes at least 5 seeds; got 4"
 
 
 def test_the_more_claims_are_judged_together_the_more_each_must_show():
     nine_of_ten = ratio(*[2.0] * 9, 0.5)
     alone = judge([nine_of_ten])[0]
     among = judge([nine_of_ten, *[ratio(*[2.0] * 5, *[0.5] * 5)] * 5])[0]
-    assert alone["verdict"] == "holds"
-    assert among["verdict"] == "undecided"
-    assert among["adjusted_holds"] == pytest.approx(6 * alone["p_holds"])
+    assert alone.verdict == "holds"
+    assert among.verdict == "undecided"
+    assert among.adjusted_holds == pytest.approx(6 * alone.p_holds)
 
 
 def test_what_is_measured_in_seconds_moves_no_verdict_on_steps():
     steps = ratio(*[2.0] * 9, 0.5)
-    seconds = [ratio(*[amount] * 10, family="seconds") for amount in (0.2, 2.0, 3.0)]
+    seconds = [ratio(*[amount] * 10, effect=SECONDS) for amount in (0.2, 2.0, 3.0)]
     assert judge([steps, *seconds])[0] == judge([steps])[0]
 
 
 def test_what_can_not_be_judged_is_undecided_says_why_and_is_not_counted_among_the_tests():
     reason = "there is nothing to compare"
     finding, other = judge([ratio(*[2.0] * 10, reason=reason), ratio(*[2.0] * 10)])
-    assert (finding["verdict"], finding["reason"], finding["p_holds"]) == ("undecided", reason, None)
-    assert other["adjusted_holds"] == other["p_holds"]
+    assert (finding.verdict, finding.reason, finding.p_holds) == ("undecided", reason, None)
+    assert other.adjusted_holds == other.p_holds
 
 
 def test_power_is_the_share_of_studies_in_which_enough_pairs_agree():
     ten = power(10, 14)
-    assert ten["pairs_needed"] == 10
-    assert ten["power"] == pytest.approx(0.9**10)
+    assert ten.pairs_needed == 10
+    assert ten.power == pytest.approx(0.9**10)
     two = power(10, 2)
-    assert two["pairs_needed"] == 9
-    assert two["power"] == pytest.approx(0.9**10 + 10 * 0.9**9 * 0.1)
-    assert power(4, 14)["pairs_needed"] is None
-    assert "take more seeds" in power(4, 14)["text"]
+    assert two.pairs_needed == 9
+    assert two.power == pytest.approx(0.9**10 + 10 * 0.9**9 * 0.1)
+    assert power(4, 14).pairs_needed is None
+    assert "take more seeds" in power(4, 14).text
 
 
 def text_of(measurement):
-    return judge([measurement])[0]["text"]
+    return judge([measurement])[0].text
 
 
 def test_an_amount_is_worded_the_way_round_that_is_above_one():

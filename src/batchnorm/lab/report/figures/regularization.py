@@ -9,7 +9,7 @@ from batchnorm.lab.report.figures.downloads import Cell, Data
 from batchnorm.lab.report.figures.evidence import Evidence
 from batchnorm.lab.report.figures.figure import LABELS, PHRASES, Axis, Figure, Plot, Rule, Series, Table, listed, shown
 
-__all__ = ["regularisation"]
+__all__ = ["regularization"]
 
 STATISTICS = {"mean": "Noise of a mini-batch's mean", "sd": "Noise of its standard deviation"}
 
@@ -58,7 +58,7 @@ def _finding(losses: list[float], gaps: dict[str, Any], score: str) -> str:
     )
 
 
-def regularisation(evidence: Evidence, details: dict[str, Any]) -> Figure | None:
+def regularization(evidence: Evidence, details: dict[str, Any]) -> Figure | None:
     """Gap against training loss, and noise against batch size."""
     losses, gaps = details.get("losses", []), of_arms(details.get("gaps", {}))
     noise = details.get("noise") or {"batch_sizes": []}
@@ -89,7 +89,7 @@ def regularisation(evidence: Evidence, details: dict[str, Any]) -> Figure | None
         "root of the rows in a mini-batch."
     )
     return Figure(
-        key="regularisation",
+        key="regularization",
         title="The gap at equal training loss, and the noise that may narrow it",
         finding=_finding(losses, gaps, evidence.score_name) if gaps else "No gap could be measured.",
         note=(
