@@ -10,7 +10,7 @@ from batchnorm.lab.comparison.request import Request
 from batchnorm.lab.comparison.run_file import RunFile, TrainedStack, new_folder, read_run
 from batchnorm.lab.data.dataset import DataDescription
 from batchnorm.lab.files import json_safe, write_file
-from batchnorm.lab.training.runs import Run, TestResult
+from batchnorm.lab.training import runs
 from batchnorm.lab.training.settings import Settings
 
 
@@ -22,8 +22,8 @@ DATA = DataDescription("rows", "classification", "y", {"train": 3}, ["x"], ["a",
 
 
 def test_a_run_is_read_as_it_was_saved(tmp_path):
-    test = TestResult(1, math.nan, "")
-    trained = Run("none", 0.1, 3, 2, [1.0, math.nan], [math.inf, math.nan], [0.5, math.nan], test)
+    test = runs.TestResult(1, math.nan, "")
+    trained = runs.Run("none", 0.1, 3, 2, [1.0, math.nan], [math.inf, math.nan], [0.5, math.nan], test)
     run = RunFile.create(tmp_path, DATA, Settings(hidden=(8,)), request=Request("rows.csv", claims=["shift"]))
     run.stacks.append(TrainedStack("k/none/0", "p", "none", 1.0, [trained]))
     run.extension = {"more": [1]}
