@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,6 +25,10 @@ ROOT = Path(__file__).parents[1]
 def compiles(test):
     """Mark a test that compiles a model, and ignore the deprecation warnings that torch.compile itself causes."""
     return pytest.mark.compile(pytest.mark.filterwarnings("ignore::DeprecationWarning")(test))
+
+
+unconverged = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+"""Mark a test whose fits are too short to converge."""
 
 
 def skip_or_fail(reason):
@@ -131,6 +136,22 @@ def saved_and_loaded(value, **options):
     torch.save(value, file)
     file.seek(0)
     return torch.load(file, **options)
+
+
+# Estimators
+
+
+def network_arrays(estimator):
+    """Return the parameters and running statistics of a fitted estimator's network by name."""
+    return {name: values.numpy() for name, values in estimator.network_.state_dict().items()}
+
+
+def assert_same_network(estimator, other, *, atol=0.0):
+    """Compare the networks of two fitted estimators, by default for equality."""
+    ours, theirs = network_arrays(estimator), network_arrays(other)
+    assert ours.keys() == theirs.keys()
+    for name, values in ours.items():
+        np.testing.assert_allclose(values, theirs[name], rtol=0, atol=atol, err_msg=name)
 
 
 # The command line

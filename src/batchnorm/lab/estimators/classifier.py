@@ -24,9 +24,9 @@ __all__ = ["BatchNormMLPClassifier"]
 class BatchNormMLPClassifier(ClassifierMixin, MultilayerPerceptron):  # type: ignore[misc]  # noqa: D101
     __doc__ = f"""Multilayer perceptron for classification, with batch normalization in each hidden layer.
 
-    scikit-learn's ``MLPClassifier`` with the layers of Ioffe & Szegedy (2015): cross-entropy is minimised over
-    mini-batches, each normalised with its own mean and variance; predictions use the running statistics. Binary,
-    multiclass and multilabel targets, dense or sparse X; computed on the CPU in the dtype of X.
+    scikit-learn's ``MLPClassifier`` with the layers of Ioffe & Szegedy (2015): cross-entropy is minimized over
+    mini-batches, each normalized with its own mean and variance; predictions use the running statistics. Targets may be
+    binary, multiclass or multilabel, and X may be sparse; fits run on the CPU in the dtype of X.
 
     Parameters
     ----------
@@ -41,7 +41,9 @@ class BatchNormMLPClassifier(ClassifierMixin, MultilayerPerceptron):  # type: ig
     Raises
     ------
     InputError
-        A `ValueError`: a parameter that does not fit, a single row to fit, a loss that is no longer finite.
+        A `ValueError`: a parameter is out of its range, or there is a single row to fit.
+    DivergedError
+        The loss or a weight is no longer finite after an epoch.
 
     References
     ----------
@@ -63,18 +65,18 @@ class BatchNormMLPClassifier(ClassifierMixin, MultilayerPerceptron):  # type: ig
     _metric = staticmethod(accuracy_score)
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None) -> Self:
-        """Go over the rows given once, from where the last call ended.
+        """Fit one more epoch, to the given rows, from the end of the last call.
 
         Parameters
         ----------
         X : array or sparse matrix, shape (n_samples, n_features)
             The rows.
         y : array, shape (n_samples,) or (n_samples, n_outputs)
-            Their targets; not every class need be among them.
+            Their targets, in which some classes may be missing.
         sample_weight : array, shape (n_samples,), optional
-            How many rows each row counts as.
+            Number of rows that each row counts as.
         classes : array, shape (n_classes,), optional
-            All classes there will be; needed in the first call.
+            All classes of all calls; needed in the first one.
 
         Returns
         -------
@@ -85,11 +87,11 @@ class BatchNormMLPClassifier(ClassifierMixin, MultilayerPerceptron):  # type: ig
         return self._fit(X, y, sample_weight, incremental=True)
 
     def predict_proba(self, X: Any) -> NDArray[Any]:
-        """The probability of each class, (n_samples, n_classes); of each label where targets are multilabel."""
+        """Return the probability of each class, or of each label of multilabel targets, (n_samples, n_classes)."""
         return self._log_probabilities(X).exp().numpy()
 
     def predict_log_proba(self, X: Any) -> NDArray[Any]:
-        """The logarithm of `predict_proba`, finite where that underflows to 0."""
+        """Return the logarithm of `predict_proba`, which is finite also where that underflows to 0."""
         return self._log_probabilities(X).numpy()
 
     def __sklearn_tags__(self) -> Any:
@@ -99,7 +101,7 @@ class BatchNormMLPClassifier(ClassifierMixin, MultilayerPerceptron):  # type: ig
 
     @property
     def out_activation_(self) -> str:
-        """The softmax for more than 2 classes, else the logistic function of each output."""
+        """The softmax for more than 2 classes, otherwise the logistic function of each output."""
         return "softmax" if self._label_binarizer.y_type_ == "multiclass" else "logistic"
 
     def _encode(self, y: Any, *, incremental: bool) -> NDArray[Any]:
@@ -110,15 +112,15 @@ class BatchNormMLPClassifier(ClassifierMixin, MultilayerPerceptron):  # type: ig
             classes = unique_labels(y)
             if not incremental and set(classes) != set(self.classes_):
                 raise InputError(
-                    f"warm_start can only be used where `y` has the same classes as in the previous call to fit, "
-                    f"{self.classes_}; got {classes}"
+                    f"with warm_start, y must have the same classes as in the previous fit, {self.classes_}; got "
+                    f"{classes}"
                 )
             if len(np.setdiff1d(classes, self.classes_)):
-                raise InputError(f"`y` may only have classes in `self.classes_`, {self.classes_}; got {classes}")
+                raise InputError(f"y may only have the classes {self.classes_}; got {classes}")
         return self._label_binarizer.transform(y)  # type: ignore[no-any-return]
 
     def _decode(self, output: Tensor) -> NDArray[Any]:
-        # An output of 0 is a probability of one half; of several classes the largest is taken whatever the threshold.
+        # An output of 0 is a probability of one half. For several classes the largest output decides.
         return self._label_binarizer.inverse_transform(output.numpy(), threshold=0.0)  # type: ignore[no-any-return]
 
     def _losses(self, output: Tensor, target: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What the classifier and the regressor share: fitting a network, and its outputs for new rows.
+"""Base class of the classifier and the regressor: it fits a network and returns its outputs for new rows.
 
-The loop is that of scikit-learn's ``MLPClassifier`` and ``MLPRegressor``: the same draws from ``random_state`` for
-the rows held out and the order of the others, the same objective, stopping rule and attributes.
+The loop is that of scikit-learn's ``MLPClassifier`` and ``MLPRegressor``: the same draws from ``random_state`` for the
+holdout and for the order of the other rows, the same objective, stopping rule and attributes.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import is_classifier, is_regressor
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
 
-from batchnorm.errors import InputError
-from batchnorm.lab.estimators.parameters import Parameters
-from batchnorm.lab.estimators.rows import Rows, dense
+from batchnorm.errors import DivergedError, InputError
+from batchnorm.lab.estimators.parameters import NetworkOptions, Parameters
+from batchnorm.lab.estimators.rows import FitRows, dense
 from batchnorm.lab.estimators.sample_weight import SampleWeightedBatchNorm1d, weighted_rows
 from batchnorm.lab.training.network import MLP, batch_bounds
 
 __all__ = ["MultilayerPerceptron"]
 
-ROWS_AT_ONCE = 4096  # bounds the memory of a prediction, and of what is made dense of a sparse X
+ROWS_AT_ONCE = 4096
+"""Rows per forward of a prediction, which bounds its memory, also where a sparse X is made dense."""
 
 
 class MultilayerPerceptron(Parameters, ABC):
-    """Fits a `batchnorm.lab.training.network.MLP` as scikit-learn fits its own; a child says what the targets are."""
+    """Estimator that fits a `batchnorm.lab.training.network.MLP`; a subclass defines targets and loss."""
 
-    _metric: ClassVar[Callable[..., float]]  # of (y, predictions, sample_weight), for early stopping
+    _metric: ClassVar[Callable[..., float]]  # called with (y, predictions, sample_weight), for early stopping
     _dtype: np.dtype[Any]
-    _begun_with: dict[str, Any]
+    _options: NetworkOptions
     loss_: float
     best_loss_: float | None
     best_validation_score_: float | None
 
     @abstractmethod
     def _encode(self, y: Any, *, incremental: bool) -> NDArray[Any]:
-        """Turn y into the numbers (N, outputs) that the network is fitted to."""
+        """Return y as the numbers (N, outputs) that the network is fitted to."""
 
     @abstractmethod
     def _decode(self, output: Tensor) -> NDArray[Any]:
-        """Turn the network's outputs (N, outputs) into predictions of y's own form."""
+        """Return the network's outputs (N, outputs) as predictions in the form of y."""
 
     @abstractmethod
     def _losses(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the loss of each row, (N,)."""
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Fit the network to X and y; from the start, or with ``warm_start`` from where the last fit ended.
+        """Fit the network to X and y, from the start or, with ``warm_start``, from the end of the last fit.
 
         Parameters
         ----------
@@ -66,7 +66,8 @@ class MultilayerPerceptron(Parameters, ABC):
         y : array, shape (n_samples,) or (n_samples, n_outputs)
             The targets.
         sample_weight : array, shape (n_samples,), optional
-            How many rows each row counts as, in the loss and in the batch statistics. With 0 it is left out.
+            Number of rows that each row counts as, in the loss and in the batch statistics. Rows of weight 0 are left
+            out.
 
         Returns
         -------
@@ -90,12 +91,12 @@ class MultilayerPerceptron(Parameters, ABC):
 
     @property
     def coefs_(self) -> list[NDArray[Any]]:
-        """The weights (inputs, outputs) of each linear map, input side first."""
+        """Weights (inputs, outputs) of each linear map, input side first."""
         return [linear.weight.detach()[0].numpy() for linear in self.network_.linears()]
 
     @property
     def intercepts_(self) -> list[NDArray[Any]]:
-        """The bias of each linear map; zeros where batch normalization follows, whose beta takes its place."""
+        """Bias of each linear map; zeros where batch normalization follows, whose beta replaces it."""
         return [
             np.zeros(linear.weight.shape[2], self._dtype) if linear.bias is None else linear.bias.detach()[0, 0].numpy()
             for linear in self.network_.linears()
@@ -120,32 +121,27 @@ class MultilayerPerceptron(Parameters, ABC):
     def _fit(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool) -> Self:
         self._check_parameters()
         if incremental and self.early_stopping:
-            raise InputError("partial_fit holds no rows out, so early_stopping must be False; got True")
-        goes_on = hasattr(self, "network_") and (self.warm_start or incremental)
-        rows = self._rows(X, y, sample_weight, incremental=incremental, goes_on=goes_on)
+            raise InputError("early_stopping must be False for partial_fit, which has no holdout; got True")
+        continues = hasattr(self, "network_") and (self.warm_start or incremental)
+        rows = self._rows(X, y, sample_weight, incremental=incremental, continues=continues)
         random_state = check_random_state(self.random_state)
-        seed = None if goes_on else int(random_state.randint(np.iinfo(np.int32).max))
-        held_out = None
+        seed = None if continues else int(random_state.randint(np.iinfo(np.int32).max))
+        holdout = None
         if self.early_stopping:
-            rows, held_out = self._split(rows, random_state)
+            rows, holdout = rows.split(self.validation_fraction, random_state, stratify=is_classifier(self))
         bounds = self._batch_bounds(len(rows))
-        lasting = self._lasting(rows.target.shape[1])
+        options = self._network_options(rows.target.shape[1])
         if seed is not None:
             self._begin(rows, seed)
         else:
-            for name, before in self._begun_with.items():
-                if lasting[name] != before:
-                    raise InputError(
-                        f"warm_start and partial_fit go on with the same network, whose {name} is {before!r}; got "
-                        f"{lasting[name]!r}"
-                    )
-        self._begun_with = lasting
+            self._options.check_same(options)
+        self._options = options
         if not incremental or not hasattr(self, "_optimizer"):
             self._optimizer = self._new_optimizer()
-        self._train(rows, held_out, bounds, random_state, incremental=incremental)
+        self._train(rows, holdout, bounds, random_state, incremental=incremental)
         return self
 
-    def _rows(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, goes_on: bool) -> Rows:
+    def _rows(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, continues: bool) -> FitRows:
         X, y = validate_data(
             self,
             X,
@@ -153,35 +149,21 @@ class MultilayerPerceptron(Parameters, ABC):
             accept_sparse="csr",
             multi_output=True,
             y_numeric=is_regressor(self),
-            dtype=self._dtype if goes_on else (np.float64, np.float32),
-            reset=not goes_on,
+            dtype=self._dtype if continues else (np.float64, np.float32),
+            reset=not continues,
         )
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
         target = self._encode(y, incremental=incremental).astype(X.dtype, copy=False)
         if sample_weight is None:
-            return Rows(X, y, target, None)
+            return FitRows(X, y, target, None)
         weight = _check_sample_weight(sample_weight, X, dtype=X.dtype, ensure_non_negative=True)
-        return Rows(X, y, target, weight).take(weight > 0)
-
-    def _split(self, rows: Rows, random_state: np.random.RandomState) -> tuple[Rows, Rows]:
-        fitted, held_out = train_test_split(
-            np.arange(len(rows)),
-            random_state=random_state,
-            test_size=self.validation_fraction,
-            stratify=rows.target if is_classifier(self) and rows.target.shape[1] == 1 else None,
-        )
-        if len(held_out) < 2:
-            raise InputError(
-                f"early_stopping needs at least 2 rows held out, by a greater validation_fraction or more rows; got "
-                f"{len(held_out)}"
-            )
-        return rows.take(fitted), rows.take(held_out)
+        return FitRows(X, y, target, weight).take(weight > 0)
 
     def _batch_bounds(self, rows: int) -> list[tuple[int, int]]:
         if self.batch_norm is not None and rows < 2:
             raise InputError(
-                f"batch normalization needs at least 2 samples to take a mean and a variance of; got {rows} sample"
+                f"batch normalization needs at least 2 samples for a mean and a variance; got {rows} sample"
             )
         if isinstance(self.batch_size, str):
             return batch_bounds(rows, min(200, rows))
@@ -191,16 +173,7 @@ class MultilayerPerceptron(Parameters, ABC):
             )
         return batch_bounds(rows, min(int(self.batch_size), rows))
 
-    def _lasting(self, outputs: int) -> dict[str, Any]:
-        """What a fit that goes on can't change."""
-        names = ("activation", "batch_norm", "bn_momentum", "bn_eps", "early_stopping")
-        return {
-            "hidden_layer_sizes": self._hidden(),
-            "number of outputs": outputs,
-            **{name: getattr(self, name) for name in names},
-        }
-
-    def _begin(self, rows: Rows, seed: int) -> None:
+    def _begin(self, rows: FitRows, seed: int) -> None:
         hidden = self._hidden()
         self.n_outputs_, self.n_layers_ = rows.target.shape[1], len(hidden) + 2
         self.network_ = MLP(
@@ -215,7 +188,7 @@ class MultilayerPerceptron(Parameters, ABC):
         if self.batch_norm is not None:
             for block, units in zip(self.network_.hidden, hidden, strict=True):
                 block.norm = SampleWeightedBatchNorm1d(units, eps=self.bn_eps, momentum=self.bn_momentum)
-        # Drawn in float64, so that a fit in float32 starts from the same weights, rounded.
+        # Weights are drawn in float64, so that a fit in float32 starts from the same ones, rounded.
         self.network_.to("cpu", torch.float64).initialize([torch.Generator().manual_seed(seed)], scale=self.init_scale)
         self._dtype = rows.X.dtype
         self.network_.to(torch.float32 if self._dtype == np.float32 else torch.float64)
@@ -235,8 +208,8 @@ class MultilayerPerceptron(Parameters, ABC):
 
     def _train(
         self,
-        rows: Rows,
-        held_out: Rows | None,
+        rows: FitRows,
+        holdout: FitRows | None,
         bounds: list[tuple[int, int]],
         random_state: np.random.RandomState,
         *,
@@ -250,8 +223,8 @@ class MultilayerPerceptron(Parameters, ABC):
                 if self.shuffle:
                     random_state.shuffle(order)
                 self._epoch(rows, [order[start:stop] for start, stop in bounds])
-                merit = -self.loss_ if held_out is None else self._validate(held_out)
-                if self._is_best(merit) and held_out is not None:
+                merit = -self.loss_ if holdout is None else self._validate(holdout)
+                if self._is_best(merit) and holdout is not None:
                     best_state = copy.deepcopy(self.network_.state_dict())
                 if self._no_improvement_count > self.n_iter_no_change:
                     self._print(f"No improvement by tol={self.tol:f} in {self.n_iter_no_change} epochs. Stopping.")
@@ -266,12 +239,12 @@ class MultilayerPerceptron(Parameters, ABC):
                     )
         except KeyboardInterrupt:
             warnings.warn("Training interrupted by user.", stacklevel=4)
-        if held_out is not None:
+        if holdout is not None:
             self.network_.load_state_dict(best_state)
         self.network_.eval()
 
     @torch.enable_grad()
-    def _epoch(self, rows: Rows, batches: list[NDArray[np.intp]]) -> None:
+    def _epoch(self, rows: FitRows, batches: list[NDArray[np.intp]]) -> None:
         self.network_.train()
         total = 0.0
         for index in batches:
@@ -286,9 +259,9 @@ class MultilayerPerceptron(Parameters, ABC):
         self.t_ += len(rows)
         self._print(f"Iteration {self.n_iter_}, loss = {self.loss_:.8f}")
         if not (math.isfinite(self.loss_) and all(values.isfinite().all() for values in self.network_.run_state())):
-            raise InputError(
-                "loss and weights must stay finite; take a smaller learning_rate_init, or scale X (StandardScaler) and "
-                f"the targets; got loss {self.loss_} in epoch {self.n_iter_}"
+            raise DivergedError(
+                f"loss and weights must stay finite; got loss {self.loss_} in epoch {self.n_iter_}: use a smaller "
+                "learning_rate_init, or scale X (StandardScaler) and the targets"
             )
 
     def _objective(self, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
@@ -299,14 +272,17 @@ class MultilayerPerceptron(Parameters, ABC):
             return (losses.sum() + penalty) / len(losses)
         return (weight @ losses + penalty) / weight.sum()
 
-    def _validate(self, held_out: Rows) -> float:
-        score = self._metric(held_out.y, self._decode(self._output(held_out.X)), sample_weight=held_out.weight)
+    def _validate(self, holdout: FitRows) -> float:
+        score = self._metric(holdout.y, self._decode(self._output(holdout.X)), sample_weight=holdout.weight)
         self.validation_scores_.append(score)  # type: ignore[union-attr]  # a list with early_stopping
         self._print(f"Validation score: {score:f}")
         return score
 
     def _is_best(self, merit: float) -> bool:
-        """Count the epochs without improvement; merit is the validation score, or minus the loss."""
+        """Return whether the epoch is the best so far, and count the epochs without improvement.
+
+        The merit is the validation score, or minus the loss.
+        """
         self._no_improvement_count = self._no_improvement_count + 1 if merit < self._best + self.tol else 0
         if merit <= self._best:
             return False
@@ -319,4 +295,4 @@ class MultilayerPerceptron(Parameters, ABC):
 
     def _print(self, message: str) -> None:
         if self.verbose:
-            print(message)  # noqa: T201 (verbose prints, as scikit-learn's does)
+            print(message)  # noqa: T201 (verbose prints, as in scikit-learn)

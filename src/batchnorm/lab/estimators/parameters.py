@@ -1,8 +1,9 @@
-"""The parameters of the estimators: their names and defaults, what each may be, and what it means."""
+"""Parameters of the estimators: their names, defaults, ranges and meaning."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -13,82 +14,113 @@ from sklearn.utils._param_validation import Interval, Options, StrOptions
 from batchnorm.errors import InputError
 from batchnorm.lab.training.network import Placement
 
-__all__ = ["ATTRIBUTES", "PARAMETERS", "Parameters"]
+__all__ = ["ATTRIBUTES", "PARAMETERS", "NetworkOptions", "Parameters"]
 
 PARAMETERS = """hidden_layer_sizes : sequence of int or int
         Units of each hidden layer.
     activation : str
         "identity", "sigmoid" (or "logistic", scikit-learn's name for it), "tanh" or "relu".
     batch_norm : "before", "after" or None
-        Where batch normalization stands, seen from the nonlinearity of each hidden layer. With "before" the
-        linear map in front of it has no bias: the normalisation would subtract it again.
+        Position of batch normalization relative to the nonlinearity of each hidden layer. With "before" the preceding
+        linear map has no bias, which the normalization would subtract.
     bn_momentum : float
-        Weight of a mini-batch's moments in the running statistics, as in torch. After k mini-batches of fitting
-        they still hold (1 - bn_momentum)^k of where they began, mean 0 and variance 1.
+        Weight of a mini-batch's moments in the running statistics, as in torch. The initial values, mean 0 and variance
+        1, have a weight of (1 - bn_momentum)^k after k mini-batches.
     bn_eps : float
         Added to the variance.
     solver : "adam" or "sgd"
-        "lbfgs" is refused: it needs the same function at each evaluation.
+        "lbfgs" is refused, because it needs the same function at each evaluation.
     alpha : float
-        Strength of the L2 penalty ``alpha/2 * sum(W^2)`` on the weights of the linear maps alone; gamma, beta and
-        biases are spared. As in scikit-learn it is divided by the number of rows of each mini-batch (the sum of
-        their sample weights) when it is added to their mean loss.
+        Strength of the L2 penalty ``alpha/2 * sum(W^2)`` on the weights of the linear maps; gamma, beta and biases have
+        no penalty. As in scikit-learn the penalty is divided by the number of rows of the mini-batch (or the sum of
+        their sample weights) and added to their mean loss.
     batch_size : int or "auto"
-        Rows of a mini-batch; "auto" is ``min(200, n_samples)``. A last mini-batch of one row joins the one before.
+        Rows per mini-batch; "auto" is ``min(200, n_samples)``. A last mini-batch of one row joins the previous one.
     learning_rate_init : float
-        The learning rate, constant.
+        The learning rate, which is constant.
     max_iter : int
-        Most epochs of a fit.
+        Maximum number of epochs per fit.
     shuffle : bool
-        Draw a new order of the rows for each epoch.
+        Whether each epoch has a new order of the rows.
     init_scale : float
-        Multiplies the initial weights, which are drawn by He's rule for relu and Xavier's otherwise; biases are 0.
+        Factor of the initial weights, which are drawn by He's rule for relu and Xavier's otherwise; biases start at 0.
     random_state : int, RandomState or None
-        Of the initial weights, the rows held out and the order of the others. Torch's global generator is neither
+        Source of the initial weights, the holdout and the order of the other rows. Torch's global generator is neither
         read nor changed.
     tol : float
-        An epoch improves the loss (the validation score with ``early_stopping``) if it does so by this much.
+        Minimum improvement of the loss (of the validation score with ``early_stopping``) that counts as one.
     verbose : bool
-        Print the loss of each epoch.
+        Whether to print the loss of each epoch.
     warm_start : bool
-        Go on from the last fit's network.
+        Whether a fit continues with the network of the last fit.
     momentum : float
-        Of "sgd"; that of the running statistics is ``bn_momentum``.
+        Momentum of "sgd"; that of the running statistics is ``bn_momentum``.
     nesterovs_momentum : bool
-        Use Nesterov's momentum in "sgd".
+        Whether "sgd" uses Nesterov's momentum.
     early_stopping : bool
-        Hold rows out, stop on their score and keep the network that was best on them.
+        Whether to score a holdout after each epoch, stop on its score and keep the network with the best one.
     validation_fraction : float
-        Share of the rows held out by ``early_stopping``.
+        Share of the rows in the holdout of ``early_stopping``.
     beta_1, beta_2, epsilon : float
-        Of "adam".
+        Constants of "adam".
     n_iter_no_change : int
-        Stop after more than this many epochs in a row without improvement."""
+        Number of consecutive epochs without improvement after which one more stops the fit."""
 
 ATTRIBUTES = """network_ : batchnorm.lab.training.network.MLP
-        The fitted torch module, in eval mode; maps (N, features) to (1, N, outputs).
+        The fitted torch module, in eval mode; it maps (N, features) to (1, N, outputs).
     coefs_, intercepts_ : list of ndarray
         Weights (inputs, outputs) and bias of each linear map; the intercepts are 0 where "before" leaves none.
     loss_, best_loss_ : float
-        Mean objective of the last epoch, and of the best (None with ``early_stopping``).
+        Mean objective of the last epoch, and of the best one (None with ``early_stopping``).
     loss_curve_ : list of float
         ``loss_`` of each epoch.
     validation_scores_, best_validation_score_ : list of float, float
-        {score} on the rows held out, after each epoch and the best; None without ``early_stopping``.
+        {score} on the holdout after each epoch, and the best; None without ``early_stopping``.
     n_iter_, t_ : int
-        Epochs of the last fit, and rows seen since the network began.
+        Epochs of the last fit, and rows seen since the network was initialized.
     n_features_in_, n_outputs_, n_layers_ : int
-        Features, network outputs, and layers counting input and output.
+        Number of features, of network outputs, and of layers including input and output.
     feature_names_in_ : ndarray of str
         Names of the features, where X had them.
     out_activation_ : str
-        What turns the network's outputs into predictions: "softmax", "logistic" or "identity"."""
+        Function from the network's outputs to predictions: "softmax", "logistic" or "identity"."""
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Options of a fitted network, which a fit that continues with it can't change.
+
+    Attributes
+    ----------
+    hidden_layer_sizes, activation, batch_norm, bn_momentum, bn_eps, early_stopping
+        The parameters of these names.
+    n_outputs_ : int
+        Number of network outputs.
+    """
+
+    hidden_layer_sizes: tuple[int, ...]
+    n_outputs_: int
+    activation: str
+    batch_norm: Placement
+    bn_momentum: float
+    bn_eps: float
+    early_stopping: bool
+
+    def check_same(self, other: NetworkOptions) -> None:
+        """Raise `InputError` unless the options of a fit that continues are these."""
+        for field in fields(self):
+            before, now = getattr(self, field.name), getattr(other, field.name)
+            if now != before:
+                raise InputError(
+                    f"warm_start and partial_fit continue with the same network, whose {field.name} is {before!r}; got "
+                    f"{now!r}"
+                )
 
 
 class Parameters(BaseEstimator):  # type: ignore[misc]  # scikit-learn is published without types
-    """Both estimators' constructor, and the check of what it was given, made by scikit-learn's own machinery."""
+    """Constructor of both estimators, and the check of its parameters, which scikit-learn's machinery makes."""
 
-    _parameter_constraints: ClassVar[dict[str, Any]] = {
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
         "activation": [StrOptions({"identity", "sigmoid", "logistic", "tanh", "relu"})],
         "batch_norm": [StrOptions({"before", "after"}), None],
@@ -171,14 +203,25 @@ class Parameters(BaseEstimator):  # type: ignore[misc]  # scikit-learn is publis
     def _check_parameters(self) -> None:
         if self.solver == "lbfgs":
             raise InputError(
-                "solver must be adam or sgd, since L-BFGS needs the same function at each evaluation (its line search "
-                "and its curvature compare them) and each mini-batch's own mean and variance make another; got 'lbfgs'"
+                "solver must be 'adam' or 'sgd': L-BFGS needs the same function at each evaluation, and the statistics "
+                "of each mini-batch make it another one; got 'lbfgs'"
             )
         self._validate_params()
         if not all(isinstance(units, Integral) and units > 0 for units in self._hidden()):
-            raise InputError(f"hidden_layer_sizes must be whole numbers above 0; got {self.hidden_layer_sizes!r}")
+            raise InputError(f"hidden_layer_sizes must be positive whole numbers; got {self.hidden_layer_sizes!r}")
         if self.batch_norm is not None and self.batch_size == 1:
             raise InputError("batch_size must be at least 2 with batch normalization; got 1")
 
     def _hidden(self) -> tuple[int, ...]:
         return tuple(np.ravel(self.hidden_layer_sizes).tolist())
+
+    def _network_options(self, outputs: int) -> NetworkOptions:
+        return NetworkOptions(
+            hidden_layer_sizes=self._hidden(),
+            n_outputs_=outputs,
+            activation=self.activation,
+            batch_norm=self.batch_norm,
+            bn_momentum=self.bn_momentum,
+            bn_eps=self.bn_eps,
+            early_stopping=self.early_stopping,
+        )

@@ -19,8 +19,8 @@ class BatchNormMLPRegressor(RegressorMixin, MultilayerPerceptron):  # type: igno
     __doc__ = f"""Multilayer perceptron for regression, with batch normalization in each hidden layer.
 
     scikit-learn's ``MLPRegressor`` with the layers of Ioffe & Szegedy (2015): half the squared error, summed over
-    the targets, is minimised over mini-batches, each normalised with its own mean and variance; predictions use the
-    running statistics. One target or several, dense or sparse X; computed on the CPU in the dtype of X.
+    the targets, is minimized over mini-batches, each normalized with its own mean and variance; predictions use the
+    running statistics. There may be several targets, and X may be sparse; fits run on the CPU in the dtype of X.
 
     Parameters
     ----------
@@ -33,7 +33,9 @@ class BatchNormMLPRegressor(RegressorMixin, MultilayerPerceptron):  # type: igno
     Raises
     ------
     InputError
-        A `ValueError`: a parameter that does not fit, a single row to fit, a loss that is no longer finite.
+        A `ValueError`: a parameter is out of its range, or there is a single row to fit.
+    DivergedError
+        The loss or a weight is no longer finite after an epoch.
 
     References
     ----------
@@ -54,7 +56,7 @@ class BatchNormMLPRegressor(RegressorMixin, MultilayerPerceptron):  # type: igno
     _metric = staticmethod(r2_score)
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Go over the rows given once, from where the last call ended.
+        """Fit one more epoch, to the given rows, from the end of the last call.
 
         Parameters
         ----------
@@ -63,7 +65,7 @@ class BatchNormMLPRegressor(RegressorMixin, MultilayerPerceptron):  # type: igno
         y : array, shape (n_samples,) or (n_samples, n_outputs)
             Their targets.
         sample_weight : array, shape (n_samples,), optional
-            How many rows each row counts as.
+            Number of rows that each row counts as.
 
         Returns
         -------

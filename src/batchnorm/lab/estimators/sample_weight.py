@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm import ops
+from batchnorm.kernels.records import BatchMoments, Running
 from batchnorm.nn import BatchNorm1d
 
 __all__ = ["SampleWeightedBatchNorm1d", "weighted_rows"]
@@ -25,26 +27,38 @@ class SampleWeightedBatchNorm1d(BatchNorm1d):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002 (torch's name for it)
         """Return y of input's shape (N, C), as `BatchNorm1d` unless there are weights."""
-        if self.sample_weight is None or not self.training:
+        if self.sample_weight is None or not self.training or self.frozen_statistics:
             return super().forward(input, *args, **kwargs)
         total = self.sample_weight.sum()
         share = self.sample_weight / total
         mean = share @ input
-        rest = share @ (input - mean)  # of the mean, which one float can't hold where it is far above the deviation
-        centred = input - mean - rest
-        var = share @ centred.square()
-        # Weights that sum to less than the rows do not count them, and could not correct the variance's bias.
+        rest = share @ (input - mean)  # one float can't hold a mean that is far above the standard deviation
+        centered = input - mean - rest
+        var = share @ centered.square()
+        # Weights whose sum is below the number of rows do not count rows, and could not correct the bias.
         count = total.clamp(min=len(input))
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # there are running statistics
-            self.running_mean.lerp_(mean + rest, self.momentum)  # type: ignore[union-attr, arg-type]
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)  # type: ignore[union-attr, arg-type]
-        return torch.addcmul(self.bias, centred * torch.rsqrt(var + self.eps), self.weight)
+        unbiased_var = var * (count / (count - 1).clamp(min=1))
+        self._update_running(BatchMoments(mean + rest, unbiased_var, count))
+        return torch.addcmul(self.bias, centered * torch.rsqrt(var + self.eps), self.weight)
+
+    @torch.no_grad()
+    def _update_running(self, batch: BatchMoments) -> None:
+        """Update the running statistics by the library's rule, which skips a batch that is not finite.
+
+        They are averaged with `torch.lerp`, and the rule (momentum 1) puts the result in their place: its own average
+        rounds differently, and a fit shall give the same numbers in every version.
+        """
+        mean, var, batches = self.running_statistics(self.active_domain)
+        assert mean is not None
+        assert var is not None
+        assert self.momentum is not None
+        new = BatchMoments(mean.lerp(batch.mean, self.momentum), var.lerp(batch.var, self.momentum), batch.count)
+        ops.running.update_(Running(mean, var, batches, 1.0, self.skipped_batches, unbiased=False), new)
 
 
 @contextmanager
 def weighted_rows(network: nn.Module, weight: Tensor | None) -> Iterator[None]:
-    """Give every `SampleWeightedBatchNorm1d` of the network the weights (N,) of the mini-batch to come."""
+    """Give every `SampleWeightedBatchNorm1d` of the network the weights (N,) of the next mini-batch."""
     layers = [layer for layer in network.modules() if isinstance(layer, SampleWeightedBatchNorm1d)]
     try:
         for layer in layers:
