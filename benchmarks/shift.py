@@ -144,7 +144,7 @@ def detection(model: nn.Module, clean: Tensor, images: Tensor, repeats: int, see
             order = _order(len(images), generator)
             drawn, others = [images[order[:count]]], clean[order[count:]].split(256)
             for how, kept in zip(HOW, (None, others), strict=True):
-                reported[how][str(count)] += bn.detect_shift(model, drawn, clean=kept, alpha=ALPHA).shifted
+                reported[how][str(count)] += bn.detect_shift(model, drawn, reference=kept, alpha=ALPHA).shifted
     return reported
 
 

@@ -313,7 +313,7 @@ def test_shift_shows_distances_a_verdict_and_what_would_mend_it(wines):
 
 
 def test_shift_as_json_compared_with_clean_rows_fails_where_asked_to(wines):
-    arguments = ["shift", "cellar:fitted", "shifted.csv", "--target", "target", "--clean", "same.csv", "--json"]
+    arguments = ["shift", "cellar:fitted", "shifted.csv", "--target", "target", "--reference", "same.csv", "--json"]
     content = json.loads(batchnorm(*arguments, "--fail-on-shift", cwd=wines, status=1).stdout)
     assert content["shift"]["clean"] is True
     assert content["scores"]["rows"] == 89

@@ -28,10 +28,11 @@ from batchnorm.version import __version__
 
 if TYPE_CHECKING:
     from batchnorm import lab
+    from batchnorm.diagnostics.doctor import Diagnosis, doctor
     from batchnorm.diagnostics.explain import Explanation, explain
     from batchnorm.functional import Stats, batch_norm, lengths_to_mask, normalize
     from batchnorm.kernels.allocator import tune_allocator
-    from batchnorm.kernels.chosen import kernels
+    from batchnorm.kernels.chosen import Kernels, kernels
     from batchnorm.lab.estimators import BatchNormMLPClassifier, BatchNormMLPRegressor
     from batchnorm.nn import (
         BatchNorm,
@@ -50,12 +51,13 @@ if TYPE_CHECKING:
         unfreeze,
     )
     from batchnorm.nn.domains import add_domains, use_domain
-    from batchnorm.statistics import Moments, detect_shift, pool_running_stats
-    from batchnorm.statistics.adapt import adapt
-    from batchnorm.statistics.recalibrate import recalibrate
+    from batchnorm.statistics import Moments, Shift, detect_shift, pool_running_stats
+    from batchnorm.statistics.adapt import Adaptation, adapt
+    from batchnorm.statistics.recalibrate import Recalibration, recalibrate
     from batchnorm.statistics.snapshot import Snapshot, restore, snapshot
 
 __all__ = [
+    "Adaptation",
     "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -64,21 +66,25 @@ __all__ = [
     "BatchNormMLPClassifier",
     "BatchNormMLPRegressor",
     "DataError",
+    "Diagnosis",
     "DistributedError",
     "DivergedError",
     "Explanation",
     "InputError",
     "InputTypeError",
     "KernelError",
+    "Kernels",
     "LazyBatchNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "MissingDependencyError",
     "Moments",
+    "Recalibration",
     "Renorm",
     "RenormSchedule",
     "RunError",
+    "Shift",
     "Snapshot",
     "Stats",
     "UnsupportedError",
@@ -88,6 +94,7 @@ __all__ = [
     "add_domains",
     "batch_norm",
     "detect_shift",
+    "doctor",
     "explain",
     "freeze",
     "kernels",
@@ -111,6 +118,7 @@ _CORE = [
     "batchnorm.nn",
     "batchnorm.statistics",
     "batchnorm.diagnostics.explain",
+    "batchnorm.diagnostics.doctor",
 ]
 _ESTIMATORS = ["BatchNormMLPClassifier", "BatchNormMLPRegressor"]
 

@@ -193,9 +193,11 @@ def shift(
     weights: Annotated[Path | None, typer.Option(help="State dict to load: torch.save's, or safetensors.")] = None,
     target: Annotated[str | None, typer.Option(help="Column to predict: scores too.")] = None,
     columns: Annotated[str | None, typer.Option(help="Features, in the model's order.", metavar="A,B")] = None,
-    clean: Annotated[str | None, typer.Option(help="Data without a shift, to compare with.", metavar="DATA")] = None,
+    reference: Annotated[str | None, typer.Option(help="Data without a shift to compare with.", metavar="DATA")] = None,
     alpha: Annotated[float, typer.Option(help="Chance of a false alarm to accept.")] = 0.05,
-    source_samples: Annotated[int, typer.Option(help="What stored statistics count as, without --clean.")] = 256,
+    reference_samples: Annotated[
+        int, typer.Option(help="Samples that the stored statistics count as, without --reference.")
+    ] = 256,
     prior: Annotated[float, typer.Option(help="What they count as in adapting, in samples.")] = 16,
     fail_on_shift: Annotated[bool, typer.Option("--fail-on-shift", help="Exit 1 where data has shifted.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
@@ -205,9 +207,9 @@ def shift(
     from batchnorm.lab.serving.shift import examine, read_rows
 
     rows = read_rows(data, target, _names(columns))
-    without = None if clean is None else read_rows(clean, target, _names(columns))
+    known = None if reference is None else read_rows(reference, target, _names(columns))
     served = load(model, weights)
-    found = examine(served, rows, without, prior=prior, alpha=alpha, source_samples=source_samples)
+    found = examine(served, rows, known, prior=prior, alpha=alpha, reference_samples=reference_samples)
     typer.echo(found.to_json() if json_output else str(found))
     if fail_on_shift and found.shift.shifted:
         raise typer.Exit(1)
@@ -216,11 +218,11 @@ def shift(
 @app.command()
 def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
     """Show versions, kernels, devices and settings; exit 1 where BATCHNORM_KERNELS asks for what can't be had."""
-    from batchnorm.diagnostics.doctor import examine
+    from batchnorm.diagnostics.doctor import doctor as examine
 
-    findings = examine()
-    typer.echo(findings.to_json() if json_output else str(findings))
-    if findings.problem is not None:
+    report = examine()
+    typer.echo(json.dumps(report.to_dict(), indent=2) if json_output else str(report))
+    if report.problem is not None:
         raise typer.Exit(1)
 
 

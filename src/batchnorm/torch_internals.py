@@ -57,6 +57,7 @@ __all__ = [
     "traces_pre_dispatch",
     "transforms_are_active",
     "vmap_is_active",
+    "without_compile_wrappers",
     "without_modes",
 ]
 
@@ -495,6 +496,11 @@ def compiled_module(module: nn.Module) -> nn.Module | None:
     """Return the module that ``torch.compile(module)`` wraps, or None."""
     inner = getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else None
+
+
+def without_compile_wrappers(path: str) -> str:
+    """Return a module path or a key of a state dict without the names that torch.compile's wrappers add to it."""
+    return path.replace("_orig_mod.", "")
 
 
 # torch.distributed.

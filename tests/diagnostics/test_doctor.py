@@ -7,11 +7,11 @@ import pytest
 
 import batchnorm as bn
 from batchnorm.cli import main
-from batchnorm.diagnostics.doctor import examine, installed
+from batchnorm.diagnostics.doctor import installed
 
 
 @pytest.fixture
-def doctor(monkeypatch, capsys):
+def run_doctor(monkeypatch, capsys):
     """Run the command in this process; returns its exit status and what it printed."""
     for name in ("BATCHNORM_KERNELS", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
@@ -25,8 +25,8 @@ def doctor(monkeypatch, capsys):
     return run
 
 
-def test_it_names_versions_kernels_devices_and_settings_in_80_columns(doctor):
-    status, text = doctor()
+def test_it_names_versions_kernels_devices_and_settings_in_80_columns(run_doctor):
+    status, text = run_doctor()
     assert status == 0
     labels = [line[:14].strip() for line in text.splitlines() if not line.startswith(" ")]
     assert labels == [
@@ -46,8 +46,8 @@ def test_it_names_versions_kernels_devices_and_settings_in_80_columns(doctor):
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_json_holds_the_same(doctor):
-    status, text = doctor("--json")
+def test_json_holds_the_same(run_doctor):
+    status, text = run_doctor("--json")
     found = json.loads(text)
     assert status == 0
     assert found["versions"]["batchnorm"] == bn.__version__
@@ -58,25 +58,25 @@ def test_json_holds_the_same(doctor):
 
 
 @pytest.mark.parametrize("arguments", [(), ("--json",)])
-def test_forced_kernels_that_cannot_be_had_are_a_problem_and_exit_1(doctor, monkeypatch, arguments):
+def test_forced_kernels_that_cannot_be_had_are_a_problem_and_exit_1(run_doctor, monkeypatch, arguments):
     monkeypatch.setenv("BATCHNORM_KERNELS", "triton")
-    status, text = doctor(*arguments)
+    status, text = run_doctor(*arguments)
     assert status == 1
     assert "BATCHNORM_KERNELS=triton can't be had" in " ".join(text.split())
 
 
-def test_variables_that_matter_are_shown_where_they_are_set(doctor, monkeypatch):
-    assert "OMP_NUM_THREADS" not in doctor()[1]
+def test_variables_that_matter_are_shown_where_they_are_set(run_doctor, monkeypatch):
+    assert "OMP_NUM_THREADS" not in run_doctor()[1]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert "Environment   OMP_NUM_THREADS=2" in doctor()[1]
+    assert "Environment   OMP_NUM_THREADS=2" in run_doctor()[1]
 
 
 def test_a_long_variable_stays_within_80_columns(monkeypatch):
     monkeypatch.setenv("LD_PRELOAD", "/a/folder" * 30)
-    assert max(map(len, str(examine()).splitlines())) == 80
+    assert max(map(len, str(bn.doctor()).splitlines())) == 80
 
 
 def test_a_missing_library_is_said():
     assert installed(["numpy", "no-such-library"])["no-such-library"] is None
-    lacking = examine().__class__(**{**vars(examine()), "libraries": {"rich": "15.0", "polars": None}})
+    lacking = bn.doctor().__class__(**{**vars(bn.doctor()), "libraries": {"rich": "15.0", "polars": None}})
     assert "Missing       polars: pip install 'batchnorm[lab]'" in str(lacking)

@@ -53,9 +53,10 @@ def test_in_ci_the_tests_fail_without_the_native_kernels():
 
 
 def test_it_prints_a_line_for_each_kind_of_tensors(forced):
-    cpu, cuda = repr(bn.kernels()).splitlines()
-    assert cpu == f"CPU tensors:  {bn.kernels().cpu}"
-    assert cuda == "CUDA tensors: reference: this version has no GPU kernels"
+    cpu, cuda = str(bn.kernels()).splitlines()
+    assert cpu == f"CPU tensors   {bn.kernels().cpu}"
+    assert cuda == "CUDA tensors  reference: this version has no GPU kernels"
+    assert repr(bn.kernels()) == f"Kernels(CPU: {bn.kernels().cpu.name}, CUDA: reference)"
 
 
 def test_a_forced_reference_serves_every_tensor_and_says_who_asked(forced):

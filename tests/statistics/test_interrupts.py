@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.statistics.interrupts import held_back, let_through
+from batchnorm.statistics.interrupts import allow_interrupts, defer_interrupts
 
 HERE = str(Path(bn.__file__).parent / "statistics")
 
@@ -102,11 +102,11 @@ def test_held_back_it_is_raised_at_the_end_or_where_it_is_let_through():
     done = []
 
     def work(*, waits):
-        with held_back():
+        with defer_interrupts():
             interrupts()
             done.append("held back")
             if waits:
-                with let_through():
+                with allow_interrupts():
                     done.append("never")
 
     for waits in (False, True):
@@ -119,9 +119,9 @@ def test_a_second_one_does_not_interrupt_what_cleans_up_after_the_first():
     done = []
 
     def work():
-        with held_back():
+        with defer_interrupts():
             try:
-                with let_through():
+                with allow_interrupts():
                     interrupts()
             finally:
                 interrupts()
@@ -136,7 +136,7 @@ def test_a_program_that_handles_it_itself_goes_on_doing_so():
     seen = []
     before = signal.signal(signal.SIGINT, lambda *_: seen.append("theirs"))
     try:
-        with held_back():
+        with defer_interrupts():
             interrupts()
             assert seen == []
         assert seen == ["theirs"]
@@ -148,7 +148,7 @@ def test_in_another_thread_nothing_is_held_back():
     found = []
 
     def work():
-        with held_back(), let_through():
+        with defer_interrupts(), allow_interrupts():
             found.append(bn.recalibrate(bn.BatchNorm1d(3), BATCHES).samples)
 
     thread = threading.Thread(target=work)

@@ -101,7 +101,7 @@ def test_samples_weigh_in_the_place_of_batches_and_broadcast_buffers_are_refused
     try:
         bn.pool_running_stats(wrapped, samples=None if rank else 30)
         told.append("nothing raised")
-    except bn.InputError as error:
+    except bn.DistributedError as error:
         told.append(str(error))
     told.append(statistics())
     bn.pool_running_stats(wrapped, samples=[30, 10][rank])
@@ -140,7 +140,7 @@ def test_ranks_with_other_layers_are_told_which(on_ranks, odd):
     try:
         bn.pool_running_stats(model)
         said = ""
-    except bn.InputError as error:
+    except bn.DistributedError as error:
         said = str(error)
     result = {{"said": said, "mean": model[0].running_mean.tolist()}}
     """

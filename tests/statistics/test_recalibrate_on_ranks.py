@@ -96,7 +96,7 @@ def test_where_the_loader_of_one_rank_fails_all_hear_of_it_and_change_nothing(on
     """
     first, second = on_ranks(code, 2)
     assert first["said"] == (
-        "DistributedError: rank 1 of the group failed, and so nothing was changed: OSError('disk gone')"
+        "DistributedError: rank 1 of the group failed, so nothing was changed: OSError('disk gone')"
     )
     assert second["said"] == "OSError: disk gone"
     assert first["mean"] == second["mean"] == [0, 0, 0]

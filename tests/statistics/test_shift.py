@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.statistics.forwards import running_layers
-from batchnorm.statistics.units import MOST, seen_by
+from batchnorm.statistics.block_sums import MAX_BLOCKS, sum_inputs
+from batchnorm.statistics.layers import running_layers
 
 KINDS = [bn.BatchNorm1d, nn.BatchNorm1d]
 
@@ -46,7 +46,7 @@ def test_distances_are_those_of_the_normal_distributions(kind):
             ((layer.running_mean, (layer.running_var + eps).sqrt()), (mean, (var + eps).sqrt())),
         )
     ]
-    assert found.kl == pytest.approx((sum(kl) / 2).mean().item(), rel=1e-9)
+    assert found.kl == pytest.approx(sum(kl).mean().item(), rel=1e-9)
     away = ((mean - layer.running_mean) ** 2 + (var.sqrt() - layer.running_var.sqrt()) ** 2).sqrt()
     assert found.wasserstein == pytest.approx((away / (layer.running_var + eps).sqrt()).mean().item(), rel=1e-9)
     assert found.effective_samples == pytest.approx(50, rel=0.05)
@@ -59,7 +59,7 @@ def test_a_shifted_mean_is_reported(amount):
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_a_changed_spread_about_the_same_mean_is_reported(factor):
-    assert bn.detect_shift(standard(), [random(64, 5) * factor], source_samples=10_000).shifted
+    assert bn.detect_shift(standard(), [random(64, 5) * factor], reference_samples=10_000).shifted
 
 
 @pytest.mark.parametrize("samples", [8, 64])
@@ -67,10 +67,8 @@ def test_a_changed_spread_about_the_same_mean_is_reported(factor):
 def test_at_alpha_of_a_twentieth_at_most_that_share_of_clean_draws_is_reported(samples, clean):
     # 200 draws: an exact test exceeds 9.5% (19 of 200) once in 300 times. The seeds are fixed, so it passes or not.
     model, draws = standard(), random(200, samples, 5, seed=1)
-    others = random(500, 5, seed=2) if clean else None
-    reports = [
-        bn.detect_shift(model, [x], clean=None if others is None else [others], source_samples=10**9) for x in draws
-    ]
+    reference = [random(500, 5, seed=2)] if clean else None
+    reports = [bn.detect_shift(model, [x], reference=reference, reference_samples=10**9) for x in draws]
     assert sum(report.shifted for report in reports) <= 19
     # and it is no test that never reports: p-values reach over the whole range
     assert min(report.p_value for report in reports) < 0.2
@@ -85,16 +83,16 @@ def test_pixels_of_an_image_count_as_what_they_add_to_its_error_not_as_samples()
     (found,) = bn.detect_shift(layer, [random(64, 3, 7, 7)]).layers
     assert found.effective_samples == pytest.approx(64 * 49, rel=0.4)
     reports = [
-        bn.detect_shift(layer, [random(32, 3, 1, 1, seed=seed).expand(32, 3, 7, 7)], source_samples=10**9)
+        bn.detect_shift(layer, [random(32, 3, 1, 1, seed=seed).expand(32, 3, 7, 7)], reference_samples=10**9)
         for seed in range(50)
     ]
     assert sum(report.shifted for report in reports) <= 7  # 7 of 50: once in 250 times
 
 
-def test_differences_that_so_few_source_samples_could_show_are_no_alarm():
+def test_differences_that_so_few_reference_samples_could_show_are_no_alarm():
     layer, x = standard(), random(2000, 5) + 0.1
-    assert bn.detect_shift(layer, [x], source_samples=100_000).shifted
-    assert not bn.detect_shift(layer, [x], source_samples=50).shifted
+    assert bn.detect_shift(layer, [x], reference_samples=100_000).shifted
+    assert not bn.detect_shift(layer, [x], reference_samples=50).shifted
 
 
 def test_with_clean_data_it_is_this_that_counts():
@@ -102,10 +100,10 @@ def test_with_clean_data_it_is_this_that_counts():
     layer.running_mean.fill_(3)  # stale
     x = random(128, 5)
     assert bn.detect_shift(layer, [x]).shifted
-    report = bn.detect_shift(layer, [x], clean=[random(400, 5, seed=1)])
+    report = bn.detect_shift(layer, [x], reference=[random(400, 5, seed=1)])
     assert not report.shifted
-    assert (report.clean, report.compared_with) == (True, 400)
-    assert bn.detect_shift(layer, [x + 1], clean=[random(400, 5, seed=1)]).shifted
+    assert (report.against, report.reference_samples) == ("reference", 400)
+    assert bn.detect_shift(layer, [x + 1], reference=[random(400, 5, seed=1)]).shifted
 
 
 def test_a_layers_p_value_is_adjusted_for_their_number():
@@ -118,7 +116,7 @@ def test_a_layers_p_value_is_adjusted_for_their_number():
 
     draws = random(60, 64, 40)
     least = [
-        min(one.p_value for one in bn.detect_shift(model, [x], forward=forward, source_samples=10**9).layers)
+        min(one.p_value for one in bn.detect_shift(model, [x], forward=forward, reference_samples=10**9).layers)
         for x in draws
     ]
     assert sum(p <= 0.05 for p in least) <= 8  # 8 of 60: once in 150 times; unadjusted it would be 38
@@ -130,13 +128,13 @@ def test_a_layers_p_value_is_adjusted_for_their_number():
 
 def test_memory_is_bounded_and_all_rows_count():
     model, x = standard(), random(5000, 5)
-    found = seen_by(model, running_layers(model), x.split(300), None, None, "the loader")
-    units = found.units[""]
-    assert len(units.counts) <= MOST
+    found = sum_inputs(model, running_layers(model), x.split(300), name="the loader")
+    units = found.layers[""]
+    assert len(units.counts) <= MAX_BLOCKS
     assert (found.samples, units.counts.tolist()) == (5000, [16.0] * 312 + [8.0])
     torch.testing.assert_close(units.mean()[:5], x.mean(0) / math.sqrt(1 + 1e-5), rtol=1e-9, atol=1e-12)
     # the squared error of a mean of 5,000 numbers, from 313 units: known to 8%, over 5 channels to 4%
-    assert units.error().mean().item() == pytest.approx(1 / 5000, rel=0.15)
+    assert units.squared_error().mean().item() == pytest.approx(1 / 5000, rel=0.15)
 
 
 def test_batches_make_no_difference():
@@ -176,7 +174,7 @@ def test_a_layer_used_twice_and_rows_made_of_samples_keep_to_the_samples():
 
     model = Model().eval()
     x = random(30, 1, 4).expand(30, 3, 4)  # a sample's four rows are the same
-    found = seen_by(model, running_layers(model), [x[:20], x[20:]], None, None, "the loader").units["norm"]
+    found = sum_inputs(model, running_layers(model), [x[:20], x[20:]], name="the loader").layers["norm"]
     assert found.counts.tolist() == [4.0] * 30
     torch.testing.assert_close(found.sums[:, :4], 4 * x[:, 0] / math.sqrt(1 + 1e-5), rtol=1e-9, atol=1e-12)
 
@@ -186,7 +184,7 @@ def test_nothing_of_the_model_is_changed():
     model.train()
     before = {name: values.clone() for name, values in model.state_dict().items()}
     state = torch.get_rng_state()
-    bn.detect_shift(model, images.split(50), clean=images.split(50))
+    bn.detect_shift(model, images.split(50), reference=images.split(50))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
     assert model.training
@@ -219,8 +217,8 @@ def test_the_report_prints_as_a_table_that_ends_in_the_verdict():
     assert said[0].split() == ["layer", "KL", "Wasserstein", "effective", "p"]
     assert [line.split()[0] for line in said[1:3]] == ["1", "3"]
     assert said[3].startswith("no shift shown: 300 samples against the stored statistics, p 0.")
-    said = str(bn.detect_shift(model, (images + 1).split(100), clean=images.split(100)))
-    assert said.endswith("shifted: 300 samples against 300 clean samples, p at most 0.001")
+    said = str(bn.detect_shift(model, (images + 1).split(100), reference=images.split(100)))
+    assert said.endswith("shifted: 300 samples against 300 reference samples, p at most 0.001")
 
 
 def test_a_channel_that_was_always_the_same_and_is_still_so_counts_for_nothing():
@@ -241,7 +239,7 @@ def test_a_channel_that_was_always_the_same_and_is_still_so_counts_for_nothing()
     ("options", "said"),
     [
         ({"alpha": 0}, "alpha must be between 0 and 1; got 0"),
-        ({"source_samples": 0}, "source_samples must be at least 1; got 0"),
+        ({"reference_samples": 0}, "reference_samples must be at least 1; got 0"),
         ({"max_samples": -1}, "max_samples must be at least 1; got -1"),
     ],
 )
@@ -251,10 +249,10 @@ def test_a_setting_out_of_its_range_is_refused(options, said):
 
 
 def test_too_few_samples_are_refused():
-    with pytest.raises(bn.InputError, match=r"the loader must give at least 8 samples to the layers.*; got 7"):
+    with pytest.raises(bn.InputError, match=r"the loader must bring at least 8 samples to the layers.*; got 7"):
         bn.detect_shift(standard(), [random(7, 5)])
-    with pytest.raises(bn.InputError, match=r"the clean data must give at least 8 samples.*; got 0"):
-        bn.detect_shift(standard(), [random(8, 5)], clean=[])
+    with pytest.raises(bn.InputError, match=r"the reference must bring at least 8 samples.*; got 0"):
+        bn.detect_shift(standard(), [random(8, 5)], reference=[])
 
 
 def test_inputs_that_are_not_finite_are_refused_by_the_name_of_their_layer():

@@ -223,13 +223,13 @@ def test_without_safetensors_the_error_names_the_extra(tmp_path, monkeypatch):
     for name in ("safetensors", "safetensors.torch"):
         monkeypatch.setitem(sys.modules, name, None)  # what Python does for a package that is not there
     for use in (lambda: bn.snapshot(network(), path), lambda: bn.restore(network(), path)):
-        with pytest.raises(bn.InputError, match=r"batchnorm\[snapshot\]"):
+        with pytest.raises(bn.MissingDependencyError, match=r"batchnorm\[snapshot\]"):
             use()
     bn.restore(network(), bn.snapshot(network()))
 
 
 def test_what_is_no_snapshot_is_refused():
-    with pytest.raises(bn.InputError, match="got 3"):
+    with pytest.raises(bn.InputTypeError, match="got 3"):
         bn.restore(network(), 3)
     with pytest.raises(bn.InputError, match="Linear has none"):
         bn.snapshot(nn.Linear(2, 2))

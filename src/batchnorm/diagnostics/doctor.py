@@ -1,13 +1,12 @@
-"""What batchnorm runs on here: versions, processor, kernels, devices, allocator, environment."""
+"""Report of what batchnorm runs on: versions, processor, kernels, devices, allocator, environment."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
-import textwrap
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,11 @@ import torch
 from batchnorm.errors import KernelError
 from batchnorm.kernels.allocator import tune_allocator
 from batchnorm.kernels.chosen import REMEDY, VARIABLE, Kernels, kernels
+from batchnorm.reports import Block, Entries, Report
 from batchnorm.version import __version__
 
-__all__ = ["Findings", "examine", "installed"]
+__all__ = ["Diagnosis", "doctor", "installed"]
 
-WIDTH = 80
-LABEL = 14
 ENVIRONMENT = (
     VARIABLE,
     "BATCHNORM_NATIVE_LIBRARY",
@@ -36,32 +34,35 @@ ENVIRONMENT = (
     "MKL_NUM_THREADS",
     "OMP_NUM_THREADS",
 )
+TUNED = "glibc's; the command line makes it keep freed blocks; in a program, call batchnorm.tune_allocator()"
+NOT_TUNED = "not glibc's: batchnorm.tune_allocator() changes nothing here"
+UNSET = "none of the variables that matter is set"
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What `examine` found; ``str()`` of it is a page of 80 columns.
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Report):
+    """The result of `doctor`.
 
     Attributes
     ----------
     versions : dict of str
-        batchnorm, Python, torch and numpy.
+        Of batchnorm, Python, torch and numpy.
     libraries : dict of (str or None)
-        Version of each library that ``batchnorm[lab]`` asks for; None where it is missing.
+        Version of each library that ``batchnorm[lab]`` requires; None where it is missing.
     system, processor : str
         Operating system and processor, as they name themselves.
     cores, threads : int
-        Cores that this process may use, and threads that torch does use.
+        Number of cores that this process may use, and of threads that torch uses.
     kernels : Kernels or None
-        What runs; None where ``BATCHNORM_KERNELS`` asks for what can't be had.
+        None where ``BATCHNORM_KERNELS`` names kernels that cannot run here.
     devices : list of str
         Torch's devices: the CPU and every accelerator.
     allocator_tuned : bool
         Whether `batchnorm.tune_allocator` could be applied.
     environment : dict of str
-        The variables that change any of this and are set.
+        The variables that are set and change any of this.
     problem : str or None
-        What was asked for and can't be had.
+        Why the kernels named by ``BATCHNORM_KERNELS`` cannot run.
     """
 
     versions: dict[str, str]
@@ -76,53 +77,84 @@ class Findings:
     environment: dict[str, str]
     problem: str | None
 
-    def to_json(self) -> str:
-        """The same as JSON."""
-        return json.dumps(asdict(self), indent=2)
+    def _summary(self) -> str:
+        versions = ", ".join(f"{name} {self.versions[name]}" for name in ("batchnorm", "torch"))
+        kernel = "a problem" if self.kernels is None else f"{self.kernels.cpu.name} kernels"
+        return f"{versions}, {kernel}"
 
-    def __str__(self) -> str:
-        there = ", ".join(f"{name} {version}" for name, version in self.libraries.items() if version)
+    def _records(self) -> list[dict[str, Any]]:
+        return [{"item": label, "finding": text} for label, text in self._entries()]
+
+    def _blocks(self) -> Iterable[Block]:
+        yield Entries(self._entries())
+
+    def _entries(self) -> list[tuple[str, str]]:
+        present = ", ".join(f"{name} {version}" for name, version in self.libraries.items() if version)
         missing = ", ".join(name for name, version in self.libraries.items() if not version)
-        rows = [
+        return [
             ("Versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
-            ("Libraries", there or "none of the extra lab"),
+            ("Libraries", present or "none of the extra lab"),
             *([("Missing", f"{missing}: pip install 'batchnorm[lab]'")] if missing else []),
             ("System", self.system),
             ("Processor", self.processor),
             ("Threads", f"torch uses {self.threads}; this process may use {self.cores} cores"),
-            *self._kernels(),
+            *self._kernel_entries(),
             ("Devices", "; ".join(self.devices) if len(self.devices) > 1 else "cpu; torch finds no accelerator"),
             ("Allocator", TUNED if self.allocator_tuned else NOT_TUNED),
             ("Environment", ", ".join(f"{name}={value}" for name, value in self.environment.items()) or UNSET),
             *([("Problem", self.problem)] if self.problem else []),
         ]
-        return "\n".join(_row(label, text) for label, text in rows)
 
-    def _kernels(self) -> list[tuple[str, str]]:
+    def _kernel_entries(self) -> list[tuple[str, str]]:
         if self.kernels is None:
             return []
-        rows = [("CPU kernels", str(self.kernels.cpu)), ("CUDA kernels", str(self.kernels.cuda))]
+        entries = [("CPU kernels", str(self.kernels.cpu)), ("CUDA kernels", str(self.kernels.cuda))]
         if self.kernels.cpu.name == "reference" and VARIABLE not in self.environment:
-            rows.insert(1, ("", REMEDY))
-        return rows
+            entries.insert(1, ("", REMEDY))
+        return entries
 
 
-TUNED = (
-    "glibc's; the command line lets it keep freed blocks, and so can a program of your own: batchnorm.tune_allocator()"
-)
-NOT_TUNED = "not glibc's: batchnorm.tune_allocator() changes nothing here"
-UNSET = "none of the variables that matter is set"
+def doctor() -> Diagnosis:
+    """Examine what batchnorm runs on in this process: versions, kernels, devices and settings.
 
+    Like `tune_allocator`, it makes glibc keep freed blocks.
 
-def _row(label: str, text: str) -> str:
-    indent = " " * LABEL
-    return textwrap.fill(
-        text, WIDTH, initial_indent=label.ljust(LABEL), subsequent_indent=indent, break_on_hyphens=False
+    Examples
+    --------
+    >>> import batchnorm as bn
+    >>> print(bn.doctor())  # doctest: +ELLIPSIS
+    Versions      batchnorm ..., Python ..., torch ..., numpy ...
+    """
+    found: Kernels | None = None
+    problem = None
+    try:
+        found = kernels()
+    except KernelError as error:
+        problem = str(error)
+    operating_system: Any = os
+    affinity = getattr(operating_system, "sched_getaffinity", None)  # Linux has it
+    return Diagnosis(
+        versions={
+            "batchnorm": __version__,
+            "Python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        libraries=installed(_libraries_of_lab()),
+        system=platform.platform(),
+        processor=_processor(),
+        cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        kernels=found,
+        devices=_devices(),
+        allocator_tuned=tune_allocator(),
+        environment={name: os.environ[name] for name in ENVIRONMENT if os.environ.get(name)},
+        problem=problem,
     )
 
 
 def installed(libraries: list[str]) -> dict[str, str | None]:
-    """The version of each library; None where it is missing."""
+    """Return the version of each library; None where it is missing."""
     versions: dict[str, str | None] = {}
     for name in libraries:
         try:
@@ -133,16 +165,16 @@ def installed(libraries: list[str]) -> dict[str, str | None]:
 
 
 def _libraries_of_lab() -> list[str]:
-    """What the extra ``lab`` names, by the package's own metadata."""
+    """Return the libraries that the extra ``lab`` requires, from the metadata of the package."""
     try:
         required = metadata.requires("batchnorm") or []
-    except metadata.PackageNotFoundError:  # a checkout that pip has not installed
+    except metadata.PackageNotFoundError:  # a checkout without an installation
         return []
     return [re.split(r"[^\w.-]", line)[0] for line in required if re.search(r"extra == .lab.", line)]
 
 
 def _processor() -> str:
-    """The processor by its trade name, where the system tells it."""
+    """Return the trade name of the processor, where the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         named = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)
@@ -152,7 +184,7 @@ def _processor() -> str:
 
 
 def _devices() -> list[str]:
-    """The CPU and every accelerator, by name."""
+    """Return the names of the CPU and of every accelerator."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return ["cpu"]
@@ -160,33 +192,3 @@ def _devices() -> list[str]:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return ["cpu", *(f"cuda:{i} {name}" for i, name in enumerate(names))]
     return ["cpu", accelerator.type]
-
-
-def examine() -> Findings:
-    """Look at what batchnorm runs on in this process, whose allocator it tunes."""
-    runs: Kernels | None = None
-    problem = None
-    try:
-        runs = kernels()
-    except KernelError as error:
-        problem = str(error)
-    own: Any = os
-    cores = len(own.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Findings(
-        versions={
-            "batchnorm": __version__,
-            "Python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        libraries=installed(_libraries_of_lab()),
-        system=platform.platform(),
-        processor=_processor(),
-        cores=cores,
-        threads=torch.get_num_threads(),
-        kernels=runs,
-        devices=_devices(),
-        allocator_tuned=tune_allocator(),
-        environment={name: os.environ[name] for name in ENVIRONMENT if os.environ.get(name)},
-        problem=problem,
-    )

@@ -1,27 +1,24 @@
-"""Every number that a batch normalization layer calculates from one batch."""
+"""Every number that a batch normalization layer computes from one batch."""
 
 from __future__ import annotations
 
 import copy
 import math
-import textwrap
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.errors import InputError
+from batchnorm.diagnostics.explanation import Calculation, Explanation
+from batchnorm.errors import InputError, InputTypeError, UnsupportedError
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import reference
-from batchnorm.text import WIDTH, format_column, format_table
+from batchnorm.nn.running import keeps_unbiased_variance
 from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["Calculation", "Explanation", "explain"]
 
-CHANNELS_SHOWN = 3
-VALUES_SHOWN = 8
-PLAIN = {
+DEFAULTS = {
     "sync": False,
     "virtual_batch_size": None,
     "renorm": None,
@@ -29,167 +26,21 @@ PLAIN = {
     "frozen_statistics": False,
     "active_domain": None,
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Calculation:
-    """The normalisation of a batch with one pair of statistics: the batch's own, or the running ones.
-
-    Attributes
-    ----------
-    mean, var, sd : Tensor, shape (C,)
-        mu, the biased variance (running: as stored) and its square root.
-    z_hat : Tensor, shape (N, C, *)
-        ``(z - mean) / sqrt(var + eps)``.
-    y : Tensor, shape (N, C, *)
-        ``gamma * z_hat + beta``.
-    output : Tensor, shape (N, C, *)
-        What the layer returns: ``g(y)`` where it has an activation g, else ``y``.
-    """
-
-    mean: Tensor
-    var: Tensor
-    sd: Tensor
-    z_hat: Tensor
-    y: Tensor
-    output: Tensor
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Explanation:
-    """What `explain` found; ``str()`` of it is a table.
-
-    Attributes
-    ----------
-    layer : str
-        The layer's own repr.
-    z : Tensor, shape (N, C, *)
-        The batch.
-    count : int
-        m, the values that each channel has in the batch.
-    bound : float
-        ``sqrt(m - 1)``: no z_hat of the training path is further from 0, whatever the batch holds.
-    eps : float
-        Added to the variance.
-    gamma, beta : Tensor or None, shape (C,)
-        None where the layer has none, which stands for 1 and 0.
-    activation : str or None
-        g, applied to y.
-    training : Calculation
-        With the batch's mean and biased variance.
-    inference : Calculation or None
-        With the running statistics; None where the layer has none, and uses the batch's in eval too.
-    unbiased_var : Tensor, shape (C,)
-        ``var * m / (m - 1)``.
-    momentum : float or None
-        Weight of the batch in the running statistics; for a cumulative mean one over the number of batches,
-        this one included. None where nothing is updated.
-    new_running_mean, new_running_var : Tensor or None, shape (C,)
-        What the running statistics would be after a training step on this batch.
-    running_var_kind : str
-        The batch's variance that goes into the running one: "unbiased", or "biased" where the layer asks for that.
-    """
-
-    layer: str
-    z: Tensor
-    count: int
-    bound: float
-    eps: float
-    gamma: Tensor | None
-    beta: Tensor | None
-    activation: str | None
-    training: Calculation
-    inference: Calculation | None
-    unbiased_var: Tensor
-    momentum: float | None
-    new_running_mean: Tensor | None
-    new_running_var: Tensor | None
-    running_var_kind: str
-
-    def __repr__(self) -> str:
-        name = self.layer.partition("(")[0]
-        return f"Explanation({name}, channels={self.z.shape[1]}, values per channel={self.count})"
-
-    def __str__(self) -> str:
-        channels = self.z.shape[1]
-        lines = [*textwrap.wrap(self.layer, WIDTH, subsequent_indent="    "), *self._formulas()]
-        for channel in range(min(channels, CHANNELS_SHOWN)):
-            lines += ["", *self._channel(channel)]
-        if channels > CHANNELS_SHOWN:
-            lines += ["", f"... and {channels - CHANNELS_SHOWN} more channels"]
-        return "\n".join(lines)
-
-    def _formulas(self) -> list[str]:
-        output = "" if self.activation is None else f",  g = {self.activation}"
-        lines = [
-            f"z_hat = (z - mean) / sqrt(var + eps),  y = gamma * z_hat + beta{output}",
-            f"m = {self.count} values per channel, so |z_hat| <= sqrt(m - 1) = {self.bound:.5g} in training",
-        ]
-        if self.inference is None:
-            lines.append("no running statistics: inference uses the batch's own too")
-        elif self.momentum is None:
-            lines.append("the running statistics are not updated")
-        else:
-            lines.append(
-                f"new running = running + {self.momentum:.5g} * (batch, with {self.running_var_kind} var - running)"
-            )
-        return lines
-
-    def _channel(self, channel: int) -> list[str]:
-        gamma = "1, not learned" if self.gamma is None else f"{self.gamma[channel].item():.5g}"
-        beta = "0, not learned" if self.beta is None else f"{self.beta[channel].item():.5g}"
-        return [
-            f"channel {channel}   gamma = {gamma}   beta = {beta}",
-            *self._statistics(channel),
-            "",
-            *self._values(channel),
-        ]
-
-    def _statistics(self, channel: int) -> list[str]:
-        batch = self.training
-        rows: dict[str, list[Tensor | None]] = {"batch": [batch.mean, batch.var, batch.sd, self.unbiased_var]}
-        if self.inference is not None:
-            running = self.inference
-            rows["running"] = [running.mean, running.var, running.sd, None]
-        if self.momentum is not None and self.new_running_mean is not None and self.new_running_var is not None:
-            rows["new running"] = [self.new_running_mean, self.new_running_var, self.new_running_var.sqrt(), None]
-        columns = [
-            format_column([None if values is None else values[channel].item() for values in column])
-            for column in zip(*rows.values(), strict=True)
-        ]
-        return format_table(["", "mean", "var", "sd", "unbiased var"], [list(rows), *columns])
-
-    def _values(self, channel: int) -> list[str]:
-        def first(values: Tensor) -> list[str]:
-            return format_column(values.select(1, channel).flatten()[:VALUES_SHOWN].tolist())
-
-        shape = self.z.select(1, channel).shape
-        shown = range(min(self.count, VALUES_SHOWN))
-        places = [",".join(str(int(i)) for i in torch.unravel_index(torch.tensor(n), shape)) for n in shown]
-        header = ["", ""]
-        columns = [["row" if len(shape) == 1 else "index", *places], ["z", *first(self.z)]]
-        for statistics, calculation in (("batch", self.training), ("running", self.inference)):
-            if calculation is not None:
-                header += [statistics, ""]
-                columns += [["z_hat", *first(calculation.z_hat)], ["y", *first(calculation.y)]]
-                if self.activation is not None:
-                    header.append("")
-                    columns.append(["g(y)", *first(calculation.output)])
-        hidden = self.count - len(shown)
-        return [*format_table(header, columns), *([f"  ... and {hidden} more values"] if hidden else [])]
+"""Options that change the calculation, with the values for which `explain` shows it."""
 
 
 def _checked(layer: nn.Module, x: Tensor) -> TorchBatchNorm:
-    """The layer, once it is sure that it takes x."""
+    """Return the layer if it is one that can be explained and takes x."""
     if not isinstance(layer, TorchBatchNorm):
-        raise InputError(f"layer must be a batch normalization layer, ours or torch's; got {type(layer).__name__}")
+        raise InputTypeError(f"layer must be a batch normalization layer, ours or torch's; got {type(layer).__name__}")
     if isinstance(layer, nn.SyncBatchNorm):
-        raise InputError("layer must take its statistics from one process's batch; got SyncBatchNorm")
+        raise UnsupportedError("explain takes layers with statistics of one process's batch; got SyncBatchNorm")
     if any(is_lazy(tensor) for tensor in [*layer.parameters(), *layer.buffers()]):
         raise InputError(f"layer must have seen a first batch, which sets its size; got {layer}")
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(f"x must be a tensor of a floating dtype; got {got}")
+    if not isinstance(x, Tensor):
+        raise InputTypeError(f"x must be a tensor of a floating dtype; got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise InputError(f"x must be a tensor of a floating dtype; got {x.dtype}")
     try:
         layer._check_input_dim(x)  # type: ignore[no-untyped-call]
     except ValueError as error:
@@ -198,10 +49,10 @@ def _checked(layer: nn.Module, x: Tensor) -> TorchBatchNorm:
         raise InputError(
             f"x must have the layer's {layer.num_features} channels in dimension 1; got shape {tuple(x.shape)}"
         )
-    for option, plain in PLAIN.items():
-        if getattr(layer, option, plain) != plain:
-            raise InputError(
-                f"explain shows the plain calculation, with {option}={plain}; got {getattr(layer, option)!r}"
+    for option, default in DEFAULTS.items():
+        if getattr(layer, option, default) != default:
+            raise UnsupportedError(
+                f"explain shows the calculation with {option}={default}; got {option}={getattr(layer, option)!r}"
             )
     if x.numel() < 2 * x.shape[1] or x.numel() == 0:
         raise InputError(f"x must have at least 2 values per channel; got shape {tuple(x.shape)}")
@@ -209,6 +60,7 @@ def _checked(layer: nn.Module, x: Tensor) -> TorchBatchNorm:
 
 
 def _momentum(layer: TorchBatchNorm, stepped: TorchBatchNorm) -> float | None:
+    """Return the weight of the batch in the running statistics; ``stepped`` is the layer after the batch."""
     if layer.running_mean is None or not layer.track_running_stats:
         return None
     if layer.momentum is not None:
@@ -218,28 +70,32 @@ def _momentum(layer: TorchBatchNorm, stepped: TorchBatchNorm) -> float | None:
 
 @torch.no_grad()
 def explain(layer: nn.Module, x: Tensor) -> Explanation:
-    """Calculate all that a batch normalization layer makes of a batch, in training and at inference.
+    """Compute every number of a batch normalization layer's calculation for one batch, in training and at inference.
 
-    The layer is left exactly as it is: a copy of it gives the outputs and the new running statistics, the
-    library's own reference and function what leads there. Formulas: Ioffe & Szegedy (2015), algorithms 1 and 2.
+    The layer is left unchanged: a copy of it gives the outputs and the new running statistics, and the library's
+    reference the steps in between. Formulas: Ioffe & Szegedy (2015), algorithms 1 and 2.
 
     Parameters
     ----------
     layer : Module
-        Any of this library's or torch's batch normalization layers, in either mode.
+        A batch normalization layer of this library or of torch, in either mode. Its hooks are not called.
     x : Tensor, shape (N, C, *)
-        A batch, of a floating dtype. Hooks on the layer are not called.
+        A batch, of a floating dtype.
 
     Returns
     -------
     Explanation
-        Every number as a tensor; print it for a table.
+        Every number as a tensor; printing it shows tables.
 
     Raises
     ------
+    InputTypeError
+        The layer is not a batch normalization layer, or x is not a tensor.
     InputError
-        Not a batch normalization layer, or one that has no size yet or synchronises over processes; an x that
-        the layer does not take; fewer than 2 values per channel.
+        The layer does not take x, or has not seen a first batch; x has fewer than 2 values per channel.
+    UnsupportedError
+        The layer has an option with another calculation: ``sync``, ``virtual_batch_size``, ``renorm``,
+        ``channel_dim``, an active domain or frozen statistics.
 
     Examples
     --------
@@ -266,17 +122,17 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
     """
     layer = _checked(layer, x)
     x = x.detach().clone()
-    weight, bias = _kept(layer.weight), _kept(layer.bias)
-    running_mean, running_var = _kept(layer.running_mean), _kept(layer.running_var)
+    weight, bias = _copied(layer.weight), _copied(layer.bias)
+    running_mean, running_var = _copied(layer.running_mean), _copied(layer.running_var)
 
     copied = copy.deepcopy(layer)
-    # forward, not the call, so that no hook of the user's runs
+    # calling forward itself runs none of the user's hooks
     eval_output = copied.eval().forward(x)
     train_output = copied.train().forward(x)
 
     var = reference.moments(x).var.to(reference.widened(x).dtype)
     mean, unbiased_var = torch.zeros_like(var), torch.ones_like(var)
-    # with momentum 1 these become the batch's mean and unbiased variance
+    # with a momentum of 1 these become the mean and unbiased variance of the batch
     batch_norm(x, mean, unbiased_var, training=True, momentum=1.0)
     training = Calculation(
         mean=mean,
@@ -312,9 +168,9 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
         momentum=_momentum(layer, copied),
         new_running_mean=copied.running_mean,
         new_running_var=copied.running_var,
-        running_var_kind="unbiased" if getattr(layer, "unbiased", True) else "biased",
+        unbiased=keeps_unbiased_variance(layer),
     )
 
 
-def _kept(tensor: Tensor | None) -> Tensor | None:
+def _copied(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from batchnorm.errors import KernelError
 from batchnorm.kernels.native import instructions
 from batchnorm.kernels.native import reason as reason_without_native
+from batchnorm.reports import Block, Entries, Report
 
 __all__ = ["Kernel", "Kernels", "cpu_kernel", "kernels"]
 
@@ -46,29 +48,44 @@ class Kernel:
 
 
 @dataclass(frozen=True, repr=False)
-class Kernels:
-    """Which kernels run here: ``cpu`` for CPU tensors, ``cuda`` for CUDA tensors."""
+class Kernels(Report):
+    """The kernels that run here.
+
+    Attributes
+    ----------
+    cpu, cuda : Kernel
+        For CPU tensors and for CUDA tensors.
+    """
 
     cpu: Kernel
     cuda: Kernel
 
-    def __repr__(self) -> str:
-        return f"CPU tensors:  {self.cpu}\nCUDA tensors: {self.cuda}"
+    def _summary(self) -> str:
+        return f"CPU: {self.cpu.name}, CUDA: {self.cuda.name}"
+
+    def _blocks(self) -> Iterable[Block]:
+        yield Entries([("CPU tensors", str(self.cpu)), ("CUDA tensors", str(self.cuda))])
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [{"tensors": name, **asdict(kernel)} for name, kernel in (("CPU", self.cpu), ("CUDA", self.cuda))]
 
 
 def kernels() -> Kernels:
-    """Which kernels run here, and why the others don't.
+    """Return which kernels run here, and why the others do not.
 
     The environment variable ``BATCHNORM_KERNELS`` forces ``reference`` or ``native``.
 
     Raises
     ------
     KernelError
-        When the kernels that ``BATCHNORM_KERNELS`` names can't be had, or are unknown.
+        The kernels that ``BATCHNORM_KERNELS`` names cannot run here, or there are none of that name.
 
     Examples
     --------
     >>> import batchnorm as bn
+    >>> print(bn.kernels())  # doctest: +ELLIPSIS
+    CPU tensors   ...
+    CUDA tensors  reference: this version has no GPU kernels
     >>> bn.kernels().cuda
     Kernel(name='reference', instructions=None, reason='this version has no GPU kernels')
     """

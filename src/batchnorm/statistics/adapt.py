@@ -1,7 +1,7 @@
-"""Running statistics moved towards shifted data, at test time and without labels.
+"""Adaptation of running statistics to shifted data, at test time and without labels.
 
 Schneider et al. (2020), "Improving robustness against common corruptions by covariate shift adaptation". With N the
-prior, a number of samples that the stored statistics (s) are worth, and n the samples of the new data (t)::
+prior, the number of samples that the stored statistics (s) count as, and n the number of samples of the new data (t)::
 
     mean = N / (N + n) mean_s + n / (N + n) mean_t        var = N / (N + n) var_s + n / (N + n) var_t
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,48 +19,41 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from batchnorm import ops
+from batchnorm.checks import is_real
 from batchnorm.errors import InputError
-from batchnorm.processes import process_group_of
-from batchnorm.statistics.changes import LayerChange, changes, table
-from batchnorm.statistics.forwards import (
-    Forward,
-    Statistics,
-    inputs_of,
-    kept_variance,
-    running_names,
-    running_statistics,
-    statistics_layers,
-    uncompiled,
-    unwrapped,
-)
-from batchnorm.statistics.measuring import Measuring, check_passes, put_back_on_error
+from batchnorm.nn.running import active_set
+from batchnorm.reports import Block, Report
+from batchnorm.statistics.changes import LayerChange, change_table, changes, drift_summary
+from batchnorm.statistics.forwards import Forward, uncompiled, with_input_hook
+from batchnorm.statistics.layers import Layers, Statistics, unfrozen_layers, unwrapped, variance_to_keep
+from batchnorm.statistics.measuring import Measuring, PassOptions, check_passes, restored_on_error
 from batchnorm.statistics.moments import Moments
 from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["Adaptation", "adapt"]
 
 
-@dataclass(frozen=True, eq=False)
-class Adaptation:
-    """What `adapt` did; prints as a table. As a context manager it is undone at the end.
+@dataclass(frozen=True, eq=False, repr=False)
+class Adaptation(Report):
+    """The result of `adapt`; as a context manager it is undone at the end.
 
     Attributes
     ----------
     layers : tuple of LayerChange
-        In the order in which they run; none where each batch is adapted to.
+        In the order in which they run; empty if each batch is adapted to by itself.
     samples : int or None
-        Of all processes; None where each batch is adapted to.
+        Number of samples of all processes; None if each batch is adapted to by itself.
     prior : float
-        Samples that the statistics from before count as.
+        Number of samples that the stored statistics count as.
     """
 
     layers: tuple[LayerChange, ...]
     samples: int | None
     prior: float
-    _undo: ExitStack = field(repr=False)
+    _undo: ExitStack
 
     def undo(self) -> None:
-        """Put the running statistics back that were there before; once undone, nothing more."""
+        """Restore the running statistics from before; a second call does nothing."""
         self._undo.close()
 
     def __enter__(self) -> Adaptation:
@@ -69,11 +62,20 @@ class Adaptation:
     def __exit__(self, *_: object) -> None:
         self.undo()
 
-    def __str__(self) -> str:
+    def _summary(self) -> str:
+        data = "each batch" if self.samples is None else f"{self.samples:,} samples"
+        return ", ".join([data, f"prior {self.prior:g}", *([drift_summary(self.layers)] if self.layers else [])])
+
+    def _blocks(self) -> Iterable[Block]:
         if self.samples is None:
-            return f"each batch is adapted to, with a prior of {self.prior:g} samples"
-        share = self.samples / (self.samples + self.prior)
-        return table(self.layers, f"{self.samples:,} samples count {share:.0%}, with a prior of {self.prior:g}")
+            yield f"each batch is adapted to by itself, with a prior of {self.prior:g} samples"
+        else:
+            share = self.samples / (self.samples + self.prior)
+            yield change_table(self.layers)
+            yield f"{self.samples:,} samples count {share:.0%}, with a prior of {self.prior:g}"
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [asdict(layer) for layer in self.layers]
 
 
 def adapt(
@@ -84,42 +86,51 @@ def adapt(
     forward: Forward | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Adaptation:
-    """Move running statistics towards those of shifted data; no label is needed, and it can be undone.
+    """Move running statistics towards those of shifted data, without labels; the change can be undone.
 
-    Where inputs have shifted (another camera, another hospital) and the labels given the features have not, much of
-    what a network loses comes from statistics that no longer fit (Schneider et al. 2020). They become the mean of the
-    stored ones and those of the new data, weighted by ``prior`` and by the number of samples.
+    Where the inputs have shifted (another camera, another hospital) and the labels given the features have not, much of
+    a network's loss of accuracy comes from statistics that no longer fit (Schneider et al. 2020). The new statistics
+    are the weighted mean of the stored ones, with weight ``prior``, and of those of the new data, with the number of
+    samples as weight.
 
-    With a loader the layers are adapted to all of its samples, one after the other in the order in which they run, each
-    measured in the network as it is adapted so far: a pass for each layer. Without one each batch that the model is
-    given in eval mode is adapted to by itself, the stored statistics staying as they are; a sample is then a row of the
-    layer's input. Until that is undone, what torch.compile has compiled runs as it is written.
+    With a loader, the layers are adapted to all of its samples, one layer after the other in the order in which they
+    run, each measured in the network as adapted so far, in one pass over the loader per layer. Without a loader, each
+    batch that the model is given in eval mode is adapted to by itself, and the stored statistics stay unchanged; a
+    sample is then a row of the layer's input, and compiled models run eagerly until this is undone.
 
     Parameters
     ----------
     model : Module
-        With layers of ours or torch's that keep running statistics; frozen ones are left alone. Modes of modules,
-        random generators and counts of batches are as before, and where anything fails the statistics too.
+        A model with layers of ours or torch's that keep running statistics. Frozen layers are left alone. The modes of
+        modules, the random generators and the counts of batches stay unchanged, and after an error the statistics are
+        restored.
     loader : iterable or None
-        Of batches, as for `recalibrate`; None adapts to each batch.
+        Batches, as for `recalibrate`; None adapts to each batch by itself.
     prior : float
-        Samples that the stored statistics count as, from 0. 16 suits batches of 16 and more; for single samples 64 to
-        256 is better.
+        Number of samples that the stored statistics count as, at least 0. 16 suits batches of 16 samples and more; for
+        single samples 64 to 256 is better.
     forward : callable or None
-        ``forward(model, batch)`` for batches that are no tensors, tuples, lists or mappings.
+        ``forward(model, batch)``, for batches that are not tensors, tuples, lists or mappings.
     group : ProcessGroup or None
-        Where torch.distributed is initialised each rank reads its own share, and all end with the same statistics.
+        Under torch.distributed, each process reads a share of the data, and all end with the same statistics.
 
     Returns
     -------
     Adaptation
-        What moved, layer by layer; ``undo()`` leads back, or ``with batchnorm.adapt(...):``.
+        The change of each layer. Its ``undo()`` restores the statistics, and so does the end of ``with
+        batchnorm.adapt(...):``.
 
     Raises
     ------
     InputError
-        A prior below 0, no layer to adapt, an empty loader, one that can't be gone through again, a batch without
-        ``forward``, moments that are not finite; with a prior of 0 a single value a channel.
+        The prior is negative, there is no layer to adapt, the loader is empty or can be consumed only once, or moments
+        are not finite; with a prior of 0, there is a single value per channel.
+    InputTypeError
+        Batches need ``forward``.
+    UnsupportedError
+        The model changes the domain of a layer in its forward.
+    DistributedError
+        The pass has failed on another process.
 
     Examples
     --------
@@ -131,49 +142,43 @@ def adapt(
     >>> layer.running_mean
     tensor([0.])
     """
-    if not isinstance(prior, int | float) or not 0 <= prior < math.inf:
-        raise InputError(f"prior must be a finite number of samples from 0; got {prior!r}")
+    if not is_real(prior) or not 0 <= prior < math.inf:
+        raise InputError(f"prior must be a finite number of samples, at least 0; got {prior!r}")
     model = unwrapped(model)
-    layers = statistics_layers(model)
+    layers = unfrozen_layers(model)
     if loader is None:
         if forward is not None or group is not None:
-            raise InputError("forward and group go with a loader; got none, which adapts to each batch by itself")
+            raise InputError("forward and group need a loader; got none, which adapts to each batch by itself")
         return Adaptation((), None, prior, _adapt_each_batch(layers, prior))
     check_passes(loader, len(layers))
     samples = 0
 
-    def settle(path: str, layer: TorchBatchNorm, moments: Moments, seen: int) -> Statistics:
+    def new_statistics(path: str, layer: TorchBatchNorm, moments: Moments, seen: int) -> Statistics:
         nonlocal samples
         samples = seen
-        return _between(path, layer, moments, seen, prior)
+        return _weighted(path, layer, moments, seen, prior)
 
-    with put_back_on_error(model, layers) as before:
-        found = Measuring(model, loader, settle, forward, task="adapting", ranks=process_group_of(group)).layerwise(
-            layers
-        )
+    options = PassOptions(forward=forward, group=group)
+    with restored_on_error(model, layers) as before:
+        moments = Measuring(model, loader, new_statistics, options).layerwise(layers)
         undo = ExitStack()
-        for path in found:
-            undo.callback(_write, layers[path], running_names(layers[path]), before[path])
-        return Adaptation(changes(layers, found, before), samples, prior, undo)
+        for path in moments:
+            undo.callback(active_set(layers[path]).write, *before[path])
+        return Adaptation(changes(layers, moments, before), samples, prior, undo)
 
 
-def _between(path: str, layer: TorchBatchNorm, moments: Moments, samples: int, prior: float) -> Statistics:
-    """Mean and variance between the running ones and those measured, in float64."""
+def _weighted(path: str, layer: TorchBatchNorm, moments: Moments, samples: int, prior: float) -> Statistics:
+    """Return the weighted mean, in float64, of the running statistics and the measured ones."""
     if prior == 0 and moments.count < 2:
-        raise InputError(f"{path or 'the layer'} must see at least 2 values a channel where prior is 0; got 1")
+        raise InputError(f"{path or 'the layer'} must see at least 2 values per channel if prior is 0; got 1")
     share = samples / (samples + prior)
-    mean, var = (values.double() for values in running_statistics(layer))
-    return mean + share * (moments.mean - mean), var + share * (kept_variance(layer, moments) - var)
+    running = active_set(layer)
+    mean, var = running.mean.double(), running.var.double()
+    return mean + share * (moments.mean - mean), var + share * (variance_to_keep(layer, moments) - var)
 
 
-@torch.no_grad()
-def _write(layer: TorchBatchNorm, names: tuple[str, str], values: Statistics) -> None:
-    for name, value in zip(names, values, strict=True):
-        layer.get_buffer(name).copy_(value)
-
-
-def _adapt_each_batch(layers: dict[str, TorchBatchNorm], prior: float) -> ExitStack:
-    """Let the layers use other statistics for the time of each forward; closing the stack ends it."""
+def _adapt_each_batch(layers: Layers, prior: float) -> ExitStack:
+    """Let the layers use adapted statistics for the duration of each forward, until the stack is closed."""
 
     @torch.no_grad()
     def adapted(path: str, x: Tensor, mask: Tensor | None) -> Statistics | None:
@@ -181,12 +186,12 @@ def _adapt_each_batch(layers: dict[str, TorchBatchNorm], prior: float) -> ExitSt
         if layer.training or not x.shape[0]:
             return None
         moments = Moments.of_batch(ops.moments(x, mask))
-        mean, var = _between(path, layer, moments, x.shape[0], prior)
-        finite = mean.isfinite().all() & var.isfinite().all()  # a batch with a NaN is not adapted to
-        stored = running_statistics(layer)
-        return torch.where(finite, mean, stored[0]), torch.where(finite, var, stored[1])
+        mean, var = _weighted(path, layer, moments, x.shape[0], prior)
+        finite = mean.isfinite().all() & var.isfinite().all()  # a batch with NaN uses the stored statistics
+        running = active_set(layer)
+        return torch.where(finite, mean, running.mean), torch.where(finite, var, running.var)
 
     undo = ExitStack()
     undo.enter_context(uncompiled())
-    undo.enter_context(inputs_of(layers, adapted))
+    undo.enter_context(with_input_hook(layers, adapted))
     return undo

@@ -1,4 +1,4 @@
-"""How far running statistics were from what was measured, and are now: what recalibration and adaptation report."""
+"""How far running statistics were from the measured ones before a change and after it, layer by layer."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from batchnorm.statistics.distance import symmetrised_kl
-from batchnorm.statistics.forwards import kept_variance, running_statistics
+from batchnorm.nn.running import active_set
+from batchnorm.reports import Table
+from batchnorm.statistics.distance import symmetrized_kl
+from batchnorm.statistics.layers import Layers, Statistics, variance_to_keep
 from batchnorm.statistics.moments import Moments
-from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["LayerChange", "changes", "named", "table"]
+__all__ = ["LayerChange", "change_table", "changes", "drift_summary", "layer_name"]
 
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What was done to a layer's running statistics.
+    """The change of a layer's running statistics.
 
     Attributes
     ----------
     path : str
-        The layer's.
+        Module path of the layer.
     count : int
-        Values that each channel was measured on.
+        Number of values that each channel was measured on.
     before, after : float
-        Distance of the running statistics from what was measured: symmetrised Kullback-Leibler divergence of the two
-        normal distributions, in nats, the mean over channels.
+        Drift: the symmetrized Kullback-Leibler divergence, KL(p || q) + KL(q || p), in nats, of the normal
+        distributions with the running and with the measured statistics; the mean over channels.
     """
 
     path: str
@@ -37,35 +38,42 @@ class LayerChange:
 
 
 def changes(
-    layers: Mapping[str, TorchBatchNorm],
-    measured: Mapping[str, Moments],
-    before: Mapping[str, tuple[Tensor, Tensor]],
+    layers: Layers, measured: Mapping[str, Moments], before: Mapping[str, Statistics]
 ) -> tuple[LayerChange, ...]:
-    """From the running statistics as they were to those that the layers have now, in the order of the measurement."""
+    """Return the changes from the running statistics before to those that the layers have now, in measured order."""
 
     def change(path: str, moments: Moments) -> LayerChange:
         layer = layers[path]
-        kept = kept_variance(layer, moments)
+        running, kept = active_set(layer), variance_to_keep(layer, moments)
 
-        def distance(mean: Tensor, var: Tensor) -> float:
-            return float(symmetrised_kl(mean.double(), var.double() + layer.eps, moments.mean, kept + layer.eps).mean())
+        def drift(mean: Tensor, var: Tensor) -> float:
+            return float(symmetrized_kl(mean.double(), var.double() + layer.eps, moments.mean, kept + layer.eps).mean())
 
-        return LayerChange(path, int(moments.count), distance(*before[path]), distance(*running_statistics(layer)))
+        return LayerChange(path, int(moments.count), drift(*before[path]), drift(running.mean, running.var))
 
     return tuple(change(path, moments) for path, moments in measured.items())
 
 
-def named(path: str) -> str:
-    """What to call a layer; the model itself may be one."""
+def layer_name(path: str) -> str:
+    """Return what reports call a layer: its module path, or "(the model)" where the model itself is the layer."""
     return path or "(the model)"
 
 
-def table(layers: Sequence[LayerChange], conclusion: str) -> str:
-    """A line a layer, and one that concludes."""
-    width = max(len("layer"), *(len(named(layer.path)) for layer in layers))
-    lines = [f"{'layer':<{width}}  {'values':>12}  {'drift before':>12}  {'after':>9}"]
-    lines += [
-        f"{named(layer.path):<{width}}  {layer.count:>12,}  {layer.before:>12.3g}  {layer.after:>9.2g}"
-        for layer in layers
-    ]
-    return "\n".join([*lines, conclusion])
+def change_table(layers: Sequence[LayerChange]) -> Table:
+    """Return a table with a row per layer."""
+    return Table(
+        ["layer", "values", "drift before", "drift after"],
+        [
+            [layer_name(layer.path) for layer in layers],
+            [f"{layer.count:,}" for layer in layers],
+            [f"{layer.before:.3g}" for layer in layers],
+            [f"{layer.after:.2g}" for layer in layers],
+        ],
+    )
+
+
+def drift_summary(layers: Sequence[LayerChange]) -> str:
+    """Return the number of layers and the largest drift among them, for a repr."""
+    before, after = (max(getattr(layer, when) for layer in layers) for when in ("before", "after"))
+    plural = "layer" if len(layers) == 1 else "layers"
+    return f"{len(layers)} {plural}, largest drift {before:.2g} -> {after:.2g}"

@@ -1,4 +1,4 @@
-"""Forward passes over a loader, and what batch normalization layers see of them."""
+"""Forward passes over the batches of a loader, and hooks that read the inputs of layers."""
 
 from __future__ import annotations
 
@@ -11,105 +11,33 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import UninitializedBuffer
 
-from batchnorm.errors import InputError
-from batchnorm.nn.layer import Layer
-from batchnorm.nn.layout import dimension_of_channels
-from batchnorm.statistics.moments import Moments
-from batchnorm.torch_internals import TorchBatchNorm, compiled_module
+from batchnorm.errors import InputTypeError
+from batchnorm.nn.running import RunningSet, active_set, channels_second
+from batchnorm.statistics.layers import Layers, Statistics
+from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = [
-    "Forward",
-    "LayerInput",
-    "Statistics",
-    "forward_pass",
-    "inputs_of",
-    "kept_variance",
-    "restored",
-    "running_layers",
-    "running_names",
-    "running_statistics",
-    "samples_of",
-    "set_running_statistics",
-    "statistics_layers",
-    "suffixes_of",
-    "uncompiled",
-    "unwrapped",
-]
+__all__ = ["Forward", "InputHook", "forward_pass", "number_of_samples", "restored", "uncompiled", "with_input_hook"]
 
 Forward = Callable[[nn.Module, Any], object]
-Statistics = tuple[Tensor, Tensor]
-"""A mean and a variance (C,)."""
+"""Runs a model on one batch of a loader."""
 
-LayerInput = Callable[[str, Tensor, Tensor | None], Statistics | None]
-"""Takes the path of a layer, its input as (N, C, *) and its mask (N, *); returns what to normalise it with."""
+InputHook = Callable[[str, Tensor, Tensor | None], Statistics | None]
+"""Takes the module path of a layer, its input as (N, C, *) and its mask (N, *).
 
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within torch.compile's wrapper and DistributedDataParallel's."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif (inner := compiled_module(model)) is not None:
-            model = inner
-        else:
-            return model
-
-
-def running_layers(model: nn.Module) -> dict[str, TorchBatchNorm]:
-    """The layers with running statistics, ours and torch's, by path.
-
-    Raises
-    ------
-    InputError
-        There is none, or one is lazy and has not seen a batch yet.
-    """
-    layers = {
-        path: layer
-        for path, layer in model.named_modules()
-        if isinstance(layer, TorchBatchNorm) and layer.running_mean is not None and layer.running_var is not None
-    }
-    if not layers:
-        raise InputError(
-            f"the model must have batch normalization layers with running statistics; {type(model).__name__} has none"
-        )
-    for path, layer in layers.items():
-        if isinstance(layer.running_mean, UninitializedBuffer):
-            raise InputError(f"{path or 'the layer'} must have seen a batch, which tells a lazy layer its channels")
-    return layers
-
-
-def statistics_layers(model: nn.Module) -> dict[str, TorchBatchNorm]:
-    """The layers with running statistics that may be changed, ours and torch's, by path.
-
-    Left out are frozen ones: ours by `freeze`, and torch's in eval mode within a model that is training.
-
-    Raises
-    ------
-    InputError
-        There is none, or one is lazy and has not seen a batch yet.
-    """
-    layers = running_layers(model)
-    kept = {path: layer for path, layer in layers.items() if not _is_frozen(layer, model)}
-    if not kept:
-        raise InputError("all batch normalization layers of the model are frozen; batchnorm.unfreeze them first")
-    return kept
-
-
-def _is_frozen(layer: TorchBatchNorm, model: nn.Module) -> bool:
-    return layer.frozen_statistics if isinstance(layer, Layer) else model.training and not layer.training
+It may return a mean and a variance, with which a layer in eval mode then normalizes this input.
+"""
 
 
 def _first(batch: Any) -> Any:
+    """Return the first tensor of a mapping, the first element of a tuple or list, or the batch itself."""
     if isinstance(batch, Mapping):
         return next((value for value in batch.values() if isinstance(value, Tensor)), None)
     return batch[0] if isinstance(batch, tuple | list) and batch else batch
 
 
-def samples_of(batch: Any) -> int:
-    """The number of samples of a batch: the size of its first tensor, or 1 where there is none to be seen."""
+def number_of_samples(batch: Any) -> int:
+    """Return the size of the batch's first tensor; 1 if it has none."""
     first = _first(batch)
     return first.shape[0] if isinstance(first, Tensor) and first.dim() else 1
 
@@ -117,13 +45,13 @@ def samples_of(batch: Any) -> int:
 def forward_pass(model: nn.Module, batch: Any, forward: Forward | None) -> None:
     """Run the model on one batch of a loader.
 
-    A tensor is the input, of a tuple or list the first element, and of a mapping all values by name, unless
-    ``forward(model, batch)`` says otherwise.
+    The model is given a tensor as it is, the first element of a tuple or list, and all values of a mapping by name,
+    unless ``forward(model, batch)`` does it.
 
     Raises
     ------
-    InputError
-        The batch is nothing of that, and there is no ``forward``.
+    InputTypeError
+        The batch is none of these, and there is no ``forward``.
     """
     first = _first(batch)
     if forward is not None:
@@ -133,88 +61,54 @@ def forward_pass(model: nn.Module, batch: Any, forward: Forward | None) -> None:
     elif isinstance(first, Tensor):
         model(first)
     else:
-        raise InputError(
-            f"a batch must be a tensor, a tuple or list that begins with one, or mapping; got {type(batch).__name__}. "
-            "For others give forward=, a function of model and batch"
+        raise InputTypeError(
+            "a batch must be a tensor, a tuple or list that begins with one, or a mapping; got "
+            f"{type(batch).__name__}. For other batches pass forward=, a function of model and batch"
         )
 
 
-def suffixes_of(layer: TorchBatchNorm) -> list[str]:
-    """What the names of a layer's statistics end with: nothing, and for each domain its name."""
-    return ["", *(f"_{name}" for name in layer.domain_names)] if isinstance(layer, Layer) else [""]
+def _input_and_mask(layer: TorchBatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Return the input as (N, C, *) and the mask (N, *) or None that a layer is called with."""
+    given = dict(zip(("input", "residual", "mask"), args, strict=False)) | kwargs
+    return channels_second(layer, given["input"]), given.get("mask")
 
 
-def running_names(layer: TorchBatchNorm) -> tuple[str, str]:
-    """The buffers of running mean and variance, of a layer of ours those of its active domain."""
-    domain = layer.active_domain if isinstance(layer, Layer) else None
-    return ("running_mean", "running_var") if domain is None else (f"running_mean_{domain}", f"running_var_{domain}")
+class _HookedLayer:
+    """Hooks of one layer, which may replace its running statistics for the duration of a forward."""
 
+    def __init__(self, path: str, hook: InputHook) -> None:
+        self.path, self.hook = path, hook
+        self.replaced: tuple[RunningSet, Statistics] | None = None
 
-def running_statistics(layer: TorchBatchNorm) -> tuple[Tensor, Tensor]:
-    """Running mean and variance, of a layer of ours those of its active domain."""
-    mean, var = running_names(layer)
-    return layer.get_buffer(mean), layer.get_buffer(var)
+    def before(self, layer: TorchBatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        statistics = self.hook(self.path, *_input_and_mask(layer, args, kwargs))
+        if statistics is not None:
+            running = active_set(layer)
+            self.replaced = running, (running.mean, running.var)
+            running.swap(*statistics)
 
-
-@torch.no_grad()
-def set_running_statistics(layer: TorchBatchNorm, mean: Tensor, var: Tensor) -> None:
-    """Write running mean and variance in place."""
-    for buffer, values in zip(running_statistics(layer), (mean, var), strict=True):
-        buffer.copy_(values)
-
-
-def kept_variance(layer: TorchBatchNorm, moments: Moments) -> Tensor:
-    """The variance that a layer's running statistics keep of such moments."""
-    return moments.var(unbiased=not isinstance(layer, Layer) or layer.unbiased)
-
-
-def _input_of(layer: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """What a layer is called with: its input as (N, C, *), and its mask (N, *)."""
-    names = dict(zip(("input", "residual", "mask"), arguments, strict=False)) | given
-    x = names["input"]
-    return x.movedim(dimension_of_channels(x, layer.channel_dim) if isinstance(layer, Layer) else 1, 1), names.get(
-        "mask"
-    )
-
-
-class _Watched:
-    """A layer whose inputs are looked at, and which may use other running statistics for the time of a forward."""
-
-    def __init__(self, path: str, found: LayerInput) -> None:
-        self.path, self.found = path, found
-        self.stored: dict[str, Tensor] = {}
-
-    def before(self, layer: TorchBatchNorm, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
-        used = self.found(self.path, *_input_of(layer, arguments, given))
-        if used is None:
-            return
-        for name, values in zip(running_names(layer), used, strict=True):
-            held = self.stored[name] = layer.get_buffer(name)
-            # Ours take float64, and with it a mean that float32 could not hold.
-            layer._buffers[name] = values if isinstance(layer, Layer) else values.to(held.dtype)
-
-    def after(self, layer: TorchBatchNorm, *_: object) -> None:
-        layer._buffers.update(self.stored)
-        self.stored.clear()
+    def after(self, *_: object) -> None:
+        if self.replaced is not None:
+            running, stored = self.replaced
+            running.swap(*stored)
+            self.replaced = None
 
 
 @contextmanager
-def inputs_of(layers: Mapping[str, TorchBatchNorm], found: LayerInput) -> Iterator[None]:
-    """Call ``found(path, x, mask)`` at every input of the layers, before they run.
-
-    Where it returns a mean and a variance, a layer in eval mode normalises this input with these.
-    """
-    with ExitStack() as hooks:
+def with_input_hook(layers: Layers, hook: InputHook) -> Iterator[None]:
+    """Call the hook at every input of the layers, before they run."""
+    with ExitStack() as stack:
         for path, layer in layers.items():
-            watched = _Watched(path, found)
-            hooks.callback(layer.register_forward_pre_hook(watched.before, with_kwargs=True).remove)
-            hooks.callback(layer.register_forward_hook(watched.after, always_call=True).remove)
+            hooked = _HookedLayer(path, hook)
+            stack.callback(hooked.after)  # torch calls no hook after a KeyboardInterrupt
+            stack.callback(layer.register_forward_pre_hook(hooked.before, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(hooked.after, always_call=True).remove)
         yield
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run what torch.compile has compiled as it is written, since compiled code knows nothing of new hooks."""
+    """Run compiled models eagerly, because compiled code does not see new hooks."""
     if "torch._dynamo" not in sys.modules:
         yield
         return
@@ -224,17 +118,18 @@ def uncompiled() -> Iterator[None]:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Put the mode of every module and the state of the random generators back, whatever happens."""
+    """Restore the mode of every module and the state of the random generators at the end, also after an error."""
     modes = {module: module.training for module in model.modules()}
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (the global one is what others use)
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (transforms draw from the global generator)
+    cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)

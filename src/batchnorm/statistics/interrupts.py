@@ -1,4 +1,4 @@
-"""Ctrl-C held back where it would leave things half done, and let through where a user waits."""
+"""Ctrl-C deferred while an interrupt would leave a model half changed, and allowed while the user waits."""
 
 from __future__ import annotations
 
@@ -8,61 +8,62 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["held_back", "let_through"]
+__all__ = ["allow_interrupts", "defer_interrupts"]
+
+Handler = Callable[[int, FrameType | None], object]
 
 
-class _Interrupts:
-    """Whether Ctrl-C may raise at this moment, and whether one waits that could not."""
+class _DeferringHandler:
+    """Signal handler that calls the handler before it while interrupts are allowed, and otherwise remembers them."""
 
-    def __init__(self, handler: Callable[[int, FrameType | None], object]) -> None:
+    def __init__(self, handler: Handler) -> None:
         self.handler = handler
-        self.let_through = self.waiting = False
+        self.allowed = self.pending = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if not self.let_through:
-            self.waiting = True
+        if not self.allowed:
+            self.pending = True
             return
-        self.let_through = self.waiting = False  # what cleans up after this one is not interrupted again
+        self.allowed = self.pending = False  # a second Ctrl-C must not interrupt the cleaning up after the first
         self.handler(number, frame)
 
 
-def _current() -> _Interrupts | None:
-    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
-    return handler if isinstance(handler, _Interrupts) else None
+def _current_handler() -> Handler | int | None:
+    """Return the handler of Ctrl-C; None outside of the main thread, where Python raises no KeyboardInterrupt."""
+    return signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """Hold Ctrl-C back within, but for `let_through`; at the end one that waits is raised.
+def defer_interrupts() -> Iterator[None]:
+    """Defer Ctrl-C to the end of the context, except within `allow_interrupts`.
 
-    Where Ctrl-C raises nothing, in other threads than the main one and where a program handles it in its own way
-    outside of Python, nothing is done.
+    Nothing is deferred in other threads than the main one, nor where the program handles the signal outside of Python.
     """
-    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
-    if not callable(handler) or isinstance(handler, _Interrupts):
+    handler = _current_handler()
+    if not callable(handler) or isinstance(handler, _DeferringHandler):
         yield
         return
-    interrupts = _Interrupts(handler)
-    signal.signal(signal.SIGINT, interrupts)
+    deferring = _DeferringHandler(handler)
+    signal.signal(signal.SIGINT, deferring)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if interrupts.waiting:
+        if deferring.pending:
             handler(signal.SIGINT, None)
 
 
 @contextmanager
-def let_through() -> Iterator[None]:
-    """Let Ctrl-C raise within."""
-    interrupts = _current()
-    if interrupts is None:
+def allow_interrupts() -> Iterator[None]:
+    """Allow Ctrl-C to raise within `defer_interrupts`."""
+    deferring = _current_handler()
+    if not isinstance(deferring, _DeferringHandler):
         yield
         return
-    interrupts.let_through = True
+    deferring.allowed = True
     try:
-        if interrupts.waiting:
-            interrupts(signal.SIGINT, None)
+        if deferring.pending:
+            deferring(signal.SIGINT, None)
         yield
     finally:
-        interrupts.let_through = False
+        deferring.allowed = False

@@ -1,204 +1,162 @@
-"""The inputs of a model's layers measured over a loader, all in one pass or layer by layer, over all processes."""
+"""Measurement of the inputs of a model's layers over a loader, in one pass or layer by layer, over all processes."""
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from batchnorm import ops
-from batchnorm.errors import DistributedError, InputError
-from batchnorm.kernels import reference
-from batchnorm.kernels.records import BatchMoments
-from batchnorm.processes import all_gather_objects
-from batchnorm.statistics.changes import named
+from batchnorm.errors import InputError, MissingDependencyError
+from batchnorm.nn.running import active_set
+from batchnorm.processes import process_group_of
 from batchnorm.statistics.forwards import (
     Forward,
-    Statistics,
     forward_pass,
-    inputs_of,
+    number_of_samples,
     restored,
-    running_names,
-    running_statistics,
-    samples_of,
-    set_running_statistics,
     uncompiled,
+    with_input_hook,
 )
-from batchnorm.statistics.interrupts import held_back, let_through
+from batchnorm.statistics.interrupts import allow_interrupts, defer_interrupts
+from batchnorm.statistics.layers import Layers, Statistics
 from batchnorm.statistics.moments import Moments
+from batchnorm.statistics.passes import EnoughUses, LoaderPass, PassResult, gather_results, in_order
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["Measuring", "check_passes", "put_back_on_error"]
+__all__ = ["Measuring", "NewStatistics", "PassOptions", "check_passes", "restored_on_error"]
 
-FEWEST_BATCHES = 8
-POOLED_AT_ONCE = 32
+NewStatistics = Callable[[str, TorchBatchNorm, Moments, int], Statistics]
+"""Takes the module path of a layer, the layer, the moments of its inputs and the number of samples.
 
-Settle = Callable[[str, TorchBatchNorm, Moments, int], Statistics]
-"""The running statistics of the layer at a path, from the moments of its inputs and the number of samples."""
+It returns the running statistics that the layer gets.
+"""
 
 
 @contextmanager
-def put_back_on_error(model: nn.Module, layers: Mapping[str, TorchBatchNorm]) -> Iterator[dict[str, Statistics]]:
-    """Run the model in eval mode; whatever happens modes and random generators come back, on errors statistics too.
+def restored_on_error(model: nn.Module, layers: Layers) -> Iterator[Mapping[str, Statistics]]:
+    """Run the model in eval mode, and restore the running statistics of the layers after an error.
 
-    Yields the running mean and variance of each layer as they were. Ctrl-C is held back but for `let_through`.
+    Modes and random generators are restored in any case. Ctrl-C is deferred except within `allow_interrupts`.
+
+    Yields
+    ------
+    dict of (Tensor, Tensor)
+        Copies of the running mean and variance of each layer as they were.
     """
-    held = {path: running_statistics(layer) for path, layer in layers.items()}
-    before = {path: (mean.clone(), var.clone()) for path, (mean, var) in held.items()}
+    sets = {path: active_set(layer) for path, layer in layers.items()}
+    before = {path: (running.mean.clone(), running.var.clone()) for path, running in sets.items()}
     try:
-        with held_back(), torch.no_grad(), uncompiled(), restored(model):
+        with defer_interrupts(), torch.no_grad(), uncompiled(), restored(model):
             model.eval()
             yield before
     except BaseException:
-        with held_back():
-            for path, layer in layers.items():
-                set_running_statistics(layer, *before[path])
+        with defer_interrupts():
+            for path, running in sets.items():
+                running.write(*before[path])
         raise
 
 
-def check_passes(loader: Iterable[Any], passes: int, instead: str = "") -> None:
-    """Raise `InputError` where a loader can't be gone through so often; ``instead`` ends the sentence."""
+def check_passes(loader: Iterable[Any], passes: int, alternative: str = "") -> None:
+    """Raise `InputError` if the loader cannot be iterated over so often; ``alternative`` ends the sentence."""
     if passes > 1 and isinstance(loader, Iterator):
         raise InputError(
-            f"layer by layer the loader is gone through {passes} times; got {type(loader).__name__}, which can be "
-            f"once: give a DataLoader or a list{instead}"
+            f"the layers are measured one after the other, in {passes} passes over the loader; got "
+            f"{type(loader).__name__}, which can be consumed only once. Pass a DataLoader or a list{alternative}"
         )
 
 
-class _Enough(BaseException):
-    """The layer that is measured has been reached as often as it is used."""
-
-
-class _Pass(NamedTuple):
-    """What a pass saw: moments, in which orders batches used the layers, how often, and the samples."""
-
-    moments: dict[str, Moments]
-    orders: list[tuple[str, ...]]
-    uses: Counter[str]
-    samples: int
-
-
-class _Pooled:
-    """Moments of a layer's inputs; pooled by the dozens, since each time takes as long as a small batch's forward."""
-
-    def __init__(self) -> None:
-        self._parts: list[BatchMoments] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._parts)
-
-    def add(self, batch: BatchMoments) -> None:
-        self._parts.append(batch)
-        if len(self._parts) >= POOLED_AT_ONCE:
-            self.whole()
-
-    def whole(self) -> Moments:
-        if len(self._parts) > 1:
-            self._parts = [reference.pooled(reference.stacked(self._parts))]
-        return Moments.of_batch(self._parts[0])
-
-
-@dataclass
-class _Settled:
-    """Standard errors of a layer's mean and variance, from how its batches differ (Welford)."""
-
-    batches: int = 0
-    first: Tensor | float = 0.0
-    mean: Tensor | float = 0.0
-    m2: Tensor | float = 0.0
-
-    def add(self, batch: BatchMoments) -> None:
-        self.first = self.first if self.batches else batch.mean
-        self.batches += 1
-        seen = torch.stack((batch.mean, batch.var + (batch.mean - self.first) ** 2))
-        away = seen - self.mean
-        self.mean = self.mean + away / self.batches
-        self.m2 = self.m2 + away * (seen - self.mean)
-
-    def within(self, tolerance: float, pooled: Moments, eps: float) -> bool:
-        if self.batches < FEWEST_BATCHES:
-            return False
-        of_mean, of_var = torch.as_tensor(self.m2) / (self.batches - 1) / self.batches
-        var = pooled.var() + eps
-        return bool((of_mean <= tolerance**2 * var).all() and (of_var <= tolerance**2 * var**2).all())
-
-
-@dataclass
-class Measuring:
-    """Measures layers and settles what their running statistics become.
+@dataclass(frozen=True)
+class PassOptions:
+    """How a loader is read.
 
     Attributes
     ----------
-    settle : callable
-        The statistics that are written, from what was measured.
-    task : str
-        For the progress bar.
-    instead : str
-        What else can be done with a loader that can't be gone through again, for the error.
-    ranks : ProcessGroup or None
-        Each rank reads its own share; all settle the same.
-    samples : int
-        Seen in the first pass, on this process.
-    passes : int
-        Over the loader.
-    converged : bool
-        Whether every pass so far ended by the tolerance.
+    forward : callable or None
+        Runs the model on a batch.
+    max_samples : int or None
+        End a pass after this number of samples.
+    tolerance : float or None
+        End a pass when the relative standard errors are below it.
+    progress : str or None
+        Label of the progress bar; None shows none.
+    alternative : str
+        Way out for a loader that can be consumed only once, for the error.
+    group : ProcessGroup or None
+        The processes that each read a share of the data.
     """
 
-    model: nn.Module
-    loader: Iterable[Any]
-    settle: Settle
     forward: Forward | None = None
     max_samples: int | None = None
     tolerance: float | None = None
-    progress: bool = False
-    task: str = ""
-    instead: str = ""
-    ranks: dist.ProcessGroup | None = None
-    samples: int = 0
-    passes: int = 0
-    converged: bool = True
+    progress: str | None = None
+    alternative: str = ""
+    group: dist.ProcessGroup | None = None
 
-    def at_once(self, layers: dict[str, TorchBatchNorm]) -> dict[str, Moments]:
-        """One pass, in which all layers normalise each batch with its own statistics; moments by path."""
-        found = self._pass(layers, own=True)
+
+class Measuring:
+    """Measures layers over a loader and gives them new running statistics.
+
+    Attributes
+    ----------
+    samples : int
+        Number of samples of the first pass, on this process.
+    passes : int
+        Number of passes over the loader.
+    converged : bool
+        Whether the tolerance has ended every pass so far.
+    """
+
+    def __init__(
+        self, model: nn.Module, loader: Iterable[Any], new_statistics: NewStatistics, options: PassOptions
+    ) -> None:
+        self.model, self.loader, self.new_statistics, self.options = model, loader, new_statistics, options
+        self.group = process_group_of(options.group)
+        self.samples, self.passes, self.converged = 0, 0, True
+
+    def at_once(self, layers: Layers) -> dict[str, Moments]:
+        """Measure all layers in one pass, in which they normalize each batch with its own statistics.
+
+        Returns the moments by module path, in the order of use.
+        """
+        found = self._run(LoaderPass(layers, self.options.tolerance, batch_statistics=True))
         for path in found.moments:
-            self._commit(path, layers[path], found)
+            self._write(path, layers[path], found)
         return found.moments
 
-    def layerwise(self, layers: dict[str, TorchBatchNorm]) -> dict[str, Moments]:
-        """One pass a layer, each in the network with the layers before it settled; moments by path, in their order.
+    def layerwise(self, layers: Layers) -> dict[str, Moments]:
+        """Measure one layer per pass, in the network in which the layers before it have their new statistics.
 
-        The first pass finds the order, and how often each layer is used. What begins every batch is measured in it, as
-        nothing before that can change its input.
+        The first pass finds the order of the layers and how often each is used. If every batch begins with the same
+        layer, this pass measures it too, because no other layer's statistics can change its input.
+
+        Returns the moments by module path, in the order of use.
         """
-        begun = self._pass(layers, begin=True)
-        order = _in_order(begun.orders)
+        tolerance = self.options.tolerance
+        first = self._run(LoaderPass(layers, tolerance, first_only=True))
+        order = in_order(first.orders)
         found = {}
-        if begun.uses[order[0]] == 1 and all(each[0] == order[0] for each in begun.orders if each):
-            found[order[0]] = begun.moments[order[0]]
-            self._commit(order[0], layers[order[0]], begun)
-        check_passes(self.loader, 1 + len(order) - len(found), self.instead)
+        if first.uses[order[0]] == 1 and all(each[0] == order[0] for each in first.orders if each):
+            found[order[0]] = first.moments[order[0]]
+            self._write(order[0], layers[order[0]], first)
+        check_passes(self.loader, 1 + len(order) - len(found), self.options.alternative)
         for path in order[len(found) :]:
-            # What a layer's first use gives its second is normalised with the batch's own statistics.
-            again = self._pass({path: layers[path]}, until=begun.uses[path], own=begun.uses[path] > 1)
-            found[path] = again.moments[path]
-            self._commit(path, layers[path], again)
+            uses = first.uses[path]
+            # The input of a second use depends on the first, which is normalized with the batch, as in training.
+            measured = self._run(LoaderPass({path: layers[path]}, tolerance, max_uses=uses, batch_statistics=uses > 1))
+            found[path] = measured.moments[path]
+            self._write(path, layers[path], measured)
         return found
 
-    def _commit(self, path: str, layer: TorchBatchNorm, found: _Pass) -> None:
-        """Write the statistics; where they can't serve raise."""
-        set_running_statistics(layer, *self.settle(path, layer, found.moments[path], found.samples))
-        for name, values in zip(("mean", "variance"), running_statistics(layer), strict=True):
+    def _write(self, path: str, layer: TorchBatchNorm, found: PassResult) -> None:
+        """Give the layer its new running statistics, and raise `InputError` unless these are finite."""
+        running = active_set(layer)
+        running.write(*self.new_statistics(path, layer, found.moments[path], found.samples))
+        for name, values in (("mean", running.mean), ("variance", running.var)):
             channels = values.isfinite().logical_not().nonzero().flatten().tolist()
             if channels:
                 raise InputError(
@@ -206,119 +164,36 @@ class Measuring:
                     f"in {len(channels)} of {len(values)} channels"
                 )
 
-    def _pass(
-        self, layers: dict[str, TorchBatchNorm], *, begin: bool = False, until: int | None = None, own: bool = False
-    ) -> _Pass:
-        """Measure layers, or the one alone that begins; each until a batch has used it so often.
-
-        With ``own`` a batch is normalised with its own statistics.
-        """
-        domains = {path: running_names(layer) for path, layer in layers.items()}
-        pooled = {path: _Pooled() for path in (() if begin else layers)}
-        settled: defaultdict[str, _Settled] = defaultdict(_Settled)
-        in_batch: Counter[str] = Counter()
-        orders: dict[tuple[str, ...], None] = {}  # a set that keeps its order
-        uses: Counter[str] = Counter()
-        samples, done, failed = 0, False, None
-
-        def add(path: str, x: Tensor, mask: Tensor | None) -> Statistics | None:
-            if running_names(layers[path]) != domains[path]:
-                raise InputError(
-                    f"{named(path)} must keep its domain; have batchnorm.use_domain around the call, not within"
-                )
-            in_batch[path] += 1
-            if not pooled:
-                pooled[path] = _Pooled()
-            if path not in pooled:
-                return None
-            found = ops.moments(x, mask)
-            pooled[path].add(found)
-            if self.tolerance is not None and found.count > 0:
-                settled[path].add(found)
-            if until is not None and in_batch[path] >= until:
-                raise _Enough
-            return (found.mean, found.var) if own and x.shape[0] > 1 else None
-
+    def _run(self, over: LoaderPass) -> PassResult:
+        """Run one pass, and return its result over all processes; if it fails on one, it fails on all."""
+        converged, failure, options = False, None, self.options
         self.passes += 1
-        with inputs_of(layers, add), self._batches() as batches:
+        with with_input_hook(over.layers, over.record), self._batches() as batches:
             try:
-                with let_through():
+                with allow_interrupts():
                     for batch in batches:
-                        in_batch.clear()
-                        with suppress(_Enough):
-                            forward_pass(self.model, batch, self.forward)
-                        samples += samples_of(batch)
-                        orders[tuple(in_batch)] = None
-                        uses |= in_batch
-                        done = self._settled(settled, pooled, layers)
-                        if done or (self.max_samples is not None and samples >= self.max_samples):
+                        with suppress(EnoughUses):
+                            forward_pass(self.model, batch, options.forward)
+                        over.end_batch(number_of_samples(batch))
+                        converged = over.has_converged()
+                        if converged or (options.max_samples is not None and over.samples >= options.max_samples):
                             break
-            except Exception as error:  # noqa: BLE001 (the other ranks must hear of it; then it is raised)
-                failed = error
-        self.samples = samples if self.passes == 1 else self.samples
-        self.converged = self.converged and done
-        moments = {path: each.whole() for path, each in pooled.items() if each}
-        return _of_all_ranks(_Pass(moments, list(orders), uses, samples), layers, self.ranks, failed)
-
-    def _settled(
-        self, settled: dict[str, _Settled], pooled: dict[str, _Pooled], layers: dict[str, TorchBatchNorm]
-    ) -> bool:
-        """Whether the moments of every layer seen are within the tolerance."""
-        tolerance = self.tolerance
-        if tolerance is None or not settled:
-            return False
-        return all(each.within(tolerance, pooled[path].whole(), layers[path].eps) for path, each in settled.items())
+            except Exception as error:  # noqa: BLE001 (the other processes are told first; then it is raised)
+                failure = error
+        self.samples = over.samples if self.passes == 1 else self.samples
+        self.converged = self.converged and converged
+        return gather_results(over.result(), over.layers, self.group, failure)
 
     @contextmanager
     def _batches(self) -> Iterator[Iterable[Any]]:
-        if not self.progress:
+        """Yield the loader, which shows a progress bar on stderr if that is wanted."""
+        if self.options.progress is None:
             yield self.loader
             return
         try:
             from rich.console import Console
             from rich.progress import Progress
         except ImportError as error:
-            raise InputError("progress=True needs rich, which pip install 'batchnorm[lab]' brings") from error
+            raise MissingDependencyError("progress=True needs rich: pip install 'batchnorm[lab]'") from error
         with Progress(console=Console(stderr=True), transient=True) as bar:
-            yield bar.track(self.loader, description=f"{self.task}, pass {self.passes}")
-
-
-def _of_all_ranks(
-    own: _Pass, layers: dict[str, TorchBatchNorm], ranks: dist.ProcessGroup | None, failed: Exception | None
-) -> _Pass:
-    """What the pass saw on all processes; where it failed on one it fails on all."""
-    moments, orders, uses, samples = own
-    if ranks is not None:
-        said = None if failed is None else repr(failed)
-        told = all_gather_objects((list(moments), orders, uses, samples, said), ranks)
-        for rank, (*_, error) in enumerate(told):
-            if failed is None and error is not None:
-                raise DistributedError(f"rank {rank} of the group failed, and so nothing was changed: {error}")
-        measured = dict.fromkeys(path for each in told for path in each[0])
-        orders = [order for each in told for order in each[1]]
-        uses = functools.reduce(operator.or_, (each[2] for each in told))
-        samples = sum(each[3] for each in told)
-    if failed is not None:
-        raise failed
-    if ranks is not None:
-        device = running_statistics(next(iter(layers.values())))[0].device
-        moments = {
-            path: (moments.get(path) or Moments.empty(layers[path].num_features, device)).all_reduce(ranks)
-            for path in measured
-        }
-    moments = {path: moments[path] for path in _in_order(orders) if path in moments and moments[path].count > 0}
-    if not moments:
-        raise InputError("the loader must give at least one sample to a layer that can be measured; got none")
-    return _Pass(moments, orders, uses, samples)
-
-
-def _in_order(orders: list[tuple[str, ...]]) -> list[str]:
-    """The layers such that each comes after those that some batch used before it; first seen first, else."""
-    follow: TopologicalSorter[str] = TopologicalSorter()
-    for order in orders:
-        for before, path in zip((None, *order), order, strict=False):
-            follow.add(path, *([] if before is None else [before]))
-    try:
-        return list(follow.static_order())
-    except CycleError:  # batches use the layers in contrary orders
-        return list(dict.fromkeys(path for order in orders for path in order))
+            yield bar.track(self.loader, description=f"{self.options.progress}, pass {self.passes}")

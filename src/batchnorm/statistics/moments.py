@@ -1,4 +1,4 @@
-"""Count, mean and sum of squared deviations of each channel: what statistics are pooled from, exactly."""
+"""Count, mean and sum of squared deviations of each channel, from which statistics are pooled exactly."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["Moments"]
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Moments of some values of each channel, which merge with those of others as if all had been seen at once.
+    """Moments of the values of each channel; merging equals computing them from all values at once.
 
-    Chan, Golub & LeVeque (1979). Merging is associative and commutative within rounding; moments of no values change
-    nothing.
+    The formulas are those of Chan, Golub & LeVeque (1979). Merging is associative and commutative up to rounding, and
+    moments of no values are its neutral element.
 
     Attributes
     ----------
     count : Tensor, float64
-        How many values each channel has, a scalar.
+        Number of values per channel, a scalar.
     mean : Tensor, shape (C,), float64
     m2 : Tensor, shape (C,), float64
         Sum of squared deviations from the mean.
@@ -49,51 +49,64 @@ class Moments:
 
     @classmethod
     def empty(cls, channels: int, device: torch.device | str | None = None) -> Moments:
-        """Of no values: neutral in `merge`."""
+        """Return the moments of no values, the neutral element of `merge`."""
         zeros = torch.zeros(channels, dtype=torch.float64, device=device)
         return cls(torch.zeros((), dtype=torch.float64, device=device), zeros, zeros.clone())
 
     @classmethod
     @torch.no_grad()
     def of(cls, x: Tensor, channel_dim: int = 1, mask: Tensor | None = None) -> Moments:
-        """Of a batch, of any floating dtype; the mask, of x's shape without the channels, is True where a value counts.
+        """Return the moments of a batch of any floating dtype.
+
+        Parameters
+        ----------
+        x : Tensor
+            At least 2 dimensions.
+        channel_dim : int
+            The dimension of the channels.
+        mask : Tensor or None, bool
+            The shape of x without the channels, where each size may also be 1; True where a value counts.
 
         Raises
         ------
         InputError
-            x has fewer than 2 dimensions or no floating dtype, the mask another shape.
+            x has fewer than 2 dimensions or an integer dtype, or the mask does not fit x.
         """
         if x.dim() < 2 or not -x.dim() <= channel_dim < x.dim():
-            raise InputError(f"channel_dim={channel_dim} must be a dimension of x, of 2 or more; got {tuple(x.shape)}")
+            raise InputError(
+                f"x must have at least 2 dimensions, and channel_dim={channel_dim} must be one of them; got x of "
+                f"shape {tuple(x.shape)}"
+            )
         x = x.movedim(channel_dim, 1)
         check(x, None, mask)
         return cls.of_batch(ops.moments(x, mask))
 
     @classmethod
     def of_batch(cls, batch: BatchMoments) -> Moments:
-        """From mean, biased variance and count, as the layers have them."""
+        """Return the mean, biased variance and count of a batch, which the kernels compute, as moments."""
         mean = batch.mean.double()
         count = torch.as_tensor(batch.count, dtype=torch.float64, device=mean.device)
         return cls(count, mean, batch.var.double() * count)
 
     def var(self, *, unbiased: bool = False) -> Tensor:
-        """Variance (C,); of no values 0, and unbiased of one value too."""
+        """Return the variance (C,); it is 0 for no values, and the unbiased one is 0 for one value too."""
         return self.m2 / (self.count - 1 if unbiased else self.count).clamp(min=1)
 
     def merge(self, other: Moments) -> Moments:
-        """Of the values of both.
+        """Return the moments of the values of both.
 
         Raises
         ------
         InputError
-            The other has another number of channels.
+            The other moments have another number of channels.
         """
         return merged((self, other))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
-        """Of the values of all ranks of the group, one collective; every rank ends with the same, to the bit.
+        """Return the moments of the values of all processes in the group, by one collective.
 
-        Where torch.distributed is not initialised, and outside of the group, there is one rank.
+        Every process gets the same bits. Without torch.distributed, and in a process outside of the group, there is one
+        process.
         """
         if group_size(group) == 1:
             return self
@@ -105,12 +118,12 @@ class Moments:
 
 
 def merged(parts: Sequence[Moments]) -> Moments:
-    """Of the values of all parts.
+    """Return the moments of the values of all parts.
 
     Raises
     ------
     InputError
-        There is none, or they have different numbers of channels.
+        There are no parts, or they have different numbers of channels.
     """
     sizes = sorted({len(part.mean) for part in parts})
     if len(sizes) != 1:

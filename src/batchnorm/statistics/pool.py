@@ -1,4 +1,4 @@
-"""One set of running statistics for all processes, from those that each has gathered by itself."""
+"""Pooling of the running statistics that each process has gathered by itself."""
 
 from __future__ import annotations
 
@@ -11,64 +11,62 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from batchnorm.errors import InputError
+from batchnorm.errors import DistributedError, InputError
 from batchnorm.kernels import reference
 from batchnorm.kernels.records import BatchMoments
+from batchnorm.nn.running import RunningSet, running_sets
 from batchnorm.processes import all_gather, all_gather_objects, group_size
-from batchnorm.statistics.forwards import statistics_layers, suffixes_of, unwrapped
+from batchnorm.statistics.layers import unfrozen_layers, unwrapped
 
 __all__ = ["pool_running_stats"]
 
-_POOLED: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
-"""How many batches a layer, and each of its domains, had seen when last pooled; in no state dict, pickle or copy."""
+_BATCHES_POOLED: WeakKeyDictionary[nn.Module, dict[str | None, int]] = WeakKeyDictionary()
+"""Count of batches of each layer and domain at the last pooling. It is in no state dict, pickle or copy."""
 
 
-class _Held(NamedTuple):
-    """One set of running statistics: a layer's, or one of its domains'."""
+class _Entry(NamedTuple):
+    """One set of running statistics to pool: that of a layer or of one of its domains."""
 
-    layer: nn.Module
     name: str
-    suffix: str
-    mean: Tensor
-    var: Tensor
+    running: RunningSet
     batches: int
-    samples: Tensor | None
 
-    def since(self) -> tuple[int, int]:
-        """Samples and batches since the last pooling; all batches where the count has been reset meanwhile."""
-        return 0 if self.samples is None else int(self.samples), self._batches_since()
-
-    def _batches_since(self) -> int:
-        before = _POOLED.get(self.layer, {}).get(self.suffix, 0)
-        return self.batches - before if self.batches >= before else self.batches
+    def counts_since_pooling(self) -> tuple[int, int]:
+        """Return the samples and batches since the last pooling; all batches if their count was reset meanwhile."""
+        before = _BATCHES_POOLED.get(self.running.layer, {}).get(self.running.domain, 0)
+        samples = self.running.samples
+        batches = self.batches - before if self.batches >= before else self.batches
+        return 0 if samples is None else int(samples), batches
 
 
 def pool_running_stats(model: nn.Module, group: dist.ProcessGroup | None = None, *, samples: int | None = None) -> None:
-    """Give every rank the running statistics of all ranks, pooled at once; all end with the same bits.
+    """Give every process the running statistics of all processes, pooled exactly; all end with the same bits.
 
-    Each rank weighs as many samples as it has trained on since the last pooling. The pooled variance has the spread of
-    the ranks' means in it, by the law of total variance: ``var = sum_r share_r (var_r + (mean_r - mean)^2)``. What
-    counts batches (``num_batches_tracked``) stays each rank's own; frozen layers are left alone; a set of statistics
-    that no rank has moved since the last pooling stays as it is.
+    Each process is weighted by the number of samples that it has trained on since the last pooling. The pooled
+    variance includes the differences between the processes' means, by the law of total variance: ``var = sum_r share_r
+    (var_r + (mean_r - mean)^2)``. The count of batches (``num_batches_tracked``) stays that of the process. Frozen
+    layers are left alone, and so are statistics that no process has updated since the last pooling.
 
     Parameters
     ----------
     model : Module
-        The same on every rank. Under DistributedDataParallel with ``broadcast_buffers=False``, and best the wrapper
-        itself, as the model within can't tell how it is wrapped.
+        The same on every process. Under DistributedDataParallel, ``broadcast_buffers`` must be False; pass the wrapper
+        itself, because only it tells.
     group : ProcessGroup or None
-        None is all ranks. Where torch.distributed is not initialised there is one, and nothing to pool.
+        None is all processes. Without torch.distributed there is one process, and nothing to pool.
     samples : int or None
-        How many samples this rank has trained on since the last pooling, as its weight in all layers. None takes what
-        each layer of ours, and each domain, has counted in this process; of torch's layers, which count batches alone,
-        these, which is right where the ranks' batches have the same size. All ranks must give it, or none.
+        Number of samples that this process has trained on since the last pooling, its weight in all layers. None takes
+        the count that each layer of ours keeps, per domain, in this process. Torch's layers count only batches, which
+        weights processes correctly if their batches have the same size. Either all processes must give it, or none.
 
     Raises
     ------
     InputError
-        No layer to pool, broadcast_buffers=True, samples below 0 or given by some ranks only, ranks with other layers
-        (a frozen one counts for none), statistics that are not finite. Nothing is changed then; the last three are
-        raised on all ranks.
+        The model has no layer to pool, ``broadcast_buffers`` is True, ``samples`` is negative, or statistics are not
+        finite.
+    DistributedError
+        Processes have different layers (frozen ones do not count), or only some have given ``samples``. Like
+        statistics that are not finite, this is raised on all processes, and nothing is changed.
 
     Examples
     --------
@@ -79,18 +77,18 @@ def pool_running_stats(model: nn.Module, group: dist.ProcessGroup | None = None,
     for path, module in model.named_modules():
         if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
             raise InputError(
-                f"{path or 'the model'} must be DistributedDataParallel(..., broadcast_buffers=False): with True rank "
-                "0's running statistics overwrite the others' at each forward, and there is nothing left to pool"
+                f"{path or 'the model'} must be DistributedDataParallel(..., broadcast_buffers=False); with True, the "
+                "running statistics of rank 0 overwrite the others at each forward, and there is nothing left to pool"
             )
     if samples is not None and samples < 0:
         raise InputError(f"samples must be None or at least 0; got {samples!r}")
-    sets = _sets(unwrapped(model))
+    entries = _entries(unwrapped(model))
     if group_size(group) == 1:
         return
-    _check_same(sets, group)
-    given, *columns = _gathered(sets, samples, group)
+    _check_same(entries, group)
+    given, *columns = _gathered(entries, samples, group)
     if given.min() != given.max():
-        raise InputError(
+        raise DistributedError(
             f"samples must be given by all ranks or by none; got it from {int(given.sum())} of {len(given)} ranks"
         )
     means, variances, counts = columns[::3], columns[1::3], columns[2::3]
@@ -98,64 +96,66 @@ def pool_running_stats(model: nn.Module, group: dist.ProcessGroup | None = None,
         BatchMoments(mean, var, by_samples if by_samples.any() else by_batches)
         for mean, var, (by_samples, by_batches) in zip(means, variances, (each.T for each in counts), strict=True)
     ]
-    for held, ranks in zip(sets, found, strict=True):
-        _check_finite(held, ranks)
-    for held, ranks in zip(sets, found, strict=True):
-        _commit(held, ranks)
+    for entry, ranks in zip(entries, found, strict=True):
+        _check_finite(entry, ranks)
+    for entry, ranks in zip(entries, found, strict=True):
+        _write(entry, ranks)
 
 
-def _sets(model: nn.Module) -> list[_Held]:
+def _entries(model: nn.Module) -> list[_Entry]:
     return [
-        _Held(
-            layer,
-            f"{path or 'the layer'}{suffix and f', domain {suffix[1:]}'}",
-            suffix,
-            layer.get_buffer(f"running_mean{suffix}"),
-            layer.get_buffer(f"running_var{suffix}"),
-            int(layer.get_buffer(f"num_batches_tracked{suffix}")),
-            layer._buffers.get(f"samples_seen{suffix}"),
+        _Entry(
+            f"{path or 'the layer'}{'' if running.domain is None else f', domain {running.domain}'}",
+            running,
+            0 if running.batches is None else int(running.batches),
         )
-        for path, layer in statistics_layers(model).items()
-        for suffix in suffixes_of(layer)
+        for path, layer in unfrozen_layers(model).items()
+        for running in running_sets(layer)
     ]
 
 
-def _check_same(sets: list[_Held], group: dist.ProcessGroup | None) -> None:
-    own = [(held.name, len(held.mean)) for held in sets]
-    for rank, theirs in enumerate(all_gather_objects(own, group)):
-        if theirs != own:
-            here, there = next((a, b) for a, b in zip_longest(own, theirs, fillvalue="none") if a != b)
-            raise InputError(
+def _check_same(entries: list[_Entry], group: dist.ProcessGroup | None) -> None:
+    local = [(entry.name, len(entry.running.mean)) for entry in entries]
+    for rank, theirs in enumerate(all_gather_objects(local, group)):
+        if theirs != local:
+            here, there = next((a, b) for a, b in zip_longest(local, theirs, fillvalue="none") if a != b)
+            raise DistributedError(
                 f"all ranks must have the same layers with statistics to pool; rank {rank} of the group has {there}, "
                 f"this one {here}"
             )
 
 
-def _gathered(sets: list[_Held], samples: int | None, group: dist.ProcessGroup | None) -> list[Tensor]:
-    """By rank whether it gave samples (R, 1); of each set mean and variance (R, C), samples and batches (R, 2)."""
-    device = sets[0].mean.device
+def _gathered(entries: list[_Entry], samples: int | None, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Return the values of all ranks.
+
+    The first are whether ranks gave samples (R, 1); then follow for each entry the means and variances (R, C), and the
+    counts of samples and batches (R, 2).
+    """
     parts = [torch.tensor([float(samples is not None)])]
-    for held in sets:
-        counts = held.since() if samples is None else (samples, 0)
-        parts += held.mean, held.var, torch.tensor(counts)
-    own = torch.cat([part.detach().to(device, torch.float64) for part in parts])
-    return list(torch.split(all_gather(own, group), [len(part) for part in parts], dim=1))
+    for entry in entries:
+        counts = entry.counts_since_pooling() if samples is None else (samples, 0)
+        parts += entry.running.mean, entry.running.var, torch.tensor(counts)
+    device = entries[0].running.mean.device
+    local = torch.cat([part.detach().to(device, torch.float64) for part in parts])
+    return list(torch.split(all_gather(local, group), [len(part) for part in parts], dim=1))
 
 
-def _check_finite(held: _Held, ranks: BatchMoments) -> None:
+def _check_finite(entry: _Entry, ranks: BatchMoments) -> None:
     finite = ranks.mean.isfinite().all(1) & ranks.var.isfinite().all(1)
     counts = torch.as_tensor(ranks.count) > 0
     if not bool((finite | ~counts).all()):
         rank = int((counts & ~finite).nonzero()[0])
-        raise InputError(f"running statistics must be finite to be pooled; got others from rank {rank}, of {held.name}")
+        raise InputError(
+            f"running statistics must be finite to be pooled; got NaN or infinite values from rank {rank}, of "
+            f"{entry.name}"
+        )
 
 
-@torch.no_grad()
-def _commit(held: _Held, ranks: BatchMoments) -> None:
+def _write(entry: _Entry, ranks: BatchMoments) -> None:
+    running = entry.running
     if bool((torch.as_tensor(ranks.count) > 0).any()):
         pooled = reference.pooled(ranks)
-        held.mean.copy_(pooled.mean)
-        held.var.copy_(pooled.var)
-    _POOLED.setdefault(held.layer, {})[held.suffix] = held.batches
-    if held.samples is not None:
-        held.samples.zero_()
+        running.write(pooled.mean, pooled.var)
+    _BATCHES_POOLED.setdefault(running.layer, {})[running.domain] = entry.batches
+    if running.samples is not None:
+        running.samples.zero_()

@@ -1,42 +1,44 @@
-"""Running statistics put right: those of all the data, in a network as it is."""
+"""Recalibration: running statistics set to the moments of all the data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 from torch import nn
 
+from batchnorm.checks import is_real, is_whole
 from batchnorm.errors import InputError
-from batchnorm.processes import process_group_of
-from batchnorm.statistics.changes import LayerChange, changes, table
-from batchnorm.statistics.forwards import Forward, Statistics, kept_variance, statistics_layers, unwrapped
-from batchnorm.statistics.measuring import Measuring, check_passes, put_back_on_error
+from batchnorm.reports import Block, Report
+from batchnorm.statistics.changes import LayerChange, change_table, changes, drift_summary
+from batchnorm.statistics.forwards import Forward
+from batchnorm.statistics.layers import Statistics, unfrozen_layers, unwrapped, variance_to_keep
+from batchnorm.statistics.measuring import Measuring, PassOptions, check_passes, restored_on_error
 from batchnorm.statistics.moments import Moments
 from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["Recalibration", "recalibrate"]
 
-MODES = ("layerwise", "at_once")
-AT_ONCE = ", or mode='at_once'"
+Mode = Literal["layerwise", "at_once"]
+ALTERNATIVE = ", or use mode='at_once'"
 
 
-@dataclass(frozen=True)
-class Recalibration:
-    """What `recalibrate` did; prints as a table.
+@dataclass(frozen=True, repr=False)
+class Recalibration(Report):
+    """The result of `recalibrate`.
 
     Attributes
     ----------
     layers : tuple of LayerChange
         In the order in which they run.
     samples : int
-        Seen in one pass over the loader, on this process.
+        Number of samples seen in one pass over the loader, on this process.
     passes : int
-        Over the loader.
+        Number of passes over the loader.
     converged : bool or None
-        Whether the statistics settled before the loader ended; None where no tolerance was given.
+        Whether the tolerance ended every pass before the loader did; None without a tolerance.
     """
 
     layers: tuple[LayerChange, ...]
@@ -44,9 +46,15 @@ class Recalibration:
     passes: int
     converged: bool | None
 
-    def __str__(self) -> str:
-        passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
-        return table(self.layers, f"{self.samples:,} samples, {passes}")
+    def _summary(self) -> str:
+        return f"{self.samples:,} samples, {drift_summary(self.layers)}"
+
+    def _blocks(self) -> Iterable[Block]:
+        yield change_table(self.layers)
+        yield f"{self.samples:,} samples, {self.passes} {'pass' if self.passes == 1 else 'passes'}"
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [asdict(layer) for layer in self.layers]
 
 
 def recalibrate(
@@ -54,106 +62,110 @@ def recalibrate(
     loader: Iterable[Any],
     *,
     forward: Forward | None = None,
-    mode: str = "layerwise",
+    mode: Mode = "layerwise",
     max_samples: int | None = None,
     tolerance: float | None = None,
     progress: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> Recalibration:
-    """Set running statistics to the moments of all the data, pooled exactly, each batch by its count of values.
+    """Set running statistics to the moments of all the data, pooled exactly, each batch weighted by its size.
 
-    The running mean that training leaves is one of the last batches, while the weights moved (Wu & Johnson 2021,
-    "Rethinking 'Batch' in BatchNorm"). A layer's input depends on the statistics of the layers before it, so what is
-    right is one layer after the other, each measured in the network as it will be used: ``mode="layerwise"``, one pass
-    over the loader for each layer, which ends at that layer. ``mode="at_once"`` takes one pass, in which all layers
-    normalise each batch with its own statistics, as in training; what it finds differs the more, the smaller the
-    batches are. Both leave the modes of all modules, the random generators and torch's hooks as they were, and counts
-    of batches too; where anything fails, Ctrl-C included, the statistics are what they were.
+    Training leaves running statistics that stem from the last batches, while the weights moved (Wu & Johnson 2021,
+    "Rethinking 'Batch' in BatchNorm"). The input of a layer depends on the statistics of the layers before it.
+    ``mode="layerwise"`` therefore measures one layer after the other, each in the network as it will be used, in one
+    pass over the loader per layer that ends at this layer. ``mode="at_once"`` takes a single pass, in which all layers
+    normalize each batch with its own statistics, as in training; the smaller the batches, the more its result differs.
+
+    Both leave the modes of all modules, the random generators, the counts of batches and torch's hooks unchanged. After
+    any error, Ctrl-C included, the statistics are restored.
 
     Parameters
     ----------
     model : Module
-        With layers of ours or torch's that keep running statistics. Frozen ones are left alone: ours by `freeze`,
-        torch's in eval mode within a model in training mode.
+        A model with layers of ours or torch's that keep running statistics. Frozen layers are left alone: ours by
+        `freeze`, torch's in eval mode within a model in training mode.
     loader : iterable
-        Of batches: tensors, tuples or lists that begin with the input, mappings of the model's arguments. Batches may
-        differ in size. Layer by layer it is gone through several times.
+        Batches: tensors, tuples or lists that begin with the input, or mappings of the model's arguments. They may
+        differ in size. ``mode="layerwise"`` iterates over the loader several times.
     forward : callable or None
-        ``forward(model, batch)`` for any other kind of batch.
-    mode : str
-        "layerwise" or "at_once".
+        ``forward(model, batch)``, for any other kind of batch.
+    mode : {"layerwise", "at_once"}
     max_samples : int or None
-        End a pass after as many samples, on each process; 1,000 to 10,000 are usually enough. A batch has as many as
-        its first tensor has rows, and counts as one where there is no tensor to be seen.
+        End a pass after this number of samples on each process; 1,000 to 10,000 are usually enough. A batch has as many
+        samples as its first tensor has rows, and one sample if it has no tensor.
     tolerance : float or None
-        End a pass when the standard errors of every channel's mean and variance, found from how the batches differ, are
-        below this part of its standard deviation and of its variance. Batches must come in random order.
+        End a pass when the standard errors of every channel's mean and variance are below this fraction of its standard
+        deviation and its variance. They are estimated from the differences between batches, which must come in random
+        order.
     progress : bool
         Show a progress bar on stderr; needs rich.
     group : ProcessGroup or None
-        Where torch.distributed is initialised each rank reads its own share, and all end with the same statistics.
+        Under torch.distributed, each process reads a share of the data, and all end with the same statistics.
 
     Returns
     -------
     Recalibration
-        What moved, layer by layer; print it.
+        The change of each layer; printing it shows a table.
 
     Raises
     ------
     InputError
-        No layer to recalibrate, an empty loader, one that can't be gone through again, a batch without ``forward``,
-        moments that are not finite.
+        There is no layer to recalibrate, the loader is empty or can be consumed only once, or moments are not finite.
+    InputTypeError
+        Batches need ``forward``.
+    UnsupportedError
+        The model changes the domain of a layer in its forward.
+    DistributedError
+        The pass has failed on another process.
+    MissingDependencyError
+        ``progress`` is True and rich is not installed.
 
     Examples
     --------
     >>> import batchnorm as bn, torch
     >>> layer, rows = bn.BatchNorm1d(1), torch.arange(98.0).unsqueeze(1)
     >>> print(bn.recalibrate(layer, rows.split(96)))
-    layer              values  drift before      after
-    (the model)            98           790          0
+    layer         values   drift before   drift after
+    (the model)       98       1.58e+03             0
     98 samples, 1 pass
     >>> layer.running_mean
     tensor([48.5000])
     """
     model = unwrapped(model)
-    layers = statistics_layers(model)
-    _check(mode, max_samples, tolerance, loader, layers)
-    run = Measuring(
-        model,
-        loader,
-        _measured,
-        forward,
-        max_samples,
-        tolerance,
-        progress,
-        task="recalibrating",
-        instead=AT_ONCE,
-        ranks=process_group_of(group),
+    layers = unfrozen_layers(model)
+    _check_options(mode, max_samples, tolerance)
+    if mode == "layerwise":
+        check_passes(loader, len(layers), ALTERNATIVE)
+    options = PassOptions(
+        forward=forward,
+        max_samples=max_samples,
+        tolerance=tolerance,
+        progress="recalibrating" if progress else None,
+        alternative=ALTERNATIVE,
+        group=group,
     )
-    with put_back_on_error(model, layers) as before:
-        found = run.at_once(layers) if mode == "at_once" else run.layerwise(layers)
-        moved = changes(layers, found, before)
-        return Recalibration(moved, run.samples, run.passes, run.converged if tolerance is not None else None)
+    measuring = Measuring(model, loader, _measured, options)
+    with restored_on_error(model, layers) as before:
+        moments = measuring.at_once(layers) if mode == "at_once" else measuring.layerwise(layers)
+        return Recalibration(
+            layers=changes(layers, moments, before),
+            samples=measuring.samples,
+            passes=measuring.passes,
+            converged=None if tolerance is None else measuring.converged,
+        )
 
 
 def _measured(path: str, layer: TorchBatchNorm, moments: Moments, samples: int) -> Statistics:
+    """Return the mean and variance that were measured."""
     if moments.count < 2:
-        raise InputError(f"{path or 'the layer'} must see at least 2 values a channel, to have a variance; got 1")
-    return moments.mean, kept_variance(layer, moments)
+        raise InputError(f"{path or 'the layer'} must see at least 2 values per channel, to have a variance; got 1")
+    return moments.mean, variance_to_keep(layer, moments)
 
 
-def _check(
-    mode: str,
-    max_samples: int | None,
-    tolerance: float | None,
-    loader: Iterable[Any],
-    layers: dict[str, TorchBatchNorm],
-) -> None:
-    if mode not in MODES:
-        raise InputError(f"mode must be {' or '.join(map(repr, MODES))}; got {mode!r}")
-    if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
+def _check_options(mode: str, max_samples: int | None, tolerance: float | None) -> None:
+    if mode not in get_args(Mode):
+        raise InputError(f"mode must be {' or '.join(map(repr, get_args(Mode)))}; got {mode!r}")
+    if max_samples is not None and not (is_whole(max_samples) and max_samples >= 1):
         raise InputError(f"max_samples must be None or a whole number of at least 1; got {max_samples!r}")
-    if tolerance is not None and not (isinstance(tolerance, float) and 0 < tolerance < 1):
+    if tolerance is not None and not (is_real(tolerance) and 0 < tolerance < 1):
         raise InputError(f"tolerance must be None or between 0 and 1; got {tolerance!r}")
-    if mode == "layerwise":
-        check_passes(loader, len(layers), AT_ONCE)

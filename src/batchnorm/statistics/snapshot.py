@@ -1,4 +1,4 @@
-"""Running statistics set aside, in memory or in a file, and put back."""
+"""Snapshots of running statistics, in memory or in a file, and their restoration."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from batchnorm.errors import InputError
-from batchnorm.nn.running import STATISTICS
-from batchnorm.statistics.forwards import running_layers, suffixes_of, unwrapped
+from batchnorm.errors import InputError, InputTypeError, MissingDependencyError
+from batchnorm.nn.running import running_sets
+from batchnorm.statistics.layers import running_layers, unwrapped
+from batchnorm.torch_internals import without_compile_wrappers
 
 __all__ = ["Snapshot", "restore", "snapshot"]
 
@@ -25,12 +26,12 @@ VERSION = "1"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Snapshot:
-    """The running statistics of a model's layers at one moment.
+    """A copy of the running statistics of a model's layers.
 
     Attributes
     ----------
     tensors : mapping of str to Tensor
-        Running means and variances (C,) and counts of batches, those of domains too, by their names in a state dict.
+        Running means and variances (C,) and counts of batches, also those of domains, by their names in a state dict.
     """
 
     tensors: Mapping[str, Tensor]
@@ -40,17 +41,17 @@ class Snapshot:
 
 
 def snapshot(model: nn.Module, path: str | os.PathLike[str] | None = None) -> Snapshot:
-    """Copy the running statistics of all batch normalization layers, ours and torch's, frozen ones too.
+    """Copy the running statistics of all batch normalization layers, ours and torch's, including frozen ones.
 
-    With them go the counts of batches and the statistics of every domain, so that `restore` leads back to this moment;
-    ``skipped_batches`` stays what it is. With ``path`` the copy is also written to that file, as safetensors: a whole
-    file, or where writing fails the one that was there.
+    The copy includes the counts of batches and the statistics of every domain, but not ``skipped_batches``. With
+    ``path`` it is also written to that file, as safetensors. Writing is atomic: if it fails, the file that was there is
+    left unchanged.
 
     Parameters
     ----------
     model : Module
     path : path or None
-        Needs safetensors: ``pip install 'batchnorm[snapshot]'``.
+        A file; needs safetensors: ``pip install 'batchnorm[snapshot]'``.
 
     Returns
     -------
@@ -59,9 +60,11 @@ def snapshot(model: nn.Module, path: str | os.PathLike[str] | None = None) -> Sn
     Raises
     ------
     InputError
-        The model has no layer with running statistics, or safetensors is missing.
+        The model has no layer with running statistics.
+    MissingDependencyError
+        ``path`` is given and safetensors is not installed.
     OSError
-        The file can't be written: no such folder, no permission, a full disk.
+        The file cannot be written: no such folder, no permission, a full disk.
 
     Examples
     --------
@@ -79,15 +82,15 @@ def snapshot(model: nn.Module, path: str | os.PathLike[str] | None = None) -> Sn
 
 
 def restore(model: nn.Module, snapshot: Snapshot | str | os.PathLike[str]) -> nn.Module:
-    """Put the running statistics of a snapshot back, in place.
+    """Write the running statistics of a snapshot into a model, in place.
 
     Parameters
     ----------
     model : Module
-        With the layers, of the names and sizes, that the snapshot was taken of; ours and torch's may stand for each
-        other. torch.compile's and DistributedDataParallel's wrappers make no difference.
+        A model whose layers have the module paths and sizes of the snapshot. Layers of ours and of torch's can replace
+        each other, and wrappers of torch.compile and DistributedDataParallel make no difference.
     snapshot : Snapshot or path
-        As `snapshot` returned or wrote it.
+        A snapshot, or a file that `snapshot` wrote.
 
     Returns
     -------
@@ -97,51 +100,56 @@ def restore(model: nn.Module, snapshot: Snapshot | str | os.PathLike[str]) -> nn
     Raises
     ------
     InputError
-        Names or shapes differ from the model's, the file is damaged or none of ours; nothing is changed then.
+        Names or shapes differ from the model's, or the file is damaged or was not written by `snapshot`. Nothing is
+        changed then.
+    InputTypeError
+        The snapshot is neither a Snapshot nor a path.
+    MissingDependencyError
+        The snapshot is a file and safetensors is not installed.
     OSError
-        The file can't be read.
+        The file cannot be read.
     """
     if not isinstance(snapshot, Snapshot | str | os.PathLike):
-        raise InputError(f"snapshot must be a batchnorm.Snapshot or the path of a file; got {snapshot!r}")
-    own = _statistics(model)
+        raise InputTypeError(f"snapshot must be a batchnorm.Snapshot or the path of a file; got {snapshot!r}")
+    stored = _statistics(model)
     taken = (snapshot if isinstance(snapshot, Snapshot) else _read(Path(snapshot))).tensors
-    for whose, names in (("the snapshot", own.keys() - taken.keys()), ("the model", taken.keys() - own.keys())):
+    missing = {"the snapshot": stored.keys() - taken.keys(), "the model": taken.keys() - stored.keys()}
+    for where, names in missing.items():
         if names:
-            raise InputError(f"snapshot and model must have the same statistics; {whose} lacks {_some(names)}")
-    for name, values in own.items():
+            raise InputError(f"snapshot and model must have the same statistics; {where} lacks {_abridged(names)}")
+    for name, values in stored.items():
         if values.shape != taken[name].shape:
             raise InputError(
-                f"{name} must have the model's shape {tuple(values.shape)}; the snapshot's has "
-                f"{tuple(taken[name].shape)}"
+                f"{name} must have the model's shape {tuple(values.shape)}; got {tuple(taken[name].shape)} in the "
+                "snapshot"
             )
         if not taken[name].to(values.dtype).isfinite().equal(taken[name].isfinite()):
             raise InputError(
-                f"{name} must fit into the model's {values.dtype}; the snapshot's {taken[name].dtype} does not"
+                f"{name} must fit into the model's {values.dtype}; got values in {taken[name].dtype} that are too large"
             )
     with torch.no_grad():
-        for name, values in own.items():
+        for name, values in stored.items():
             values.copy_(taken[name])
     return model
 
 
 def _statistics(model: nn.Module) -> dict[str, Tensor]:
-    """The running statistics themselves, by their names in a state dict."""
+    """Return the buffers themselves, by their names in the state dict of the model without torch.compile's wrappers."""
     return {
-        f"{path}{path and '.'}{kind}{suffix}".replace("_orig_mod.", ""): values  # within torch.compile's wrappers
+        without_compile_wrappers(f"{path}{path and '.'}{name}"): values
         for path, layer in running_layers(unwrapped(model)).items()
-        for suffix in suffixes_of(layer)
-        for kind in STATISTICS
-        if (values := layer._buffers[f"{kind}{suffix}"]) is not None
+        for running in running_sets(layer)
+        for name, values in running.tensors()
     }
 
 
-def _some(names: set[str]) -> str:
+def _abridged(names: set[str]) -> str:
     first, *others = sorted(names)
     return first + (f" and {len(others)} more" if others else "")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """What tells a damaged file, as safetensors checks no more than where each tensor begins and ends."""
+    """Return a digest of names and values; safetensors itself checks only where each tensor begins and ends."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         values = tensors[name]
@@ -157,7 +165,7 @@ def _write(path: Path, taken: Snapshot) -> None:
         raise _no_safetensors() from error
     tensors = {name: values.cpu().contiguous() for name, values in taken.tensors.items()}
     content = save(tensors, {"format": FORMAT, "version": VERSION, "sha256": _digest(tensors)})
-    path = path.resolve()  # what a link leads to
+    path = path.resolve()  # replace the file that a link leads to, not the link
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:
@@ -167,7 +175,7 @@ def _write(path: Path, taken: Snapshot) -> None:
         if path.exists():
             shutil.copymode(path, part)
         part.replace(path)
-    except BaseException:  # Ctrl-C too must leave no litter
+    except BaseException:  # Ctrl-C too must leave no part of a file behind
         part.unlink(missing_ok=True)
         raise
 
@@ -177,24 +185,24 @@ def _read(path: Path) -> Snapshot:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise _no_safetensors() from error
-    with path.open("rb"):  # the operating system says best what is wrong with a path
+    with path.open("rb"):  # the operating system's own error tells best what is wrong with a path
         pass
     try:
         with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
     except SafetensorError as error:
         raise InputError(f"{str(path)!r} must be a file that batchnorm.snapshot wrote; {error}") from error
-    kind, version = about.get("format"), about.get("version")
+    kind, version = metadata.get("format"), metadata.get("version")
     if (kind, version) != (FORMAT, VERSION):
         raise InputError(
-            f"{str(path)!r} must be a snapshot, of format {FORMAT!r} and version {VERSION!r}; got {kind!r} and "
+            f"{str(path)!r} must be a snapshot of format {FORMAT!r} and version {VERSION!r}; got {kind!r} and "
             f"{version!r}"
         )
-    if about.get("sha256") != _digest(tensors):
-        raise InputError(f"{str(path)!r} must be as batchnorm.snapshot wrote it; its checksum says it is damaged")
+    if metadata.get("sha256") != _digest(tensors):
+        raise InputError(f"{str(path)!r} must be as batchnorm.snapshot wrote it; its checksum shows that it is damaged")
     return Snapshot(tensors)
 
 
-def _no_safetensors() -> InputError:
-    return InputError("a snapshot in a file needs safetensors, which pip install 'batchnorm[snapshot]' brings")
+def _no_safetensors() -> MissingDependencyError:
+    return MissingDependencyError("a snapshot in a file needs safetensors: pip install 'batchnorm[snapshot]'")

@@ -13,7 +13,7 @@ from batchnorm.errors import DataError, InputError
 from batchnorm.lab.serving.served import Served
 from batchnorm.lab.serving.shift import Rows, examine, read_rows
 
-LIMITS = {"prior": 16, "alpha": 0.05, "source_samples": 256}
+LIMITS = {"prior": 16, "alpha": 0.05, "reference_samples": 256}
 
 
 def rows_of_two_classes(count, seed, shift=0.0):

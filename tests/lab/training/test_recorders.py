@@ -7,7 +7,7 @@ from torch.distributions import Normal, kl_divergence
 
 from batchnorm.lab.data.dataset import prepare
 from batchnorm.lab.data.tables import read_table
-from batchnorm.lab.training.recorders import noise_batch_sizes, probe_steps, symmetrised_divergence
+from batchnorm.lab.training.recorders import noise_batch_sizes, probe_steps
 from batchnorm.lab.training.records import Records
 from batchnorm.lab.training.runs import evaluation_steps
 from batchnorm.lab.training.settings import ARMS, Settings
@@ -36,20 +36,6 @@ def test_recording_changes_nothing_in_what_is_trained(digits, arm):
         assert set(other.record.to_json()) == set(EVERY)
         other.record = Records()
         assert one == other
-
-
-def test_the_divergence_is_the_sum_of_both_kullback_leibler_divergences():
-    mean, new_mean = torch.tensor([0.0, 1.0, -2.0]).double(), torch.tensor([0.5, 1.0, 4.0]).double()
-    var, new_var = torch.tensor([1.0, 2.0, 0.1]).double(), torch.tensor([1.0, 0.3, 9.0]).double()
-    one, other = Normal(mean, var.sqrt()), Normal(new_mean, new_var.sqrt())
-    expected = kl_divergence(one, other) + kl_divergence(other, one)
-    torch.testing.assert_close(symmetrised_divergence(mean, var, new_mean, new_var), expected)
-
-
-def test_a_unit_that_never_varies_does_not_drift_until_it_moves():
-    zero, one = torch.zeros(1), torch.ones(1)
-    assert symmetrised_divergence(one, zero, one, zero) == 0
-    assert symmetrised_divergence(one, zero, zero, zero) == math.inf
 
 
 def test_the_gap_is_that_of_the_network_at_each_evaluation(digits):

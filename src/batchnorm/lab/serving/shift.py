@@ -78,7 +78,7 @@ class ShiftReport:
 
     def to_json(self) -> str:
         """All figures, in full precision."""
-        shift = asdict(self.shift) | {"shifted": self.shift.shifted}
+        shift = self.shift.to_dict()
         scores = None if self.scores is None else asdict(self.scores)
         return json.dumps({"shift": shift, "scores": scores}, indent=2, allow_nan=False)
 
@@ -121,7 +121,7 @@ def read_rows(data: str, target: str | None, columns: Sequence[str]) -> Rows:
 
 
 def examine(
-    served: Served, rows: Rows, clean: Rows | None = None, *, prior: float, alpha: float, source_samples: int
+    served: Served, rows: Rows, reference: Rows | None = None, *, prior: float, alpha: float, reference_samples: int
 ) -> ShiftReport:
     """Test the rows for a shift and, where their target is known, score the model, adapted and retrained beside it.
 
@@ -136,9 +136,9 @@ def examine(
     shift = detect_shift(
         served.model,
         _batches(served, rows.features),
-        clean=None if clean is None else _batches(served, clean.features),
+        reference=None if reference is None else _batches(served, reference.features),
         alpha=alpha,
-        source_samples=source_samples,
+        reference_samples=reference_samples,
     )
     if rows.target is None:
         return ShiftReport(shift, None)

@@ -22,6 +22,7 @@ from batchnorm.lab.training.records import (
 from batchnorm.lab.training.runs import evaluation_steps, rounded
 from batchnorm.lab.training.settings import Settings
 from batchnorm.lab.training.trainer import Trainer
+from batchnorm.statistics.distance import symmetrized_kl
 
 __all__ = ["QUANTILES", "RECORDERS", "STEP_SIZES", "Recorder", "noise_batch_sizes", "probe_steps"]
 
@@ -178,17 +179,6 @@ def _activations(trainer: Trainer, x: Tensor) -> tuple[list[Tensor], list[Tensor
     return inputs, outputs
 
 
-def symmetrised_divergence(mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor) -> Tensor:
-    """Sum of both Kullback-Leibler divergences of two normal distributions, in nats (Jeffreys 1946).
-
-    Of two that do not vary at all it is 0 where they agree, and infinite where they do not.
-    """
-    square = (new_mean - mean) ** 2
-    ratio = (var + square) / new_var + (new_var + square) / var
-    same = (square == 0) & (var == new_var)
-    return torch.where(same, 0.0, ratio / 2 - 1)
-
-
 class ShiftRecorder:
     """Records how far one step moves the inputs of each layer, and how much the gradient changes along itself."""
 
@@ -221,7 +211,7 @@ class ShiftRecorder:
             return
         _, outputs = self._observe()
         drifts = [
-            symmetrised_divergence(*old, *new).median(1).values
+            symmetrized_kl(*old, *new).median(1).values
             for old, new in zip(self.old, self._moments(outputs), strict=True)
         ]
         self.drifts.append(torch.stack(drifts))
