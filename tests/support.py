@@ -106,6 +106,24 @@ def norm_layers(model):
     return [layer for layer in model.modules() if isinstance(layer, kinds)]
 
 
+def mixed_network(dropout=0.5):
+    """Return a float64 network from 4 to 3 features with layers of ours and torch's, with unbiased and biased variance.
+
+    Its running statistics are the initial ones, which are far from those of any data.
+    """
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 6),
+        bn.BatchNorm1d(6, activation="relu"),
+        nn.Dropout(dropout),
+        nn.Linear(6, 5),
+        nn.BatchNorm1d(5, momentum=None),
+        nn.Tanh(),
+        nn.Linear(5, 3),
+        bn.BatchNorm1d(3, unbiased=False),
+    ).double()
+
+
 def copied_buffers(module):
     """Return copies of the buffers of a module by name."""
     return {name: values.clone() for name, values in module.named_buffers()}
@@ -114,6 +132,11 @@ def copied_buffers(module):
 def copied_state(module):
     """Return copies of the state of a module by name."""
     return {name: values.clone() for name, values in module.state_dict().items()}
+
+
+def assert_same_buffers(module, before):
+    """Compare the buffers of a module with ``before``, as `copied_buffers` gave it, bit by bit."""
+    assert_same_state(copied_buffers(module), before)
 
 
 def changed_names(before, module):

@@ -10,13 +10,15 @@ import polars as pl
 import pytest
 import torch
 
+import batchnorm as bn
 from batchnorm.errors import MissingDependencyError
 from batchnorm.reports import Entries, Report, Table, json_safe
+from support import randn
 
 
 @dataclass(frozen=True, repr=False)
 class Sample(Report):
-    """A report of its own, with all kinds of blocks."""
+    """A report with all kinds of blocks."""
 
     paths: tuple[str, ...] = ("a<b", "c" * 90)
     drift: float = math.inf
@@ -35,12 +37,33 @@ class Sample(Report):
         return [{"layer": path, "drift": self.drift} for path in self.paths]
 
 
-REPORTS = {"Sample": Sample}
+def layer_and_batches():
+    return bn.BatchNorm1d(3), randn(48, 3).split(12)
+
+
+REPORTS = {
+    "Sample": Sample,
+    "Recalibration": lambda: bn.recalibrate(*layer_and_batches()),
+    "Adaptation": lambda: bn.adapt(*layer_and_batches()),
+    "Shift": lambda: bn.detect_shift(*layer_and_batches()),
+    "Kernels": bn.kernels,
+    "Diagnosis": bn.doctor,
+    "Explanation": lambda: bn.explain(bn.BatchNorm1d(3, activation="relu"), randn(5, 3)),
+}
 
 
 @pytest.fixture(params=REPORTS)
 def report(request):
     return REPORTS[request.param]()
+
+
+def test_every_public_report_type_is_tested_here():
+    public = {name for name in bn.__all__ if isinstance(kind := getattr(bn, name), type) and issubclass(kind, Report)}
+    assert public == REPORTS.keys() - {"Sample"}
+
+
+def test_each_report_is_of_the_type_it_is_tested_as():
+    assert all(type(make()).__name__ == name for name, make in REPORTS.items())
 
 
 def test_str_is_a_table_of_at_most_80_columns(report):
@@ -105,3 +128,28 @@ def test_json_safe_replaces_what_json_lacks():
         "sample": {"paths": ["a<b", "c" * 90], "drift": None},
         "object": "torch.float32",
     }
+
+
+def test_the_short_reprs_name_what_matters_most():
+    layer, batches = layer_and_batches()
+    assert repr(bn.recalibrate(layer, [batch + 1 for batch in batches])).startswith(
+        "Recalibration(48 samples, 1 layer, largest drift "
+    )
+    assert repr(bn.detect_shift(layer, [batch + 9 for batch in batches])) == (
+        "Shift(shifted, 48 samples, p at most 0.001)"
+    )
+    with bn.adapt(layer) as each_batch:
+        assert repr(each_batch) == "Adaptation(each batch, prior 16)"
+    assert repr(bn.explain(layer, batches[0])) == "Explanation(BatchNorm1d, channels=3, values per channel=12)"
+
+
+def test_the_frame_of_an_explanation_has_every_number_of_each_value():
+    layer, x = bn.BatchNorm1d(2), randn(4, 2, 3)
+    explanation = bn.explain(layer, x)
+    frame = explanation.frame()
+    assert frame.height == x.numel()
+    row = frame.row(by_predicate=(pl.col("channel") == 1) & (pl.col("position") == "2,1"), named=True)
+    assert row["z"] == x[2, 1, 1].item()
+    assert row["mean"] == explanation.training.mean[1].item()
+    assert row["output"] == explanation.training.output[2, 1, 1].item()
+    assert row["inference_z_hat"] == explanation.inference.z_hat[2, 1, 1].item()

@@ -70,13 +70,13 @@ def test_what_readme_says_of_shifted_digits_is_in_the_committed_study():
     assert all(share == 1 for share in cases("brightness")[-1]["reported"]["stored statistics"].values())
 
 
-def test_every_kind_is_there_in_five_severities_and_the_strongest_is_noticed_in_16_images():
+def test_each_kind_has_five_severities_of_which_16_images_show_the_strongest():
     for kind in ("brightness", "contrast", "blur", "noise"):
         assert [case["severity"] for case in cases(kind)] == [1, 2, 3, 4, 5]
         assert cases(kind)[-1]["reported"]["stored statistics"]["16"] > 0.95
 
 
-def test_adapting_comes_near_to_retraining_for_brightness_and_contrast_and_does_nothing_for_noise():
+def test_adapting_nears_retraining_for_brightness_and_contrast_but_not_for_noise():
     for kind in ("brightness", "contrast"):
         worst = cases(kind)[-1]["accuracy"]
         assert worst["128"] > worst["as is"] + 0.1

@@ -1,11 +1,11 @@
-"""Running statistics moved towards shifted data, by as much as its samples weigh against the prior, and back."""
+"""Running statistics moved towards those of shifted data, weighted by samples and prior, and restored."""
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm as bn
+from support import assert_same_buffers, compiles, copied_buffers, norm_layers, randn
 
 KINDS = [bn.BatchNorm1d, nn.BatchNorm1d]
 # what float64 rounds of numbers of size 100
@@ -13,7 +13,7 @@ EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
 
 def rows(count=40, columns=4, seed=0):
-    return torch.randn(count, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 + 5
+    return randn(count, columns, seed=seed, dtype=torch.float64) * 3 + 5
 
 
 def network():
@@ -22,24 +22,10 @@ def network():
     model = nn.Sequential(
         nn.Linear(4, 6), bn.BatchNorm1d(6, activation="relu"), nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)
     ).double()
-    for layer in norms_of(model):
+    for layer in norm_layers(model):
         layer.running_mean.normal_()
         layer.running_var.uniform_(0.5, 2)
     return model
-
-
-def norms_of(model):
-    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
-
-
-def buffers(model):
-    return {name: values.clone() for name, values in model.named_buffers()}
-
-
-def assert_bits(model, before):
-    assert {name: values.tolist() for name, values in model.named_buffers()} == {
-        name: values.tolist() for name, values in before.items()
-    }
 
 
 def between(stored, new, samples, prior):
@@ -49,11 +35,11 @@ def between(stored, new, samples, prior):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prior", [0, 16, 3.5, 1000])
-def test_stored_and_new_statistics_are_weighted_by_the_prior_and_the_number_of_samples(kind, prior):
+def test_stored_and_new_statistics_are_weighted_by_prior_and_samples(kind, prior):
     layer, x = kind(4).double(), rows()
     layer.running_mean.copy_(torch.arange(4.0))
     layer.running_var.copy_(torch.arange(4.0) + 1)
-    before = buffers(layer)
+    before = copied_buffers(layer)
     report = bn.adapt(layer, x.split(16), prior=prior)
     torch.testing.assert_close(layer.running_mean, between(before["running_mean"], x.mean(0), 40, prior), **EXACT)
     torch.testing.assert_close(layer.running_var, between(before["running_var"], x.var(0), 40, prior), **EXACT)
@@ -67,7 +53,7 @@ def test_images_count_as_samples_whatever_their_size():
     torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)) / 2, **EXACT)
 
 
-def test_a_later_layer_is_adapted_to_what_the_adapted_ones_before_it_give():
+def test_a_later_layer_is_adapted_to_the_outputs_of_adapted_layers():
     model, x = network(), rows()
     expected = network().eval()
     for index in (1, 3):
@@ -79,40 +65,40 @@ def test_a_later_layer_is_adapted_to_what_the_adapted_ones_before_it_give():
         torch.testing.assert_close(values, expected.get_buffer(name), **EXACT)
 
 
-def test_undoing_leads_back_to_the_bit_and_does_so_once():
+def test_undo_restores_the_bits_and_does_so_once():
     model = network().train()
-    before, modes = buffers(model), [module.training for module in model.modules()]
+    before, modes = copied_buffers(model), [module.training for module in model.modules()]
     report = bn.adapt(model, [rows()])
     assert not torch.equal(model[1].running_mean, before["1.running_mean"])
     assert [module.training for module in model.modules()] == modes
     report.undo()
-    assert_bits(model, before)
+    assert_same_buffers(model, before)
     bn.recalibrate(model, [rows(seed=1)])
-    recalibrated = buffers(model)
+    recalibrated = copied_buffers(model)
     report.undo()
-    assert_bits(model, recalibrated)
+    assert_same_buffers(model, recalibrated)
 
 
 def test_as_a_context_it_is_undone_at_the_end_and_after_an_error():
     model = network()
-    before = buffers(model)
+    before = copied_buffers(model)
     with pytest.raises(KeyError), bn.adapt(model, [rows()]):
         raise KeyError
-    assert_bits(model, before)
+    assert_same_buffers(model, before)
 
 
-def test_a_domain_that_was_active_is_what_is_undone():
+def test_undo_restores_the_domain_that_was_active():
     layer = bn.add_domains(bn.BatchNorm1d(4).double(), ["drawn"])
-    before = buffers(layer)
+    before = copied_buffers(layer)
     with bn.use_domain(layer, "drawn"):
         report = bn.adapt(layer, [rows()])
     assert torch.equal(layer.running_mean, before["running_mean"])
     assert not torch.equal(layer.running_mean_drawn, before["running_mean_drawn"])
     report.undo()
-    assert_bits(layer, before)
+    assert_same_buffers(layer, before)
 
 
-def test_the_report_says_how_far_each_layer_was_and_is():
+def test_the_report_gives_the_drift_of_each_layer():
     report = bn.adapt(network(), [rows()], prior=0)
     assert [layer.path for layer in report.layers] == ["1", "3"]
     assert all(layer.before > 0.1 > 1e-9 > layer.after for layer in report.layers)
@@ -122,14 +108,14 @@ def test_the_report_says_how_far_each_layer_was_and_is():
 def test_frozen_layers_are_left_alone():
     model = network()
     model[1].freeze()
-    before = buffers(model)
+    before = copied_buffers(model)
     assert [layer.path for layer in bn.adapt(model, [rows()]).layers] == ["3"]
     assert torch.equal(model[1].running_mean, before["1.running_mean"])
 
 
 def test_an_error_in_the_loader_changes_nothing():
     model, x = network().train(), rows()
-    before = buffers(model)
+    before = copied_buffers(model)
 
     class Breaks:
         passes = 0
@@ -142,7 +128,7 @@ def test_an_error_in_the_loader_changes_nothing():
 
     with pytest.raises(OSError, match="gone"):
         bn.adapt(model, Breaks())
-    assert_bits(model, before)
+    assert_same_buffers(model, before)
     assert model.training
 
 
@@ -150,17 +136,17 @@ def test_an_error_in_the_loader_changes_nothing():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_batch_is_normalised_with_what_it_and_the_stored_statistics_give(kind):
+def test_each_batch_is_normalized_with_the_mean_of_its_and_the_stored_statistics(kind):
     layer = kind(4).double().eval()
     layer.running_mean.copy_(torch.arange(4.0))
-    before = buffers(layer)
+    before = copied_buffers(layer)
     with bn.adapt(layer, prior=16):
         for count in (1, 2, 30):
             x = rows(count, seed=count)
             var = x.var(0) if count > 1 else torch.zeros(4, dtype=torch.float64)
             mean, var = between(before["running_mean"], x.mean(0), count, 16), between(1.0, var, count, 16)
             torch.testing.assert_close(layer(x), (x - mean) / (var + layer.eps).sqrt(), rtol=1e-10, atol=1e-10)
-            assert_bits(layer, before)
+            assert_same_buffers(layer, before)
     x = rows()
     torch.testing.assert_close(layer(x), (x - before["running_mean"]) / (1 + layer.eps) ** 0.5, **EXACT)
 
@@ -173,11 +159,11 @@ def test_one_batch_and_a_loader_of_that_batch_give_the_same_outputs():
         torch.testing.assert_close(model(x), expected, **EXACT)
 
 
-def test_training_is_not_adapted_to_and_moves_the_stored_statistics():
+def test_training_updates_the_stored_statistics_and_is_not_adapted_to():
     layer, plain = bn.BatchNorm1d(4).double(), bn.BatchNorm1d(4).double()
     with bn.adapt(layer):
         assert torch.equal(layer(rows()), plain(rows()))
-    assert_bits(layer, buffers(plain))
+    assert_same_buffers(layer, copied_buffers(plain))
 
 
 def test_a_mask_leaves_padding_out_of_what_is_adapted_to():
@@ -193,7 +179,7 @@ def test_a_mask_leaves_padding_out_of_what_is_adapted_to():
     torch.testing.assert_close(y.movedim(1, 2)[mask], expected, **EXACT)
 
 
-def test_a_batch_that_is_not_finite_or_empty_is_normalised_with_the_stored_statistics():
+def test_a_batch_with_nan_or_without_samples_uses_the_stored_statistics():
     layer = bn.BatchNorm1d(2).eval()
     x = torch.tensor([[1.0, 2.0], [torch.nan, 5.0]])
     with bn.adapt(layer):
@@ -203,20 +189,20 @@ def test_a_batch_that_is_not_finite_or_empty_is_normalised_with_the_stored_stati
 
 def test_the_stored_statistics_come_back_after_an_error_in_the_layer():
     layer = bn.BatchNorm1d(4).double().eval()
-    before = buffers(layer)
+    before = copied_buffers(layer)
     with bn.adapt(layer), pytest.raises(ValueError, match="residual"):
         layer(rows(), residual=rows(3))
-    assert_bits(layer, before)
+    assert_same_buffers(layer, before)
 
 
 def test_no_hook_stays_behind():
     model = network()
     with bn.adapt(model):
-        assert all(layer._forward_pre_hooks and layer._forward_hooks for layer in norms_of(model))
+        assert all(layer._forward_pre_hooks and layer._forward_hooks for layer in norm_layers(model))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile itself uses what torch deprecates
+@compiles
 def test_a_compiled_model_is_adapted_too():
     model, x = network().eval(), rows()
     compiled = torch.compile(model, backend="aot_eager")
@@ -245,12 +231,12 @@ def test_a_prior_must_be_a_number_of_samples(prior):
         ([object()], bn.InputTypeError, "pass forward="),
     ],
 )
-def test_a_loader_that_can_not_serve_changes_nothing(loader, error, said):
+def test_a_loader_that_cannot_be_used_changes_nothing(loader, error, said):
     model = network()
-    before = buffers(model)
+    before = copied_buffers(model)
     with pytest.raises(error, match=said):
         bn.adapt(model, loader)
-    assert_bits(model, before)
+    assert_same_buffers(model, before)
 
 
 def test_a_single_value_needs_a_prior():

@@ -35,7 +35,7 @@ def test_symmetrized_kl_is_the_sum_of_torchs_divergences_of_both_directions():
     torch.testing.assert_close(symmetrized_kl(mean, var, new_mean, new_var), expected)
 
 
-def test_a_constant_channel_is_at_distance_0_from_itself_and_infinitely_far_from_another():
+def test_a_constant_channel_is_infinitely_far_from_all_but_itself():
     zero, one = torch.zeros(1), torch.ones(1)
     assert symmetrized_kl(one, zero, one, zero) == 0
     assert symmetrized_kl(one, zero, zero, zero) == math.inf

@@ -12,6 +12,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.statistics.interrupts import allow_interrupts, defer_interrupts
+from support import randn
 
 HERE = str(Path(bn.__file__).parent / "statistics")
 
@@ -54,7 +55,7 @@ def interrupted_at(line, act):
     return seen >= line
 
 
-BATCHES = torch.randn(24, 3, generator=torch.Generator().manual_seed(0)).split(12)
+BATCHES = randn(24, 3).split(12)
 CALLS = {
     "layerwise": lambda model: bn.recalibrate(model, BATCHES),
     "at once": lambda model: bn.recalibrate(model, BATCHES, mode="at_once"),

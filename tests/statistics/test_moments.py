@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import batchnorm as bn
+from support import randn
 
 # Sums of fewer than 1000 float64 numbers, deviations squared: a few hundred roundings of 1e-16 at most.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -46,12 +47,12 @@ def test_moments_are_float64_whatever_the_values_are(dtype):
 
 @pytest.mark.parametrize(("shape", "dim"), [((5, 3, 4), 1), ((5, 4, 3), -1), ((3, 5, 4, 2), 0), ((5, 3), 1)], ids=str)
 def test_channels_may_stand_in_any_dimension(shape, dim):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = randn(*shape, dtype=torch.float64)
     assert_moments(bn.Moments.of(x, channel_dim=dim), x.movedim(dim, -1).reshape(-1, 3))
 
 
 def test_only_values_that_count_are_measured_whatever_the_others_hold():
-    x = torch.randn(6, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = randn(6, 3, 5, dtype=torch.float64)
     mask = torch.arange(30).view(6, 5) % 3 != 0
     counted = x.movedim(1, 2)[mask]
     assert_moments(bn.Moments.of(x.masked_fill(~mask.unsqueeze(1), torch.nan), mask=mask), counted)

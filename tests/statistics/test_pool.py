@@ -50,7 +50,7 @@ def assert_pooled(after, before, weights, layer, suffix=""):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_end_with_the_statistics_of_all_weighted_by_batches_since_the_last_pooling(on_ranks, world):
+def test_pooled_statistics_are_weighted_by_batches_since_the_last_pooling(on_ranks, world):
     code = """
     told = [statistics()]
     bn.pool_running_stats(wrapped)

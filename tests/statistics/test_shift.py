@@ -1,4 +1,4 @@
-"""Whether data has shifted, told from a model's stored statistics: distances, p-values, what is refused."""
+"""Test for a shift by a model's stored statistics: distances, p-values, errors."""
 
 import math
 
@@ -9,12 +9,13 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.statistics.block_sums import MAX_BLOCKS, sum_inputs
 from batchnorm.statistics.layers import running_layers
+from support import randn
 
 KINDS = [bn.BatchNorm1d, nn.BatchNorm1d]
 
 
 def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return randn(*shape, seed=seed, dtype=torch.float64)
 
 
 def standard(channels=5, kind=bn.BatchNorm1d):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import batchnorm as bn
+from support import assert_same_state, compiles, copied_state
 
 
 def network(kind=bn.BatchNorm1d):
@@ -26,16 +27,6 @@ def trained(model, batches=3, seed=1):
     return model
 
 
-def bits(model):
-    return {name: values.clone() for name, values in model.state_dict().items()}
-
-
-def assert_bits(model, before):
-    for name, values in model.state_dict().items():
-        assert values.dtype == before[name].dtype
-        assert torch.equal(values, before[name]), name
-
-
 @pytest.fixture(params=["memory", "file"])
 def taken(request, tmp_path):
     """``taken(model)``: a snapshot of it, in memory or on disk."""
@@ -49,13 +40,13 @@ def taken(request, tmp_path):
 
 def test_restored_statistics_are_those_of_the_snapshot_to_the_bit(taken):
     model = trained(network())
-    before = bits(model)
+    before = copied_state(model)
     snapshot = taken(model)
     trained(model, seed=2)
     assert not torch.equal(model[1].running_mean, before["1.running_mean"])
     buffer = model[1].running_mean
     assert bn.restore(model, snapshot) is model
-    assert_bits(model, before)
+    assert_same_state(model.state_dict(), before)
     assert model[1].running_mean is buffer
 
 
@@ -64,13 +55,13 @@ def test_domains_and_frozen_layers_go_along(taken):
     bn.add_domains(model[1], ["real", "drawn"])
     with bn.use_domain(model[1], "drawn"):
         trained(model)
-    before = bits(model)
+    before = copied_state(model)
     snapshot = taken(model)
     with bn.use_domain(model[1], "drawn"):
         trained(model, seed=2)
     bn.freeze(model[1])
     bn.restore(model, snapshot)
-    assert_bits(model, before)
+    assert_same_state(model.state_dict(), before)
 
 
 def test_parameters_are_no_part_of_it(taken):
@@ -81,7 +72,7 @@ def test_parameters_are_no_part_of_it(taken):
     assert model[1].weight.tolist() == [3.0] * 4
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile itself uses what torch deprecates
+@compiles
 def test_ours_and_torchs_layers_stand_for_each_other_within_any_wrapper(taken):
     model, stock = trained(network()), network(nn.BatchNorm1d)
     bn.restore(torch.compile(stock), taken(torch.compile(model)))
@@ -126,10 +117,10 @@ def umask():
     ids=["a layer less", "a layer more", "other channels", "shapes that would broadcast"],
 )
 def test_a_snapshot_of_another_model_is_refused_and_changes_nothing(taken, model, rule):
-    before = bits(model)
+    before = copied_state(model)
     with pytest.raises(bn.InputError, match=rule):
         bn.restore(model, taken(trained(network())))
-    assert_bits(model, before)
+    assert_same_state(model.state_dict(), before)
 
 
 def cut(path):
@@ -169,11 +160,11 @@ def test_a_damaged_or_foreign_file_is_refused_and_changes_nothing(tmp_path, dama
     model, path = trained(network()), tmp_path / "stats.safetensors"
     bn.snapshot(model, path)
     trained(model, seed=2)
-    before = bits(model)
+    before = copied_state(model)
     damage(path)
     with pytest.raises(bn.InputError, match=rule):
         bn.restore(model, path)
-    assert_bits(model, before)
+    assert_same_state(model.state_dict(), before)
 
 
 def test_a_file_that_is_not_there_is_the_systems_own_error(tmp_path):
