@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, InputError
+from batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, InputError, InputTypeError, UnsupportedError
 from batchnorm.diagnostics.explain import explain
 from batchnorm.text import WIDTH
 
@@ -227,22 +227,27 @@ def test_the_repr_is_one_short_line():
 
 
 @pytest.mark.parametrize(
-    ("layer", "x", "message"),
+    ("layer", "x", "error", "message"),
     [
-        (nn.Linear(1, 1), Z, "layer must be a batch normalization layer, ours or torch's; got Linear"),
-        (nn.InstanceNorm1d(1), Z, "got InstanceNorm1d"),
-        (nn.SyncBatchNorm(1), Z, "one process's batch; got SyncBatchNorm"),
-        (nn.LazyBatchNorm1d(), Z, "layer must have seen a first batch.*got LazyBatchNorm1d"),
-        (BatchNorm1d(1), [[1.0], [2.0]], "x must be a tensor of a floating dtype; got list"),
-        (BatchNorm1d(1), torch.tensor([[1], [2]]), "x must be a tensor of a floating dtype; got torch.int64"),
-        (BatchNorm2d(1), Z, "x must have the dimensions that the layer takes; .*2D"),
-        (nn.BatchNorm2d(1), Z, "x must have the dimensions that the layer takes; .*2D"),
-        (BatchNorm1d(2), Z, r"the layer's 2 channels in dimension 1; got shape \(4, 1\)"),
-        (nn.BatchNorm1d(2), Z, r"the layer's 2 channels in dimension 1; got shape \(4, 1\)"),
-        (BatchNorm1d(1), Z[:1], r"x must have at least 2 values per channel; got shape \(1, 1\)"),
-        (nn.BatchNorm1d(1).eval(), Z[:0], r"x must have at least 2 values per channel; got shape \(0, 1\)"),
+        (nn.Linear(1, 1), Z, InputTypeError, "layer must be a batch normalization layer, ours or torch's; got Linear"),
+        (nn.InstanceNorm1d(1), Z, InputTypeError, "got InstanceNorm1d"),
+        (nn.SyncBatchNorm(1), Z, UnsupportedError, "one process's batch; got SyncBatchNorm"),
+        (nn.LazyBatchNorm1d(), Z, InputError, "layer must have seen a first batch.*got LazyBatchNorm1d"),
+        (BatchNorm1d(1), [[1.0], [2.0]], InputTypeError, "x must be a tensor of a floating dtype; got list"),
+        (
+            BatchNorm1d(1),
+            torch.tensor([[1], [2]]),
+            InputError,
+            "floating dtype; got torch.int64",
+        ),
+        (BatchNorm2d(1), Z, InputError, "x must have the dimensions that the layer takes; .*2D"),
+        (nn.BatchNorm2d(1), Z, InputError, "x must have the dimensions that the layer takes; .*2D"),
+        (BatchNorm1d(2), Z, InputError, r"the layer's 2 channels in dimension 1; got shape \(4, 1\)"),
+        (nn.BatchNorm1d(2), Z, InputError, r"the layer's 2 channels in dimension 1; got shape \(4, 1\)"),
+        (BatchNorm1d(1), Z[:1], InputError, r"x must have at least 2 values per channel; got shape \(1, 1\)"),
+        (nn.BatchNorm1d(1).eval(), Z[:0], InputError, r"x must have at least 2 values per channel; got shape \(0, 1\)"),
     ],
 )
-def test_what_can_not_be_explained_is_named(layer, x, message):
-    with pytest.raises(InputError, match=message):
+def test_an_error_names_why_a_layer_cannot_be_explained(layer, x, error, message):
+    with pytest.raises(error, match=message):
         explain(layer, x)

@@ -192,7 +192,7 @@ def detect_shift(
     False
     >>> print(bn.detect_shift(layer, (rows[1000:1100] + 1).split(50)))
     layer            KL   Wasserstein   effective       p
-    (the model)   0.918         0.944          99   0.001
+    (the model)   0.917         0.944          99   0.001
     shifted: 100 samples against the stored statistics, p at most 0.001
     """
     if not 0 < alpha < 1:
