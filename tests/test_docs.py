@@ -1,7 +1,6 @@
 """What README says: its examples run, and its figures are those of the committed runs."""
 
 import doctest
-import io
 import json
 import math
 import re
@@ -9,11 +8,10 @@ import statistics
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from batchnorm.lab.claims import read_judgment
 from batchnorm.lab.comparison.run_file import read_run
-from batchnorm.lab.report.terminal import show_result
+from batchnorm.lab.report.comparison import Comparison
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,11 +33,9 @@ def test_the_examples_of_a_page_run(page):
 
 
 def test_the_table_of_readme_is_what_the_committed_run_prints():
-    console = Console(file=io.StringIO(), width=80, highlight=False)
-    show_result(console, committed("digits"))
-    printed = [line.rstrip() for line in console.file.getvalue().splitlines()]
-    shown = [line[4:] for line in README.splitlines() if re.match(r" {4}(batch |norm |none |before |after )", line)]
-    assert len(shown) == 5
+    printed = str(Comparison.of(committed("digits"))).splitlines()
+    shown = [line[4:] for line in README.splitlines() if re.match(r" {4,}(batch norm|none|before|after) ", line)]
+    assert len(shown) == 4
     assert [line for line in shown if line not in printed] == []
     assert result("digits").verdict in " ".join(README.split())
 
@@ -53,7 +49,7 @@ def test_the_figures_of_readme_are_those_of_the_committed_runs():
     text = " ".join(README.split())
     digits, weak = result("digits"), result("digits-paper")
     before, after = (digits.ratios[arm] for arm in ("before", "after"))
-    assert f"needs **{times(before.median)} times fewer steps**" in text
+    assert f"needs **{times(before.median)}x fewer steps**" in text
     assert f"before the nonlinearity (97.9% interval: {before.interval[0]:.1f} to unbounded)" in text
     assert f"and {times(after.median)} times fewer with it after" in text
     assert f"after ({after.interval[0]:.1f} to unbounded), measured by" in text

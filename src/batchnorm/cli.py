@@ -24,6 +24,7 @@ try:
     from batchnorm.lab.files import json_safe
     from batchnorm.lab.options import parse_numbers
     from batchnorm.lab.report import terminal
+    from batchnorm.lab.report.comparison import Comparison
     from batchnorm.lab.report.report import write_report
     from batchnorm.lab.teaching.explain_page import write_page
     from batchnorm.lab.teaching.worked_example import NOTES, from_table, worked_example
@@ -142,7 +143,7 @@ def compare(
     if not quiet:
         terminal.describe_data(console(stderr=True), run.data, notes)
     try:
-        with nullcontext() if isinstance(progress, terminal.Silence) else progress:
+        with progress:
             extension = ClaimTests(run.request.claims) if run.request.claims else None
             run_comparison(dataset, run, jobs=jobs or cpu_count(), progress=progress, extension=extension)
     except KeyboardInterrupt:
@@ -155,7 +156,7 @@ def compare(
     if json_output:
         typer.echo(json.dumps(run.result_json, indent=2, allow_nan=False))
     else:
-        terminal.show_result(console(), run)
+        typer.echo(f"\n{Comparison.of(run)}")
         typer.echo(f"Report: {page}")
 
 

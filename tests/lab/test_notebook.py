@@ -20,13 +20,11 @@ def studied():
 
 
 def test_the_table_has_a_row_for_each_arm_with_the_figures_of_the_result(studied):
-    table = studied.table()
+    table = studied.frame()
     arms = studied.result.arms
     assert table["batch_norm"].to_list() == list(arms)
     assert table["test_score"].to_list() == [values.test_score for values in arms.values()]
-    assert table["times_fewer_steps_at_least"].to_list()[1:] == [
-        ratio.median[0] for ratio in studied.result.ratios.values()
-    ]
+    assert table["step_ratio_at_least"].to_list()[1:] == [ratio.median[0] for ratio in studied.result.ratios.values()]
 
 
 def test_the_verdicts_have_a_row_for_each_finding_of_every_claim(studied):
@@ -47,7 +45,7 @@ def test_the_report_is_written_whole_where_it_is_asked_for(studied, tmp_path):
 
 def test_a_notebook_is_shown_the_verdict_and_the_tables_escaped(studied):
     shown = studied._repr_html_()
-    assert shown.count("<tr>") == 2 + 3 + studied.verdicts().height
+    assert shown.count("<tr>") == 2 + 3 + 9
     assert "<b>tumours" not in shown
     assert "script" not in shown
 
@@ -56,7 +54,7 @@ def test_each_figure_is_a_page_of_its_own_with_its_numbers_as_a_data_frame(studi
     figures = studied.figures
     assert "race" in figures
     for figure in figures.values():
-        assert figure.table().height > 0
+        assert figure.frame().height > 0
     shown = figures["race"]._repr_html_()
     assert shown.startswith("<iframe")
     assert "Plotly" in shown
@@ -123,5 +121,5 @@ def test_a_study_measures_every_claim_and_takes_no_choice_of_them():
 
 
 def test_what_is_not_known_of_a_number_is_a_gap_and_not_a_nan(studied):
-    for column in studied.table().select(pl.selectors.float()).iter_columns():
+    for column in studied.frame().select(pl.selectors.float()).iter_columns():
         assert not any(value is not None and math.isnan(value) for value in column)

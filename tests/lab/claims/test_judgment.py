@@ -7,7 +7,7 @@ from scipy.stats import binomtest
 
 from batchnorm.lab.claims.judgment import ALPHA, Effect, Measurement, holm, judge, power, sentence, sign_test
 
-STEPS = Effect("fewer steps", "times fewer steps", "times more steps", "ratio", 1.1)
+STEPS = Effect("fewer steps", "fewer steps", "more steps", "ratio", 1.1)
 SECONDS = replace(STEPS, family="seconds")
 DECADES = Effect("a wider range", "decades more", "decades fewer", "difference", 1.1)
 
@@ -102,9 +102,10 @@ def text_of(measurement):
 
 
 def test_an_amount_is_worded_the_way_round_that_is_above_one():
-    assert text_of(ratio(*[4.0] * 10)) == "4 times fewer steps [4, 4]"
-    assert text_of(ratio(*[0.25] * 10)) == "4 times more steps [4, 4]"
-    assert text_of(ratio(*[(3.0, math.inf)] * 10)) == "at least 3 times fewer steps [3, inf]"
+    assert text_of(ratio(*[4.0] * 10)) == "4x fewer steps [4, 4]"
+    assert text_of(ratio(*[0.25] * 10)) == "4x more steps [4, 4]"
+    assert text_of(ratio(*[(3.0, math.inf)] * 10)) == "at least 3x fewer steps [3, inf]"
+    assert text_of(ratio(*[(0.0, math.inf)] * 10)) == "unknown"
 
 
 def test_a_difference_is_worded_by_its_sign_with_ends_in_order_and_no_minus_zero():
@@ -116,6 +117,6 @@ def test_a_difference_is_worded_by_its_sign_with_ends_in_order_and_no_minus_zero
 def test_the_sentence_names_what_holds_where_and_why_not():
     findings = judge([ratio(*[2.0] * 10), ratio(*[2.0] * 3, subject="after")])
     assert sentence("Batch norm is faster", findings) == (
-        "Batch norm is faster: holds before the nonlinearity (2 times fewer steps [2, 2]); "
-        "undecided after it (2 times fewer steps [2, 2]; a verdict takes at least 5 seeds; got 3)."
+        "Batch norm is faster: holds before the nonlinearity (2x fewer steps [2, 2]); "
+        "undecided after it (2x fewer steps [2, 2]; a verdict takes at least 5 seeds; got 3)."
     )

@@ -43,36 +43,38 @@ OPEN = [*pairs(3, 4, 5, 5), *[(10.0, math.inf)] * 6]
 def test_a_clear_gain_is_said_with_its_interval():
     text = verdict(result(CLEAR, CLEAR), "digits", 2000)
     assert text == (
-        "On digits batch norm needs 5.5 times fewer steps before the nonlinearity (4 to 8) and "
-        "5.5 times fewer steps after it (4 to 8) to reach a validation accuracy of 0.95."
+        "On digits batch norm needs 5.5x fewer steps before the nonlinearity (97.9% CI 4 to 8) and "
+        "5.5x fewer steps after it (97.9% CI 4 to 8) to reach a validation accuracy of 0.95."
     )
 
 
 def test_no_gain_is_said_to_be_none():
     text = verdict(result(NONE, NONE), "wine", 2000)
     assert text == (
-        "On wine batch norm does not clearly help the network reach a validation accuracy of 0.95 sooner: "
-        "0.6 to 2 times fewer steps before the nonlinearity and 0.6 to 2 times fewer steps after it."
+        "On wine batch norm does not clearly help the network reach a validation accuracy of 0.95 sooner, either "
+        "before the nonlinearity (ratio of steps 1.1, 97.9% CI 0.6 to 2) or "
+        "after it (ratio of steps 1.1, 97.9% CI 0.6 to 2)."
     )
 
 
-def test_harm_is_said_as_times_more():
+def test_harm_is_said_as_more_steps():
     text = verdict(result(HARM, NONE), "wine", 2000)
     assert text == (
-        "On wine batch norm does not help the network reach a validation accuracy of 0.95 sooner: it needs "
-        "4 times more steps before the nonlinearity (2 to 5); not clear: 0.6 to 2 times fewer steps after it."
+        "On wine batch norm does not help the network reach a validation accuracy of 0.95 sooner; it needs "
+        "4x more steps before the nonlinearity (97.9% CI 2 to 5); "
+        "the effect after it (ratio of steps 1.1, 97.9% CI 0.6 to 2) is not clear."
     )
 
 
 def test_one_gain_of_two_is_not_hidden_nor_the_other():
     text = verdict(result(CLEAR, HARM), "wine", 2000)
-    assert "5.5 times fewer steps before" in text
-    assert "4 times more steps after it (2 to 5)" in text
+    assert "5.5x fewer steps before" in text
+    assert "4x more steps after it (97.9% CI 2 to 5)" in text
 
 
 def test_a_ratio_that_is_only_bounded_is_said_to_be():
     text = verdict(result(OPEN, CLEAR), "digits", 2000)
-    assert "at least 10 times fewer steps before the nonlinearity (4 to unbounded)" in text
+    assert "at least 10x fewer steps before the nonlinearity (97.9% CI 4 to unbounded)" in text
     assert "In 6 of the 2 x 10 pairs" in caveat(result(OPEN, CLEAR), 360)
 
 
@@ -80,7 +82,7 @@ def test_too_few_seeds_for_an_interval_make_no_claim():
     few = result(CLEAR[:4], CLEAR[:4])
     few.arms["none"] = replace(few.arms["none"], steps=[1] * 4)
     assert "does not clearly help" in verdict(few, "digits", 2000)
-    assert "With 4 seeds an interval holds the true ratio with 87.5% confidence" in caveat(few, 360)
+    assert "With 4 seeds an interval contains the true ratio with at most 87.5% confidence" in caveat(few, 360)
 
 
 def test_without_a_target_the_caveat_is_that():
@@ -93,7 +95,7 @@ def test_few_rows_with_a_target_score_are_not_said_to_be_counted_on_the_loss():
 
 def test_without_a_headline_there_is_no_ratio_but_the_medians_and_the_reason():
     text = verdict(result(CLEAR, CLEAR, headline=False), "wine", 2000)
-    assert "times" not in text
+    assert "x fewer" not in text
     assert "300 without batch norm, 50 with it before the nonlinearity and 60 after it" in text
     assert "Only 36 validation rows" in caveat(result(CLEAR, CLEAR, headline=False), 36)
 

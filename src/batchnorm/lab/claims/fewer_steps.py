@@ -10,8 +10,8 @@ from batchnorm.lab.training.settings import Arm
 __all__ = ["CLAIM"]
 
 MARGIN = 1.1
-STEPS = Effect("fewer steps", "times fewer steps", "times more steps", "ratio", MARGIN)
-SECONDS = Effect("fewer seconds", "times fewer seconds", "times more seconds", "ratio", MARGIN, family="seconds")
+STEPS = Effect("fewer steps", "fewer steps", "more steps", "ratio", MARGIN)
+SECONDS = Effect("fewer seconds", "fewer seconds", "more seconds", "ratio", MARGIN, family="seconds")
 
 
 def _design(study: Study) -> str:

@@ -27,7 +27,7 @@ GRID = 41
 PATH = 60
 Array = NDArray[np.float64]
 FEWER_STEPS = Effect(
-    "fewer steps of a neuron", "times fewer steps to the minimum", "times more steps to the minimum", "ratio", MARGIN
+    "fewer steps of a neuron", "fewer steps to the minimum", "more steps to the minimum", "ratio", MARGIN
 )
 
 

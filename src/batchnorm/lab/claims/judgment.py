@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from batchnorm.lab.comparison.measures import Bounds, PairSummary, summarize_pairs
-from batchnorm.lab.comparison.verdict import WHERE, bounds_text, number
+from batchnorm.lab.comparison.verdict import WHERE, factor_text, number
 
 __all__ = [
     "ALPHA",
@@ -47,8 +47,8 @@ class Effect:
     label : str
         What is claimed, such as "fewer steps".
     more, less : str
-        Units of the amount where it is as claimed and where it is the opposite, such as "times fewer steps" and
-        "times more steps".
+        What there is more or less of, where the amount is as claimed and where it is the opposite: "fewer steps" and
+        "more steps". The amount of a ratio is written as a factor before it, such as "4x fewer steps".
     kind : "ratio" or "difference"
         Whether the amount is compared with 1 or with 0; larger is as claimed.
     margin : float
@@ -63,6 +63,11 @@ class Effect:
     kind: Kind
     margin: float
     family: Family = "steps"
+
+    @property
+    def unit(self) -> str:
+        """Unit of the amount where it is as claimed."""
+        return f"x {self.more}" if self.kind == "ratio" else self.more
 
     @property
     def no_effect(self) -> float:
@@ -221,14 +226,14 @@ def power(pairs: int, tests: int) -> Power:
     else:
         agree = f"all {pairs}" if needed == pairs else f"{needed} of {pairs}"
         text = (
-            f"With {tests} tests a claim is sure to be found where {agree} seeds agree; where in truth "
-            f"{TRUE_SHARE:.0%} of them would, that is {found:.0%} of studies."
+            f"With {tests} tests a claim is certain to be found where {agree} seeds agree; if in truth "
+            f"{TRUE_SHARE:.0%} of pairs agree, that happens in {found:.0%} of studies."
         )
     return Power(pairs, tests, ALPHA, needed, TRUE_SHARE, found, text)
 
 
 def _amount(effect: Effect, summary: PairSummary) -> str:
-    """Return the median with its interval in words, such as "10 to 19 times fewer steps [2.3, inf]"."""
+    """Return the median with its interval in words, such as "10 to 19x fewer steps [2.3, inf]"."""
     median, interval = summary.median, summary.interval
     if effect.kind == "ratio":
         unit = effect.more
@@ -238,8 +243,10 @@ def _amount(effect: Effect, summary: PairSummary) -> str:
                 (1 / high if high > 0 else math.inf, 1 / low if low > 0 else math.inf)
                 for low, high in (median, interval)
             )
+        if factor_text(median) == "unknown":
+            return "unknown"
         low, high = (("inf" if end == math.inf else number(end)) for end in interval)
-        return f"{bounds_text(median)} {unit} [{low}, {high}]"
+        return f"{factor_text(median)} {unit} [{low}, {high}]"
     if not math.isfinite(median[0]):
         return "unknown"
     sign = 1 if median[0] >= 0 else -1
@@ -279,7 +286,7 @@ def _finding(measurement: Measurement, adjusted: tuple[float, float] | None) -> 
     return Finding(
         subject=measurement.subject,
         label=effect.label,
-        unit=effect.more,
+        unit=effect.unit,
         kind=effect.kind,
         family=effect.family,
         pairs=list(measurement.pairs),

@@ -15,8 +15,8 @@ __all__ = ["CLAIM", "PlacementDetails"]
 
 SOONER = Effect(
     "sooner than after it",
-    "times fewer steps than after it",
-    "times more steps than after it",
+    "fewer steps than after it",
+    "more steps than after it",
     "ratio",
     margin=1.1,
 )

@@ -25,10 +25,8 @@ __all__ = ["CLAIM", "Correlations", "Distributions", "Outputs", "RankCorrelation
 PHASE = "shift"
 MARGIN = 1.1
 FEWEST_FOR_A_RANK_CORRELATION = 5
-LESS_DRIFT = Effect("less drift", "times less drift", "times more drift", "ratio", MARGIN)
-SMOOTHER_LOSS = Effect(
-    "a smoother loss", "times less change of the gradient", "times more change of the gradient", "ratio", MARGIN
-)
+LESS_DRIFT = Effect("less drift", "less drift", "more drift", "ratio", MARGIN)
+SMOOTHER_LOSS = Effect("a smoother loss", "less change of the gradient", "more change of the gradient", "ratio", MARGIN)
 
 
 @dataclass(frozen=True)
