@@ -50,9 +50,9 @@ def test_the_figures_of_readme_are_those_of_the_committed_runs():
     digits, weak = result("digits"), result("digits-paper")
     before, after = (digits.ratios[arm] for arm in ("before", "after"))
     assert f"needs **{times(before.median)}x fewer steps**" in text
-    assert f"before the nonlinearity (97.9% interval: {before.interval[0]:.1f} to unbounded)" in text
-    assert f"and {times(after.median)} times fewer with it after" in text
-    assert f"after ({after.interval[0]:.1f} to unbounded), measured by" in text
+    assert f"before the nonlinearity (97.9% CI {before.interval[0]:.1f} to unbounded)" in text
+    assert f"and {times(after.median)}x fewer with it after" in text
+    assert f"after (97.9% CI {after.interval[0]:.1f} to unbounded), measured by" in text
     assert {ratio.interval[1] for ratio in (before, after)} == {math.inf}
     assert f"{digits.arms['none'].steps.count(None)} of the 10 runs without" in text
     seconds = {arm: values.seconds_per_step for arm, values in digits.arms.items()}

@@ -148,5 +148,6 @@ def caveat(result: Result, validation_rows: int) -> str:
     edges = {result.grid[0], result.grid[-1]}
     at_edge = [arm for arm, values in arms.items() if values.learning_rate in edges]
     if at_edge and len(result.grid) > 1:
-        return f"The best learning rate of {', '.join(at_edge)} is at the edge of the grid: a rate beyond it may be better."
+        names = ", ".join(at_edge)
+        return f"The best learning rate of {names} is at the edge of the grid: a rate beyond it may be better."
     return "The interval covers initial weights and batch order, given one split of the data and this set-up."
