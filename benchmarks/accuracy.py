@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import batchnorm as bn
-from batchnorm.kernels import native, reference
+from batchnorm.kernels import library, reference
 from batchnorm.lab.bench.markdown import placed
 
 ROOT = Path(__file__).parent.parent
@@ -91,7 +91,7 @@ def measure() -> dict[str, Any]:
     return {
         "command": "python benchmarks/accuracy.py",
         "machine": {
-            "kernels": f"native ({native.instructions()})",
+            "kernels": f"native ({library.instructions()})",
             "torch": torch.__version__,
             "batchnorm": bn.__version__,
             "threads": torch.get_num_threads(),
@@ -133,7 +133,7 @@ def table(content: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    if native.reason() is not None or bn.kernels().cpu.name != "native":
+    if library.reason() is not None or bn.kernels().cpu.name != "native":
         raise SystemExit(f"the native kernels must run; got {bn.kernels().cpu}")
     content = measure()
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")

@@ -83,7 +83,7 @@ def test_an_unknown_name_is_an_attribute_error():
         "import batchnorm, torch; batchnorm.Moments; torch.ops.batchnorm.forward.default",
         "import torch, batchnorm; torch.ops.batchnorm.forward.default",
         "from batchnorm.kernels import native; import batchnorm; batchnorm.kernels().cpu",
-        "from batchnorm import kernels; from batchnorm.kernels import native; kernels().cpu; native.reason()",
+        "from batchnorm import kernels; from batchnorm.kernels import library; kernels().cpu; library.reason()",
     ],
     ids=["torch is loaded late", "operators", "torch is there", "subpackage first", "function first"],
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm.kernels import native
+from batchnorm.kernels.library import reason
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "src/batchnorm/kernels"
@@ -45,8 +45,8 @@ torch.set_num_threads(2)
 torch.ones(300_000).sum()
 before = libraries()
 import batchnorm as bn
-from batchnorm.kernels import native
-assert native.reason() is None
+from batchnorm.kernels import library
+assert library.reason() is None
 x = torch.randn(64, 32, 400, requires_grad=True)
 bn.BatchNorm1d(32)(x).sum().backward()
 new = {Path(path).name for path in libraries() - before}
@@ -142,7 +142,7 @@ def test_the_library_needs_libc_and_libm_alone(library):
 def test_the_library_shows_its_own_functions_and_no_more(library):
     rows = [line.split() for line in run("readelf", "--dyn-syms", "-W", library).splitlines()]
     shown = {row[7] for row in rows if len(row) == 8 and row[4] in ("GLOBAL", "WEAK") and row[6] != "UND"}
-    assert {"bn_abi", "bn_instructions", "bn_use_threads", "bn_believe_from"} <= shown
+    assert {"bn_abi", "bn_instructions", "bn_use_threads", "bn_set_min_address"} <= shown
     assert [name for name in shown if not name.startswith("bn_")] == []
 
 
@@ -210,6 +210,6 @@ def test_the_kernels_for_a_processor_without_avx2_agree_with_plain_loops(tmp_pat
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps")
 def test_loading_the_library_brings_no_other_and_leaves_the_floating_point_mode():
-    if native.reason() is not None:
-        missing(f"no native kernels: {native.reason()}")
+    if reason() is not None:
+        missing(f"no native kernels: {reason()}")
     assert run(sys.executable, "-c", LOADED, BATCHNORM_KERNELS="native") == "['_native.so'] True\n"

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import batchnorm as bn
-from batchnorm.kernels import native
+from batchnorm.kernels import library
 from batchnorm.kernels.chosen import cpu_kernel
 
 ABSENT = """
@@ -37,8 +37,8 @@ def forced(monkeypatch):
 
 
 def test_the_native_kernels_run_here(forced):
-    if native.reason() is not None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no native kernels: {native.reason()}")
+    if library.reason() is not None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no native kernels: {library.reason()}")
     assert bn.kernels().cpu.name == "native"
     assert str(bn.kernels().cpu) in {f"native ({name})" for name in ("AVX-512", "AVX2", "SSE2", "NEON")}
 

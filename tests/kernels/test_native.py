@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import batchnorm as bn
 from batchnorm import ops
-from batchnorm.kernels import native, reference
+from batchnorm.kernels import library, native, reference
 from batchnorm.kernels.chosen import cpu_kernel
 from batchnorm.kernels.records import BatchMoments, Operands, Rule, Running
 
@@ -78,7 +78,7 @@ SOME = {name: OPTIONS[name] for name in ("affine", "residual, relu", "mask, resi
 @pytest.fixture(autouse=True)
 def native_kernels():
     """CPU tensors take the native kernels here."""
-    assert native.reason() is None
+    assert library.reason() is None
     assert cpu_kernel() == "native"
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from batchnorm import ops
-from batchnorm.kernels import native
-from batchnorm.kernels.records import BatchMoments, Limits, Operands, Rule, Running, Saved
+from batchnorm.kernels import library, native
+from batchnorm.kernels.records import BatchMoments, Limits, Operands, Rule, Running
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FUNCTIONS = {None: lambda z: z, "relu": torch.relu, "leaky_relu": lambda z: torch.nn.functional.leaky_relu(z, 0.01)}
@@ -51,7 +51,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def native_kernels():
     """They are here."""
-    assert native.reason() is None
+    assert library.reason() is None
 
 
 @pytest.fixture
@@ -193,8 +193,8 @@ def check(shape, layout, chunk, dtype, options):
     wanted = dict(zip(("dx", *(["dresidual"] if with_residual else []), "dweight", "dbias"), wanted, strict=True))
     rule = rule._replace(correction=correction)
     asked = [True, True, True, with_residual]
-    saved = Saved(Operands(x, weight, bias, None, mask), y if with_residual else None, moments, rule)
-    found = native.backward(dy, saved, asked)
+    operands = Operands(x, weight, bias, None, mask)
+    found = native.backward(dy, operands, moments, rule, y=y if with_residual else None, wanted=asked)
     found = dict(zip(("dx", "dweight", "dbias", "dresidual"), found, strict=True))
     dz = torch.where(inside, dy.double().abs(), 0.0)
     of_dx, of_weight = [], 0.0
@@ -244,8 +244,8 @@ def test_chunks_shared_among_threads_give_bitwise_what_one_thread_gives(shape, l
         running = Running(torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0), 0.5)
         rule = Rule(EPS, None, True, len(slices), chunk, Limits(3.0, 5.0))
         y, moments, correction = native.forward(Operands(x, weight), running, rule)
-        saved = Saved(Operands(x, weight), None, moments, rule._replace(correction=correction))
-        gradients = native.backward(dy, saved, [True] * 4)
+        rule = rule._replace(correction=correction)
+        gradients = native.backward(dy, Operands(x, weight), moments, rule, wanted=[True] * 4)
         results.append([y, moments, correction, *running[:2], *gradients[:2]])
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
@@ -346,7 +346,7 @@ def test_a_chunk_of_padding_alone_is_left_out_of_the_statistics_whatever_it_hold
     torch.testing.assert_close(running.var.double(), values.var((0, 2)), rtol=1e-6, atol=9e-5)
     assert (int(running.skipped), int(running.batches)) == (0, 1)
     assert not y[padding].any()
-    dx, *_ = native.backward(y, Saved(Operands(x, mask=mask), None, moments, Rule(EPS, None, True, 4, 3)), [True] * 4)
+    dx, *_ = native.backward(y, Operands(x, mask=mask), moments, Rule(EPS, None, True, 4, 3), wanted=[True] * 4)
     assert not dx[padding].any()
     assert dx.isfinite().all()
 
@@ -379,7 +379,7 @@ def test_chunks_whose_variance_no_float_holds_have_the_right_y_and_are_skipped(s
 
     # dx is y's gradient over a deviation of that size: scaled back, it is that of the values before.
     dy = numbers(*shape, seed=1)
-    dx, *_ = native.backward(dy, Saved(Operands(x), None, moments, rule), [True, False, False, False])
+    dx, *_ = native.backward(dy, Operands(x), moments, rule, wanted=[True, False, False, False])
     leaf = x.double().requires_grad_()
     y = torch.cat(
         [

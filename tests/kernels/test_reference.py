@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import batchnorm as bn
 from batchnorm import ops
-from batchnorm.kernels import native, reference
+from batchnorm.kernels import library, reference
 
 ACTIVATIONS = [None, *reference.ACTIVATIONS]
 SHAPES = [(2, 1), (7, 5), (4, 3, 1), (3, 5, 11), (5, 3, 2, 2), (1, 3, 5, 5), (2, 123, 3), (2, 2, 3, 1, 2)]
@@ -28,7 +28,7 @@ def numbers(*shape, seed=0, dtype=torch.float64):
 @pytest.fixture(params=["native", "reference"], autouse=True)
 def kernel(request, monkeypatch):
     """The kernels that CPU tensors take."""
-    assert native.reason() is None
+    assert library.reason() is None
     monkeypatch.setattr(ops.dispatch, "cpu_kernel", lambda: request.param)
 
 

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import batchnorm as bn
-from batchnorm import ops
+from batchnorm import ops, torch_internals
 from batchnorm.kernels import native, plan
+from batchnorm.kernels.call import CallLayout
 from batchnorm.kernels.chosen import cpu_kernel
 
 LAYER = {2: bn.BatchNorm1d, 3: bn.BatchNorm1d, 4: bn.BatchNorm2d, 5: bn.BatchNorm3d}
@@ -84,7 +85,7 @@ def refuse_questions(monkeypatch):
     for module, name in (
         (ops.normalization, "normalize"),
         (ops, "make_plan"),
-        (native, "layout_of"),
+        (CallLayout, "of"),
         (native, "backward"),
     ):
         monkeypatch.setattr(module, name, refuse)
@@ -153,7 +154,9 @@ def test_a_torch_with_other_guards_has_no_plans(monkeypatch, theirs):
         monkeypatch.delattr(guards, "TensorGuards")
     else:
         monkeypatch.setattr(guards, "TensorGuards", theirs)
-    monkeypatch.setattr(plan, "_Guards", plan._guards())
+    found = torch_internals._find(torch_internals.PATHS["tensor_guards"], lambda kind: kind, torch_internals._compares)
+    monkeypatch.setattr(torch_internals, "tensor_guards", lambda: found)
+    assert not plan.can_plan()
     x = numbers(8, CHANNELS)
     layer = bn.BatchNorm1d(CHANNELS)
     other = copy.deepcopy(layer)

@@ -7,7 +7,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import batchnorm as bn
-from batchnorm.kernels import native
+from batchnorm.kernels import library
 from batchnorm.kernels.chosen import cpu_kernel
 
 CHANNELS = 6
@@ -165,15 +165,15 @@ def test_memory_that_is_freed_before_the_backward_is_not_read(layer, name):
 
 
 def test_where_memory_begins_lower_than_was_thought_it_is_read_all_the_same(layer):
-    x, other, handle = numbers(4, CHANNELS).requires_grad_(), copy.deepcopy(layer), native._library().handle
+    x, other, handle = numbers(4, CHANNELS).requires_grad_(), copy.deepcopy(layer), library.library().handle
     expected = torch.autograd.grad(other(x), x, x)
     try:
-        handle.bn_believe_from(1 << 62)
+        handle.bn_set_min_address(1 << 62)
         y = layer(x)
-        handle.bn_believe_from(1 << 62)
+        handle.bn_set_min_address(1 << 62)
         found = torch.autograd.grad(y, x, x)
     finally:
-        handle.bn_believe_from(native._low_address())
+        handle.bn_set_min_address(library.low_address())
     torch.testing.assert_close(found, expected)
 
 

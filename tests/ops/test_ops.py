@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
+import batchnorm.ops  # registers the operators
 from batchnorm.kernels.chosen import cpu_kernel
 
 FORWARD, BACKWARD = torch.ops.batchnorm.forward.default, torch.ops.batchnorm.backward.default

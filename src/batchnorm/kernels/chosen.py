@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from batchnorm.errors import KernelError
-from batchnorm.kernels.native import instructions
-from batchnorm.kernels.native import reason as reason_without_native
+from batchnorm.kernels.library import instructions
+from batchnorm.kernels.library import reason as reason_without_native
 from batchnorm.reports import Block, Entries, Report
 
 __all__ = ["Kernel", "Kernels", "cpu_kernel", "kernels"]

@@ -314,7 +314,7 @@ template <class T> int32_t compute(const Call &call, bool gradients) {
         }
         write(call.dweight, call.weight_dtype, 0, call.channels, dweight);
         write(call.dbias, call.bias_dtype, 0, call.channels, dbias);
-    } else if (done && call.moving) {
+    } else if (done && call.update_running) {
         update(call, all);
     }
     free(memory);
@@ -346,8 +346,8 @@ bool is_nowhere(const Call &call) {
 using namespace batchnorm;
 
 // Changes whenever Call or the functions do: native.py refuses a library of another number.
-API int32_t bn_abi() { return 3; }
-API void bn_believe_from(int64_t address) { first_address = address; }
+API int32_t bn_abi() { return 4; }
+API void bn_set_min_address(int64_t address) { first_address = address; }
 API const char *bn_instructions() { return set.name; }
 API void bn_use_threads(ParallelFor run_parallel, CountThreads count) {
     parallel_for = run_parallel;

@@ -36,19 +36,18 @@ constexpr int64_t STRIP_ROWS = 4;   // that a strip goes down; a divisor of thos
 // z = weight * (r * x_hat + d) + bias, both found here from the running statistics, within r_max and d_max, or given.
 struct Call {
     int64_t dtype, rows, samples, channels, length, chunks, chunk;
+    int64_t weight_dtype, bias_dtype, running_mean_dtype, running_var_dtype;
+    int64_t batch_statistics, activation, update_running, unbiased, renorm_given;
+    double momentum, eps, r_max, d_max;
     const void *x, *other;  // other: the residual, in backward y where there was one
     const uint8_t *mask;
     const void *dy;
     void *out, *dresidual;
     const void *weight, *bias;
     void *dweight, *dbias;
-    int64_t weight_dtype, bias_dtype;
     double *mean, *var, *renorm;
     void *running_mean, *running_var;
-    int64_t running_mean_dtype, running_var_dtype;
     int64_t *batches, *skipped;  // skipped: batches left out since they are not finite; null where they are not
-    int64_t batch_statistics, activation, moving, biased, renorm_given;
-    double momentum, eps, r_max, d_max;
 };
 
 // Numbers of a channel, in the type of the arithmetic, as the loops read them. mean is the shift while sums are taken

@@ -313,7 +313,7 @@ template <class T> bool finish_backward(const Job &job, int64_t c0, int64_t c1) 
 }
 
 inline void pool(const Call &call, const int64_t *counts, int64_t count, int64_t c, int64_t n, double *mean, double *var) {
-    const double unbiased = call.biased ? 1 : (double)count / (double)(count > 1 ? count - 1 : 1);
+    const double unbiased = call.unbiased ? (double)count / (double)(count > 1 ? count - 1 : 1) : 1;
     CHANNELWISE {
         mean[i] = call.mean[c + i];
         var[i] = call.var[c + i] * unbiased;

@@ -1,70 +1,50 @@
-"""Calls of the CPU kernels that are like an earlier one: what was asked of its tensors is not asked again.
+"""Fast path for repeated CPU calls: the checks of tensors are done once per input signature and cached as a plan.
 
-With a small batch nearly all time goes into questions: of which type, dtype, size and layout each tensor is, whether it
-takes gradients, whether a mode, a transform or a tracer watches. torch.compile asks them too, of a function in C++ that
-tells whether tensors are like those that it was made of in all but their values and where they are: it compares type,
-sizes, strides, dtype, requires_grad, and the keys by which torch would dispatch a call, those of the thread included;
-but those of modes only of such as compiled code is to see, so whether there are any is asked beside it.
-It is private to torch: where it is not as it is known here there are no plans, and every call asks anew.
+With a small batch nearly all time goes into checks: of the type, dtype, size and layout of each tensor, whether it
+takes gradients, whether a mode, a transform or a tracer is active. torch.compile makes the same checks with a guard in
+C++, which tells whether tensors are like those that it was made of in all but their values and addresses: it compares
+type, sizes, strides, dtype, requires_grad, and the dispatch keys, those of the thread included. It does not notice
+modes that are hidden from compiled code, so callers check for modes beside it. The guard is private to torch: where it
+does not behave as expected there are no plans, and every call makes its checks.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from batchnorm import torch_internals
 from batchnorm.kernels import native
-from batchnorm.kernels.native import CallLayout
-from batchnorm.kernels.records import MomentsBuffer, Operands, Rule, Running, Saved
+from batchnorm.kernels.call import CallLayout
+from batchnorm.kernels.native import Statistics
+from batchnorm.kernels.records import MomentsBuffer, Operands, Rule, Running
 
 __all__ = ["Plan", "as_tensor", "can_plan"]
 
-# Stand for tensors that are not there: each for one, since the same tensor twice is like nothing.
+# Placeholders for missing tensors. Each slot needs its own, because TensorGuards rejects duplicates.
 NO_WEIGHT, NO_BIAS, NO_OTHER, NO_MEAN, NO_VAR, NO_BATCHES, NO_SKIPPED = (torch.empty(0, device="cpu") for _ in range(7))
 
 
-def _guards() -> Any:
-    """torch.compile's TensorGuards; None where this torch has none that works as is known here."""
-    one, other = torch.empty(1, device="cpu"), torch.empty(2, device="cpu")
-    try:
-        guards: Any = importlib.import_module("torch._C._dynamo.guards").TensorGuards
-        fits = guards(one, dynamic_dims_sizes=[[1]], dynamic_dims_strides=[[1]]).check
-        return guards if fits(one) and not fits(other) else None
-    except (ImportError, AttributeError, TypeError, RuntimeError):
-        return None
-
-
-_Guards = _guards()
-
-
 def can_plan() -> bool:
-    """Whether this torch can tell whether tensors are like others."""
-    return _Guards is not None
+    """Return whether this torch can tell whether tensors are like others."""
+    return torch_internals.tensor_guards() is not None
 
 
 def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Whether as many tensors are like these."""
+    """Return a function that tells whether as many tensors are like these."""
     sizes, strides = [list(values.shape) for values in tensors], [list(values.stride()) for values in tensors]
-    check: Callable[..., bool] = _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    guards = torch_internals.tensor_guards()(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    check: Callable[..., bool] = guards.check
     return check
 
 
-def _present(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    batches: Tensor | None,
-    skipped: Tensor | None,
-) -> tuple[Tensor, ...]:
+def _present(operands: Operands, statistics: Statistics) -> tuple[Tensor, ...]:
+    x, weight, bias, residual, _ = operands
+    mean, var, batches, skipped = statistics
     return (
         x,
         NO_WEIGHT if weight is None else weight,
@@ -78,10 +58,17 @@ def _present(
 
 
 class Plan:
-    """Of a call of `native.forward` without mask and renormalization, and of the backward after it.
+    """A plan for calls of `native.forward` without mask and renormalization, and for the backward after each.
 
-    Its tensors are plain ones, and such as the library reads where they are. ``otherwise`` is the backward of tensors
-    that are others.
+    Its tensors are unwrapped, and the library reads them where they are. ``fallback`` is the backward for others.
+
+    Attributes
+    ----------
+    rule : Rule
+    update_running : bool
+        Whether a call updates the running statistics.
+    differentiable : bool
+        Whether a tensor takes a gradient.
     """
 
     def __init__(
@@ -89,41 +76,41 @@ class Plan:
         operands: Operands,
         running: Running,
         rule: Rule,
-        otherwise: Callable[[Tensor, Saved, Sequence[bool]], Sequence[Tensor | None]],
+        fallback: Callable[..., Sequence[Tensor | None]],
     ) -> None:
-        x, weight, bias, residual, _ = operands
-        mean, var, batches, _, skipped, _, self.update = running
         self.rule = rule
-        self._otherwise = otherwise
-        self.differentiable = any(values is not None and values.requires_grad for values in (x, weight, bias, residual))
-        self._layout = native.layout_of(operands, running, rule)
-        self._buffer = ctypes.c_double * math.prod(self._layout.moments)
-        self._fits = _guard(_present(x, weight, bias, residual, mean, var, batches, skipped))
-        self._back: tuple[Callable[..., bool], CallLayout] | None = None
+        self.update_running = running.update
+        self.differentiable = any(values is not None and values.requires_grad for values in operands)
+        self._fallback = fallback
+        layout = CallLayout.of(operands, running, rule)
+        self._constants = layout.pack()
+        self._var_offset = layout.var_offset
+        self._buffer = ctypes.c_double * math.prod(layout.moments_shape)
+        statistics = (running.mean, running.var, running.batches, running.skipped)
+        self._fits = _guard(_present(operands, statistics))
+        self._backward: tuple[Callable[..., bool], bytes] | None = None
 
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        batches: Tensor | None,
-        skipped: Tensor | None,
-    ) -> tuple[Tensor, MomentsBuffer] | None:
-        """Return y and the moments, where the tensors are like those of the plan."""
-        if not self._fits(*_present(x, weight, bias, residual, mean, var, batches, skipped)):
+    def forward(self, operands: Operands, statistics: Statistics) -> tuple[Tensor, MomentsBuffer] | None:
+        """Return y and the moments, or None where the tensors are unlike those of the plan."""
+        if not self._fits(*_present(operands, statistics)):
             return None
         buffer = self._buffer()
-        at = ctypes.addressof(buffer)
-        y = native.run_forward(self._layout, at, x, weight, bias, residual, None, mean, var, batches, skipped, None)
-        return y, buffer
+        mean = ctypes.addressof(buffer)
+        moments = (mean, mean + self._var_offset)
+        return native.run_forward(self._constants, moments, operands, statistics, None), buffer
 
-    def backward(self, dy: Tensor, saved: Saved, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
-        """As `native.backward`; what it found out of the first dy, and of what hooks made of x, is kept."""
-        operands, y, buffer, rule = saved
-        x, weight, bias, _, mask = operands
+    def backward(
+        self,
+        dy: Tensor,
+        operands: Operands,
+        moments: MomentsBuffer,
+        rule: Rule,
+        *,
+        y: Tensor | None = None,
+        wanted: Sequence[bool],
+    ) -> Sequence[Tensor | None]:
+        """Do as `native.backward`; the checks of the first dy, and of tensors that hooks made of x, are kept."""
+        x, weight, bias, _, _ = operands
         tensors = (
             dy,
             x,
@@ -131,16 +118,17 @@ class Plan:
             NO_BIAS if bias is None else bias,
             NO_OTHER if y is None else y,
         )
-        if self._back is not None:
-            fits, layout = self._back
+        if self._backward is not None:
+            fits, constants = self._backward
             if fits(*tensors):
-                at = ctypes.addressof(buffer)  # type: ignore[arg-type]
-                return native.run_backward(layout, at, dy, x, weight, bias, y, mask, None, wanted=wanted)
+                mean = ctypes.addressof(moments)
+                addresses = (mean, mean + self._var_offset)
+                return native.run_backward(constants, addresses, dy, operands, y, None, wanted=wanted)
         if native.are_unwrapped(*tensors) and native.is_ready(x) and native.can_read(x, (dy, y), (weight, bias)):
-            self._back = _guard(tensors), native.layout_of(operands, native.NOTHING, rule)
-        return self._otherwise(dy, saved, wanted)
+            self._backward = _guard(tensors), CallLayout.of(operands, native.NO_RUNNING, rule).pack()
+        return self._fallback(dy, operands, moments, rule, y=y, wanted=wanted)
 
 
 def as_tensor(moments: Tensor | MomentsBuffer) -> Tensor:
-    """The moments (2, C), those of chunks one after the other."""
+    """Return the moments (2, C), those of chunks one after the other."""
     return moments if isinstance(moments, Tensor) else torch.frombuffer(moments, dtype=torch.float64).view(2, -1)

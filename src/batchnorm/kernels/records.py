@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["BatchMoments", "Gradients", "Limits", "MomentsBuffer", "Operands", "Rule", "Running", "Saved"]
+__all__ = ["BatchMoments", "Gradients", "Limits", "MomentsBuffer", "Operands", "Rule", "Running"]
 
 MomentsBuffer = ctypes.Array[ctypes.c_double]
 """The moments of a planned call, one row after the other; a tensor would take ten times as long to make."""
@@ -106,26 +106,6 @@ class BatchMoments(NamedTuple):
     mean: Tensor
     var: Tensor
     count: Tensor | int  # type: ignore[assignment]  # it replaces tuple.count
-
-
-class Saved(NamedTuple):
-    """What a forward keeps for its backward.
-
-    Attributes
-    ----------
-    operands : Operands
-        Without the residual, whose values no gradient needs.
-    y : Tensor or None, shape (N, C, *)
-        The output, where its sign is the only way to know the activation's derivative (a residual was added).
-    moments : Tensor or MomentsBuffer, shape (2, C) or (2, chunks, C)
-        Mean and biased variance that normalized the batch.
-    rule : Rule
-    """
-
-    operands: Operands
-    y: Tensor | None
-    moments: Tensor | MomentsBuffer
-    rule: Rule
 
 
 class Gradients(NamedTuple):

@@ -105,8 +105,8 @@ class Layer(State):
     def _run_plan(self, plan: Plan, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """Return y by a plan; None if it was made for tensors of other dtypes, layouts and the like."""
         statistics = (*self.running_statistics(self.step_state.domain), self._buffers["skipped_batches"])
-        y = ops.run_plan(plan, x, residual, self.weight_and_bias(), statistics)
-        if y is not None and plan.update and has_processes():
+        y = ops.run_plan(plan, Operands(x, *self.weight_and_bias(), residual), statistics)
+        if y is not None and plan.update_running and has_processes():
             self.count_samples(x.shape[0])
         return y
 
@@ -125,7 +125,7 @@ class Layer(State):
 
     def _plan(self, plans: Plans, operands: Operands, step: Step) -> Tensor | None:
         """Add a plan to the plans, and return y by it; None if there can be none."""
-        x, weight, bias, residual, _ = operands
+        x = operands.x
         of_shape = plans.get(x.shape, [])
         if len(plans) >= SHAPES or len(of_shape) >= PLANS_PER_SHAPE or not self.may_plan():
             return None
@@ -133,7 +133,7 @@ class Layer(State):
         if plan is None:
             return None
         mean, var, batches, _, skipped, *_ = step.running
-        y = ops.run_plan(plan, x, residual, (weight, bias), (mean, var, batches, skipped))
+        y = ops.run_plan(plan, operands, (mean, var, batches, skipped))
         if y is not None:  # it is None where x is its own residual
             plans[x.shape] = [*of_shape, plan]
         return y

@@ -27,7 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from batchnorm import ops, torch_internals
 from batchnorm.errors import DistributedError, UnsupportedError
-from batchnorm.kernels import native, reference
+from batchnorm.kernels import reference
+from batchnorm.kernels.call import FUSED
 from batchnorm.kernels.records import BatchMoments, Operands, Rule, Running
 from batchnorm.ops import Normalized
 from batchnorm.processes import Group, all_gather_through_store, gather_in_graph, sum_in_graph
@@ -124,7 +125,7 @@ def normalize(operands: Operands, running: Running, rule: Rule, batch: GlobalMom
     if correction is not None:
         weight, bias = ops.corrected(operands.weight, operands.bias, *correction)
         operands = operands._replace(weight=weight, bias=bias)
-    fused = rule.activation if rule.activation in native.FUSED else None
+    fused = rule.activation if rule.activation in FUSED else None
     y = _Normalize.apply(*operands, *moments, rule.eps, fused, group.name)  # type: ignore[no-untyped-call]
     ops.running.update_(running, moments)
     if rule.activation != fused:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from batchnorm import torch_internals
 from batchnorm.kernels import native
 from batchnorm.kernels.plan import as_tensor
-from batchnorm.kernels.records import Gradients, MomentsBuffer, Operands, Rule, Running, Saved
+from batchnorm.kernels.records import Gradients, MomentsBuffer, Operands, Rule, Running
 from batchnorm.ops import chunks, operators
-from batchnorm.ops.dispatch import dispatch_modes, is_native, is_unwatched, must_differentiate
+from batchnorm.ops.dispatch import is_native, is_unwatched, must_differentiate
 
 __all__ = ["Backward", "backward_directly", "differentiable", "differentiable_by_operators"]
 
-Backward = Callable[[Tensor, Saved, Sequence[bool]], Sequence[Tensor | None]]
-"""The gradients of x, weight, bias and residual that are wanted, from dy and what forward has saved."""
+Backward = Callable[..., Sequence[Tensor | None]]
+"""A function (dy, operands, moments, rule, *, y, wanted) of the signature of `native.backward`."""
 
 
 def _sign_of_activation(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor | None:
@@ -25,9 +27,17 @@ def _sign_of_activation(y: Tensor, residual: Tensor | None, activation: str | No
     return y if residual is not None and activation is not None else None
 
 
-def _gradients(backward: Backward, dy: Tensor, saved: Saved, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+def _gradients(
+    backward: Backward,
+    dy: Tensor,
+    operands: Operands,
+    moments: Tensor | MomentsBuffer,
+    rule: Rule,
+    *,
+    y: Tensor | None,
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
     """Return the gradients of x, weight, bias and residual that are needed."""
-    operands, y, moments, rule = saved
     passes_dy_on = y is None and needs[3]  # without an activation, dy is the residual's gradient
     wanted = (*needs[:3], False) if passes_dy_on else needs
     found: Sequence[Tensor | None]
@@ -38,13 +48,13 @@ def _gradients(backward: Backward, dy: Tensor, saved: Saved, needs: Sequence[boo
         batches = (
             chunks.moments_of_chunks(x, mask, rule) if recomputed else chunks.unpack(as_tensor(moments), x, mask, rule)
         )
-        gradients = chunks.backward(dy, operands, y, batches, rule)
+        gradients = chunks.backward(dy, operands, batches, rule, y=y)
         found = [
             _in_dtype_of(like, gradient) if wants else None
             for gradient, like, wants in zip(gradients, (x, operands.weight, operands.bias, x), wanted, strict=False)
         ]
     else:
-        found = backward(dy, saved, wanted)
+        found = backward(dy, operands, moments, rule, y=y, wanted=wanted)
     if passes_dy_on:
         return (*found[:3], dy if operands.mask is None else torch.where(operands.mask.unsqueeze(1), dy, 0.0))
     return found
@@ -56,17 +66,34 @@ def _in_dtype_of(like: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     return gradient.to(like.dtype)
 
 
-def backward_directly(dy: Tensor, saved: Saved, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+def backward_directly(
+    dy: Tensor,
+    operands: Operands,
+    moments: Tensor | MomentsBuffer,
+    rule: Rule,
+    *,
+    y: Tensor | None = None,
+    wanted: Sequence[bool],
+) -> Gradients:
     """Call the native kernels, unless dy, or the tensors that hooks made of the saved ones, are not for them."""
-    operands, y = saved.operands, saved.y
     x, weight, bias, *_ = operands
     if not (is_unwatched() and native.are_unwrapped(dy, x, weight, bias, y) and is_native(x, y)):
-        return _backward_by_operator(dy, saved, wanted)
-    return native.backward(dy, saved._replace(operands=operands._replace(x=native.ready(x))), wanted)
+        return _backward_by_operator(dy, operands, moments, rule, y=y, wanted=wanted)
+    if not native.is_ready(x):
+        operands = operands._replace(x=native.ready(x))
+    return native.backward(dy, operands, moments, rule, y=y, wanted=wanted)
 
 
-def _backward_by_operator(dy: Tensor, saved: Saved, wanted: Sequence[bool]) -> Gradients:
-    return operators.backward(dy, saved._replace(moments=as_tensor(saved.moments)), wanted)
+def _backward_by_operator(
+    dy: Tensor,
+    operands: Operands,
+    moments: Tensor | MomentsBuffer,
+    rule: Rule,
+    *,
+    y: Tensor | None = None,
+    wanted: Sequence[bool],
+) -> Gradients:
+    return operators.backward(dy, operands, as_tensor(moments), rule, y=y, wanted=wanted)
 
 
 class _DirectFunction(torch.autograd.Function):
@@ -85,16 +112,15 @@ class _DirectFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, y = ctx.saved_tensors
         backward, moments, mask, rule = ctx.kept
-        if dispatch_modes() != 0:
+        if torch_internals.count_dispatch_modes() != 0:
             backward = _backward_by_operator
-        saved = Saved(Operands(x, weight, bias, None, mask), y, moments, rule)
-        return (*_gradients(backward, dy, saved, ctx.needs_input_grad), None)
+        operands = Operands(x, weight, bias, None, mask)
+        return (*_gradients(backward, dy, operands, moments, rule, y=y, needs=ctx.needs_input_grad), None)
 
 
-# Function.apply without its search for functorch's wrappers, a tenth of a small batch's time; here there are none.
-_apply_direct = super(torch.autograd.function._SingleLevelFunction, _DirectFunction).apply
-# And the engine's call of backward without a search for other forms that it might have.
-_DirectFunction._backward_cls.apply = _DirectFunction.backward  # type: ignore[attr-defined]
+@functools.cache
+def _apply_direct() -> Callable[..., Any]:
+    return torch_internals.fast_apply(_DirectFunction)
 
 
 def differentiable(
@@ -102,7 +128,7 @@ def differentiable(
 ) -> Tensor:
     """Return y, computed by the native kernels, with its gradients."""
     x, weight, bias, residual, mask = operands
-    return _apply_direct(x, weight, bias, residual, (y, (backward, moments, mask, rule)))  # type: ignore[no-untyped-call, no-any-return]
+    return _apply_direct()(x, weight, bias, residual, (y, (backward, moments, mask, rule)))  # type: ignore[no-any-return]
 
 
 class _OperatorFunction(torch.autograd.Function):
@@ -135,8 +161,10 @@ class _OperatorFunction(torch.autograd.Function):
         # They are unpacked once, because a checkpoint allows no more.
         x, weight, bias, y, mask, moments, correction = ctx.saved_tensors
         rule = Rule(*ctx.rule)._replace(correction=correction)
-        saved = Saved(Operands(x, weight, bias, None, mask), y, moments, rule)
-        *others, dresidual = _gradients(_backward_by_operator, dy, saved, ctx.needs_input_grad)
+        operands = Operands(x, weight, bias, None, mask)
+        *others, dresidual = _gradients(
+            _backward_by_operator, dy, operands, moments, rule, y=y, needs=ctx.needs_input_grad
+        )
         dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
         return (*others, dresidual, *(None,) * 5)
 

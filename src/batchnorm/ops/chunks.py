@@ -124,7 +124,7 @@ def forward(operands: Operands, batches: Sequence[BatchMoments], rule: Rule) -> 
 
 
 def backward(
-    dy: Tensor, operands: Operands, y: Tensor | None, batches: Sequence[BatchMoments], rule: Rule
+    dy: Tensor, operands: Operands, batches: Sequence[BatchMoments], rule: Rule, *, y: Tensor | None = None
 ) -> Gradients:
     """Return the gradients, computed by the reference chunk by chunk with the moments of each."""
     parts = []

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from batchnorm import torch_internals
 from batchnorm.kernels import native
 from batchnorm.kernels.chosen import cpu_kernel
 from batchnorm.kernels.records import Operands, Rule, Running
 
 __all__ = [
-    "dispatch_modes",
     "is_direct",
     "is_native",
     "is_unwatched",
     "must_differentiate",
     "no_modes",
     "records_gradients",
-    "transformed",
 ]
-
-dispatch_modes = torch._C._len_torch_dispatch_stack
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 
 def is_native(x: Tensor, like_x: Tensor | None = None) -> bool:
@@ -30,19 +25,14 @@ def is_native(x: Tensor, like_x: Tensor | None = None) -> bool:
     return native.supports(x) and (like_x is None or like_x.dtype == x.dtype) and cpu_kernel() == "native"
 
 
-def transformed() -> bool:
-    """Return whether a transform of torch.func or forward-mode differentiation is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def no_modes() -> bool:
     """Return whether neither a compiler nor a dispatch mode is active; either must see operators."""
-    return not torch.compiler.is_compiling() and dispatch_modes() == 0
+    return not torch.compiler.is_compiling() and torch_internals.count_dispatch_modes() == 0
 
 
 def is_unwatched() -> bool:
     """Return whether there are `no_modes` and no tracer that runs before autograd; a plan's guards check the latter."""
-    return no_modes() and not torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+    return no_modes() and not torch_internals.traces_pre_dispatch()
 
 
 def records_gradients() -> bool:
@@ -54,8 +44,9 @@ def must_differentiate(dy: Tensor) -> bool:
     """Return whether a backward must consist of operations that autograd, vmap and the like know."""
     return not torch.compiler.is_compiling() and (
         torch.is_grad_enabled()
-        or transformed()
-        or torch._C._functorch.is_legacy_batchedtensor(dy)  # torch.autograd.grad(..., is_grads_batched=True)
+        or torch_internals.transforms_are_active()
+        or torch_internals.forward_mode_is_active()
+        or torch_internals.is_legacy_batched(dy)  # torch.autograd.grad(..., is_grads_batched=True)
     )
 
 
@@ -64,7 +55,7 @@ def is_direct(operands: Operands, running: Running, rule: Rule) -> bool:
     tensors = (*operands, running.mean, running.var, running.batches, running.skipped, rule.correction)
     return (
         is_unwatched()
-        and not transformed()
+        and not torch_internals.may_be_transformed()
         and native.are_unwrapped(*tensors)
         and is_native(operands.x, operands.residual)
         and native.can_update(running)

@@ -6,14 +6,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from batchnorm import torch_internals
 from batchnorm.kernels import native, reference
+from batchnorm.kernels.call import FUSED
+from batchnorm.kernels.native import Statistics
 from batchnorm.kernels.plan import Plan, can_plan
 from batchnorm.kernels.records import BatchMoments, Operands, Rule, Running
 from batchnorm.ops import chunks, operators
 from batchnorm.ops.autograd import backward_directly, differentiable, differentiable_by_operators
-from batchnorm.ops.dispatch import is_direct, is_native, is_unwatched, records_gradients, transformed
+from batchnorm.ops.dispatch import is_direct, is_native, is_unwatched, records_gradients
 from batchnorm.ops.running import update_
 
 __all__ = ["Normalized", "apply_activation", "batch_norm", "make_plan", "moments", "normalize", "run_plan"]
@@ -44,12 +46,13 @@ def batch_norm(operands: Operands, running: Running, rule: Rule) -> Tensor:
 def normalize(operands: Operands, running: Running, rule: Rule, *, moments: bool = True) -> Normalized:
     """Normalize a batch and return its moments too; without ``moments`` these may be None, which saves pooling them."""
     activation = rule.activation
-    if activation not in native.FUSED:
+    if activation not in FUSED:
         rule = rule._replace(activation=None)
     if not is_direct(operands, running, rule):
         y, batch, correction = _by_operators(operands, running, rule)
     else:
-        operands = operands._replace(x=native.ready(operands.x))
+        if not native.is_ready(operands.x):
+            operands = operands._replace(x=native.ready(operands.x))
         y, packed, correction = native.forward(operands, running, rule)
         if records_gradients() and _requires_grad(operands):
             used = rule if correction is rule.correction else rule._replace(correction=correction)
@@ -75,7 +78,7 @@ def _requires_grad(operands: Operands) -> bool:
 def _by_operators(operands: Operands, running: Running, rule: Rule) -> Normalized:
     """Use the operators, or under a transform the reference; r and d are computed outside of both."""
     x, mask = operands.x, operands.mask
-    in_transform = transformed()
+    in_transform = torch_internals.may_be_transformed()
     batches: list[BatchMoments] = []
     if in_transform:
         batches = chunks.moments_of_chunks(x, mask, rule) if rule.training else [_stored_moments(x, running)]
@@ -114,7 +117,7 @@ def make_plan(operands: Operands, running: Running, rule: Rule) -> Plan | None:
     possible = (
         can_plan()
         and operands.mask is None
-        and rule.activation in native.FUSED
+        and rule.activation in FUSED
         and is_direct(operands, running, rule)
         and native.is_ready(x)
         and x.numel() > 0
@@ -126,25 +129,16 @@ def make_plan(operands: Operands, running: Running, rule: Rule) -> Plan | None:
     return Plan(operands, running, rule, backward_directly)
 
 
-def run_plan(
-    plan: Plan,
-    x: Tensor,
-    residual: Tensor | None,
-    parameters: tuple[Tensor | None, Tensor | None],
-    statistics: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-) -> Tensor | None:
+def run_plan(plan: Plan, operands: Operands, statistics: Statistics) -> Tensor | None:
     """Do as `batch_norm` where there are `no_modes`; return None for tensors unlike those that the plan was made for.
 
-    ``parameters`` are (weight, bias), ``statistics`` the running (mean, var, batches, skipped). They are plain tuples,
-    because a record takes a measurable part of a small batch's time to make.
+    ``statistics`` are the running (mean, var, batches, skipped).
     """
-    weight, bias = parameters
-    made = None if forward_ad._current_level >= 0 else plan.forward(x, weight, bias, residual, *statistics)
+    made = None if torch_internals.forward_mode_is_active() else plan.forward(operands, statistics)
     if made is None:
         return None
     y, buffer = made
     if plan.differentiable and records_gradients():
-        operands = Operands(x, weight, bias, residual)
         y = differentiable(y, operands, plan.backward, buffer, plan.rule)
     return y
 
@@ -152,7 +146,7 @@ def run_plan(
 @torch.no_grad()
 def moments(x: Tensor, mask: Tensor | None = None) -> BatchMoments:
     """Return mean and biased variance (C,) of x (N, C, *), and the count of values, without a gradient."""
-    if transformed():
+    if torch_internals.may_be_transformed():
         return reference.moments(x, mask)
     rule = Rule(1.0, None, training=True)
     direct = is_unwatched() and native.are_unwrapped(x, mask) and is_native(x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm.errors import InputError
 from batchnorm.kernels import native
-from batchnorm.kernels.records import BatchMoments, Gradients, Operands, Rule, Running, Saved
+from batchnorm.kernels.records import BatchMoments, Gradients, Operands, Rule, Running
 from batchnorm.kernels.reference import statistics_dtype
 from batchnorm.ops import chunks
 from batchnorm.ops.dispatch import is_native
@@ -90,10 +90,12 @@ def forward(operands: Operands, running: Running, rule: Rule) -> tuple[Tensor, T
     return _FORWARD(operands, running, rule)  # type: ignore[no-any-return]
 
 
-def backward(dy: Tensor, saved: Saved, wanted: Sequence[bool]) -> Gradients:
+def backward(
+    dy: Tensor, operands: Operands, moments: Tensor, rule: Rule, *, y: Tensor | None = None, wanted: Sequence[bool]
+) -> Gradients:
     """Call ``batchnorm::backward`` for the gradients that are ``wanted``."""
     asked = list(wanted[:4])
-    found = _BACKWARD(saved, saved.operands, saved.rule, dy=dy, wanted=asked)
+    found = _BACKWARD(operands, rule, dy=dy, moments=moments, y=y, wanted=asked)
     return Gradients(*[gradient if wants else None for gradient, wants in zip(found, asked, strict=True)])
 
 
@@ -154,13 +156,13 @@ def _backward(given: dict[str, Any]) -> tuple[Tensor, ...]:
         raise InputError(f"moments must be of shape {shape}; got {tuple(packed.shape)}")
     found: Sequence[Tensor | None]
     if is_native(operands.x, y):
-        found = native.backward(dy, Saved(operands, y, packed, rule), wanted)
+        found = native.backward(dy, operands, packed, rule, y=y, wanted=wanted)
     else:
         batches = chunks.unpack(packed, operands.x, operands.mask, rule)
         found = [
             None if like is None or not wants or gradient is None else gradient.to(like.dtype)
             for gradient, like, wants in zip(
-                chunks.backward(dy, operands, y, batches, rule), _like_gradients(operands), wanted, strict=True
+                chunks.backward(dy, operands, batches, rule, y=y), _like_gradients(operands), wanted, strict=True
             )
         ]
     return tuple(operands.x.new_empty(0) if gradient is None else gradient for gradient in found)

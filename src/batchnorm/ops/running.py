@@ -7,10 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
+from batchnorm import torch_internals
 from batchnorm.errors import InputError, warn
 from batchnorm.kernels.records import BatchMoments, Running
 from batchnorm.kernels.reference import at_least_one, statistics_dtype
-from batchnorm.ops.dispatch import transformed
 
 __all__ = ["may_write", "update_", "updated"]
 
@@ -87,12 +87,11 @@ def may_write(values: Tensor | None) -> bool:
     InputError
         Under vmap for values that are not mapped over, because each sample would update them.
     """
-    if torch.compiler.is_compiling() or not transformed():
+    if torch.compiler.is_compiling() or not torch_internals.is_transformed():
         return True
-    if values is not None and torch._C._functorch.is_functorch_wrapped_tensor(values):
+    if values is not None and torch_internals.is_functorch_wrapped(values):
         return True
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
+    if torch_internals.vmap_is_active():
         raise InputError(
             "under vmap a training batch can't update running statistics that are not mapped over too; pass them in "
             "with torch.func.functional_call, or use batchnorm.normalize, which returns them"
