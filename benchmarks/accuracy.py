@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm.kernels import library, reference
-from batchnorm.lab.bench.markdown import placed
+from batchnorm.lab.bench.markdown import replace_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/accuracy.json"
@@ -137,5 +137,5 @@ if __name__ == "__main__":
         raise SystemExit(f"the native kernels must run; got {bn.kernels().cpu}")
     content = measure()
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    PAGE.write_text(placed(PAGE.read_text(), "table", table(content)))
+    PAGE.write_text(replace_table(PAGE.read_text(), "table", table(content)))
     print(table(content), end="")  # noqa: T201

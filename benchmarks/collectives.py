@@ -26,8 +26,8 @@ from scipy.optimize import nnls
 from torch import multiprocessing
 
 from batchnorm.errors import RunError
-from batchnorm.lab.bench.markdown import placed
-from batchnorm.lab.bench.timing import quiet, summary
+from batchnorm.lab.bench.markdown import replace_table
+from batchnorm.lab.bench.timing import paused_gc, quartiles
 from batchnorm.lab.machine import describe
 
 ROOT = Path(__file__).parent.parent
@@ -170,7 +170,7 @@ def _rank(rank: int, ranks: int, folder: str, seconds: float) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=PATIENCE))
     calls = _calls(ranks)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    with quiet():
+    with paused_gc():
         end = math.inf
         more = torch.ones(1)
         while more:
@@ -229,7 +229,10 @@ def _samples(spans: dict[int, dict[str, list[float]]]) -> Iterator[dict[str, Any
                     "channels": channels,
                     "bytes": message(collective, channels),
                     "calls": len(seconds),
-                    "microseconds": summary([1e6 * value for value in seconds]) | {"mean": 1e6 * mean(seconds)},
+                    "microseconds": {
+                        **asdict(quartiles([1e6 * value for value in seconds])),
+                        "mean": 1e6 * mean(seconds),
+                    },
                 }
 
 
@@ -271,13 +274,13 @@ def _steps(spans: dict[int, dict[str, list[float]]]) -> Iterator[dict[str, Any]]
                 "network": network,
                 "ranks": ranks,
                 "steps": len(seconds),
-                "milliseconds": summary([1e3 * value for value in seconds]),
+                "milliseconds": asdict(quartiles([1e3 * value for value in seconds])),
             }
 
 
 def measure(seconds: dict[int, float]) -> dict[str, Any]:
     """Everything, for each count of processes the seconds of measuring given."""
-    machine = describe(allocator="as it is")  # before its own processes are the load
+    machine = asdict(describe(allocator="as it is"))  # before its own processes are the load
     spans = {ranks: timed(ranks, limit) for ranks, limit in seconds.items()}
     samples = list(_samples(spans))
     content = {
@@ -386,15 +389,15 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def filled(page: str, content: dict[str, Any]) -> str:
+def fill_page(page: str, content: dict[str, Any]) -> str:
     """The page with each table between its marks."""
     for name, table in tables(content).items():
-        page = placed(page, name, table)
+        page = replace_table(page, name, table)
     return page
 
 
 if __name__ == "__main__":
     content = measure(SECONDS)
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    PAGE.write_text(filled(PAGE.read_text(), content))
+    PAGE.write_text(fill_page(PAGE.read_text(), content))
     print("\n".join(tables(content).values()), end="")  # noqa: T201

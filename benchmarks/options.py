@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 import batchnorm as bn
-from batchnorm.lab.bench.markdown import placed
-from batchnorm.lab.bench.timing import interleaved, ratios, sampler, summary
+from batchnorm.lab.bench.markdown import replace_table
+from batchnorm.lab.bench.timing import interleaved, quartiles, ratios, sampler
 from batchnorm.lab.machine import describe
 
 ROOT = Path(__file__).parent.parent
@@ -69,13 +70,13 @@ def measure() -> dict[str, Any]:
                 {
                     "shape": list(shape),
                     "layout": layout,
-                    "microseconds": 1e6 * summary(times["plain"])["median"],
-                    "ratios": {name: summary(ratios(times[name], times["plain"])) for name in OPTIONS[1:]},
+                    "microseconds": 1e6 * quartiles(times["plain"]).median,
+                    "ratios": {name: asdict(quartiles(ratios(times[name], times["plain"]))) for name in OPTIONS[1:]},
                 }
             )
     return {
         "command": "python benchmarks/options.py",
-        "machine": describe(allocator="tuned"),
+        "machine": asdict(describe(allocator="tuned")),
         "seconds": SECONDS,
         "results": results,
     }
@@ -100,5 +101,5 @@ if __name__ == "__main__":
         raise SystemExit(f"the native kernels must run; got {bn.kernels().cpu}")
     content = measure()
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    PAGE.write_text(placed(PAGE.read_text(), "table", table(content)))
+    PAGE.write_text(replace_table(PAGE.read_text(), "table", table(content)))
     print(table(content), end="")  # noqa: T201

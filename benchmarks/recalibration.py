@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm as bn
-from batchnorm.lab.bench.markdown import placed
-from batchnorm.lab.bench.timing import interleaved, ratios, sampler, summary
+from batchnorm.lab.bench.markdown import replace_table
+from batchnorm.lab.bench.timing import interleaved, quartiles, ratios, sampler
 from batchnorm.lab.machine import describe
 
 ROOT = Path(__file__).parent.parent
@@ -86,17 +87,17 @@ def measure() -> dict[str, Any]:
                     "shape": list(shape),
                     "samples": samples,
                     "layers": layers,
-                    "forward_milliseconds": 1e3 * summary(times["at once, forward"])["median"],
+                    "forward_milliseconds": 1e3 * quartiles(times["at once, forward"]).median,
                     "rounds": len(times["at once"]),
                     "ratios": {
-                        mode: summary(ratios(times[mode], times[f"{mode}, forward"]))
+                        mode: asdict(quartiles(ratios(times[mode], times[f"{mode}, forward"])))
                         for mode in ("at once", "layer by layer")
                     },
                 }
             )
     return {
         "command": "python benchmarks/recalibration.py",
-        "machine": describe(allocator="tuned"),
+        "machine": asdict(describe(allocator="tuned")),
         "seconds": SECONDS,
         "results": results,
     }
@@ -118,5 +119,5 @@ if __name__ == "__main__":
         raise SystemExit(f"the native kernels must run; got {bn.kernels().cpu}")
     content = measure()
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    PAGE.write_text(placed(PAGE.read_text(), RESULTS.name, table(content)))
+    PAGE.write_text(replace_table(PAGE.read_text(), RESULTS.name, table(content)))
     print(table(content), end="")  # noqa: T201

@@ -24,6 +24,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import batchnorm as bn
-from batchnorm.lab.bench.markdown import placed
+from batchnorm.lab.bench.markdown import replace_table
 from batchnorm.lab.machine import describe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,7 +213,7 @@ def main() -> None:
     content = {
         "command": f"python benchmarks/shift.py --seeds {arguments.seeds} --repeats {arguments.repeats} "
         f"--out {arguments.out}",
-        "machine": describe(allocator="stock"),
+        "machine": asdict(describe(allocator="stock")),
         "settings": {
             "steps": STEPS,
             "batch": BATCH,
@@ -227,7 +228,7 @@ def main() -> None:
     }
     arguments.out.write_text(json.dumps(content, indent=1) + "\n")
     if arguments.out.resolve() == RESULTS:
-        PAGE.write_text(placed(PAGE.read_text(), RESULTS.name, table(content)))
+        PAGE.write_text(replace_table(PAGE.read_text(), RESULTS.name, table(content)))
     print(table(content), end="")  # noqa: T201
 
 

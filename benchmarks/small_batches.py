@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import batchnorm as bn
-from batchnorm.lab.bench.markdown import placed
-from batchnorm.lab.bench.timing import interleaved, ratios, sampler, summary
+from batchnorm.lab.bench.markdown import replace_table
+from batchnorm.lab.bench.timing import interleaved, quartiles, ratios, sampler
 from batchnorm.lab.machine import describe
 
 ROOT = Path(__file__).parent.parent
@@ -65,8 +66,10 @@ def measure() -> list[dict[str, Any]]:
                     "bytes": 4 * torch.Size(shape).numel(),
                     "positions": torch.Size(shape[2:]).numel(),
                     "activation": activation or "none",
-                    "microseconds": {name: summary([1e6 * s for s in seconds]) for name, seconds in times.items()},
-                    "times_faster": summary(ratios(times["torch"], times["ours"])),
+                    "microseconds": {
+                        name: asdict(quartiles([1e6 * value for value in seconds])) for name, seconds in times.items()
+                    },
+                    "times_faster": asdict(quartiles(ratios(times["torch"], times["ours"]))),
                 }
             )
     return records
@@ -85,10 +88,10 @@ def table(records: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure, write the file and fill the table of the page."""
     bn.tune_allocator()
-    content = {"command": "python benchmarks/small_batches.py", "machine": describe(allocator="tuned")}
+    content = {"command": "python benchmarks/small_batches.py", "machine": asdict(describe(allocator="tuned"))}
     records = measure()
     RESULTS.write_text(json.dumps(content | {"results": records}, indent=1) + "\n")
-    PAGE.write_text(placed(PAGE.read_text(), "small batches", table(records)))
+    PAGE.write_text(replace_table(PAGE.read_text(), "small batches", table(records)))
     print(table(records))  # noqa: T201
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm.lab.bench.markdown import placed
+from batchnorm.lab.bench.markdown import replace_table
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/accuracy.md").read_text()
@@ -26,7 +26,7 @@ def content():
 
 
 def test_the_table_of_the_page_is_that_of_the_committed_file(script, content):
-    assert placed(PAGE, "table", script.table(content)) == PAGE
+    assert replace_table(PAGE, "table", script.table(content)) == PAGE
 
 
 def test_the_committed_errors_are_within_what_is_promised(content):

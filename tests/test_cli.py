@@ -1,7 +1,5 @@
 """The command line as a user runs it: its output, its exit status, its files."""
 
-import contextlib
-import io
 import json
 import os
 import pty
@@ -11,54 +9,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from typing import get_args
 
 import polars as pl
 import pytest
 
-from batchnorm.cli import main
+import batchnorm as bn
+from batchnorm.cli import options
+from batchnorm.cli.compare import CLAIMS as OFFERED_CLAIMS
+from batchnorm.cli.compare import Task as OfferedTask
 from batchnorm.lab.claims import CLAIMS
+from batchnorm.lab.data.dataset import Task
 from batchnorm.lab.data.tables import BUILT_IN
+from batchnorm.lab.training import settings
+from batchnorm.lab.training.network import ACTIVATIONS
+from support import run_command, usage_error
 
 QUICK = ["--hidden", "8", "--steps", "40", "--search-seeds", "1", "--seeds", "2", "--learning-rates", "0.1,0.3"]
-
-
-def batchnorm(*arguments, cwd=".", status=0):
-    """Run the command in a folder, in this process, in a terminal of 80 columns."""
-    out, err = io.StringIO(), io.StringIO()
-    before = sys.argv, os.environ.get("COLUMNS")
-    sys.argv, os.environ["COLUMNS"] = ["batchnorm", *map(str, arguments)], "80"
-    try:
-        with (
-            contextlib.chdir(cwd),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            pytest.raises(SystemExit) as ended,
-        ):
-            main()
-    finally:
-        sys.argv = before[0]
-        os.environ.pop("COLUMNS")
-        if before[1] is not None:
-            os.environ["COLUMNS"] = before[1]
-    assert (ended.value.code or 0) == status, err.getvalue()
-    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
-
-
-def refused(*arguments, cwd="."):
-    """The one sentence of a usage error, which exits 2 and prints no result."""
-    done = batchnorm(*arguments, cwd=cwd, status=2)
-    assert done.stdout == ""
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
-    return folder, batchnorm("compare", "digits", *QUICK, cwd=folder)
+    return folder, run_command("compare", "digits", *QUICK, cwd=folder)
 
 
 def test_compare_ends_with_verdict_table_caveat_and_report_in_80_columns(finished):
@@ -93,13 +66,13 @@ def test_report_draws_the_page_again(finished):
     page = folder / "batchnorm-runs/digits-1/report.html"
     before = page.read_text()
     page.unlink()
-    done = batchnorm("report", "batchnorm-runs/digits-1", cwd=folder)
+    done = run_command("report", "batchnorm-runs/digits-1", cwd=folder)
     assert done.stdout == "Report: batchnorm-runs/digits-1/report.html\n"
     assert page.read_text() == before
 
 
 def test_json_is_all_that_stdout_holds_and_quiet_keeps_stderr_empty(tmp_path):
-    done = batchnorm("compare", "placement", "--rows", "600", *QUICK, "--json", "--quiet", "--out", tmp_path / "out")
+    done = run_command("compare", "placement", "--rows", "600", *QUICK, "--json", "--quiet", "--out", tmp_path / "out")
     result = json.loads(done.stdout)
     assert result["score_name"] == "accuracy"
     assert set(result["arms"]) == {"none", "before", "after"}
@@ -117,7 +90,7 @@ def test_a_file_with_missing_values_texts_and_an_index_is_compared(tmp_path):
         }
     )
     frame.write_csv(tmp_path / "homes.csv")
-    done = batchnorm("compare", "homes.csv", "--target", "sold", *QUICK, cwd=tmp_path)
+    done = run_command("compare", "homes.csv", "--target", "sold", *QUICK, cwd=tmp_path)
     assert "column No is left out: it counts the rows, as an index does" in done.stderr
     assert "missing numbers are filled" in " ".join(done.stderr.split())
     assert "classification: sold has 2 categories" in done.stderr
@@ -127,13 +100,13 @@ def test_a_file_with_missing_values_texts_and_an_index_is_compared(tmp_path):
 def test_a_parquet_file_with_a_regression_target_is_compared(tmp_path):
     x = [(i * 37 % 101) / 10 for i in range(600)]
     pl.DataFrame({"x": x, "z": x[::-1], "price": [a * a + 0.5 for a in x]}).write_parquet(tmp_path / "homes.parquet")
-    done = batchnorm("compare", "homes.parquet", "--target", "price", *QUICK, cwd=tmp_path)
+    done = run_command("compare", "homes.parquet", "--target", "price", *QUICK, cwd=tmp_path)
     assert "regression: price is a number" in done.stderr
     assert "Test R2 against none" in done.stdout
 
 
 def test_a_batch_size_larger_than_the_data_is_reduced_and_said(tmp_path):
-    done = batchnorm("compare", "wine", *QUICK, "--batch-size", "999", "--out", tmp_path / "out")
+    done = run_command("compare", "wine", *QUICK, "--batch-size", "999", "--out", tmp_path / "out")
     assert "the batch size of 999 is reduced to the 107 training rows" in " ".join(done.stderr.split())
 
 
@@ -147,14 +120,14 @@ def test_a_batch_size_larger_than_the_data_is_reduced_and_said(tmp_path):
             ["compare", "homes.csv", "--target", "city", "--task", "regression"],
             "'city' must hold numbers; it holds 'a'",
         ),
-        (["compare", "digits", "--out", "."], "new or an empty folder; '.' holds homes.csv"),
-        (["compare", "digits", "--steps", "0"], "steps must be at least 1; got 0"),
+        (["compare", "digits", "--out", "."], "new or an empty folder; '.' contains homes.csv"),
+        (["compare", "digits", "--steps", "0"], "--steps must be at least 1; got 0"),
         (["compare", "digits", "--steps", "many"], "'--steps'"),
         (["compare", "digits", "--hidden", "ten"], "--hidden must be whole numbers separated by commas; got 'ten'"),
-        (["compare", "digits", "--activation", "swish"], "one of identity, sigmoid, tanh, relu; got 'swish'"),
-        (["compare", "digits", "--task", "ranking"], "classification or regression; got 'ranking'"),
-        (["compare", "digits", "--claim", "speed"], "must be some of fewer_steps, stability, "),
-        (["compare", "digits", "--study", "--claim", "shift"], "--study measures every claim; got --claim shift too"),
+        (["compare", "digits", "--activation", "swish"], "--activation must be one of identity, sigmoid, tanh"),
+        (["compare", "digits", "--task", "ranking"], "--task must be one of classification, regression; got 'ranking'"),
+        (["compare", "digits", "--claim", "speed"], "--claim must be one of fewer_steps, stability, "),
+        (["compare", "digits", "--study", "--claim", "shift"], "--study tests every claim and excludes --claim"),
         (["compare", "--fast"], "--fast"),
         (["compare", "--resume", "."], "with a run.json; '.' has none"),
         (["compare", "digits", "--resume", "."], "got DATA too"),
@@ -167,30 +140,90 @@ def test_a_batch_size_larger_than_the_data_is_reduced_and_said(tmp_path):
 def test_bad_input_is_one_sentence_and_status_2_and_writes_nothing(tmp_path, arguments, sentence):
     frame = pl.DataFrame({"size": [1.5, 2.5, 0.5] * 20, "city": ["a", "b", "c"] * 20, "one": [1] * 60})
     frame.write_csv(tmp_path / "homes.csv")
-    assert sentence in refused(*arguments, cwd=tmp_path)
+    assert sentence in usage_error(*arguments, cwd=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["homes.csv"]
 
 
 def test_explain_prints_the_worked_example_in_80_columns_and_as_json():
-    done = batchnorm("explain")
+    done = run_command("explain")
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "91?" in done.stdout
-    assert json.loads(batchnorm("explain", "--json").stdout)["features"] == ["cgpa", "iq"]
+    assert json.loads(run_command("explain", "--json").stdout)["features"] == ["cgpa", "iq"]
 
 
 def test_explain_takes_the_first_rows_of_a_file(tmp_path):
     pl.DataFrame(
         {"No": [0, 1, 2, 3, 4], "a": [1.5, None, 2.0, 4.0, 3.0], "b": [9, 7, 8, 5, 6], "t": [1, 0, 1, 0, 1]}
     ).write_csv(tmp_path / "rows.csv")
-    figures = json.loads(batchnorm("explain", "rows.csv", "--target", "t", "--json", cwd=tmp_path).stdout)
+    figures = json.loads(run_command("explain", "rows.csv", "--target", "t", "--json", cwd=tmp_path).stdout)
     assert figures["features"] == ["a", "b"]
     assert [row["features"] for row in figures["rows"]] == [[1.5, 9], [2, 8], [4, 5], [3, 6]]
 
 
 def test_help_and_version():
-    assert "compare" in batchnorm().stdout
-    assert "compare" in batchnorm("--help").stdout
-    assert batchnorm("--version").stdout == "batchnorm 0.1.0\n"
+    assert "compare" in run_command().stdout
+    assert "compare" in run_command("--help").stdout
+    assert run_command("--version").stdout == f"batchnorm {bn.__version__}\n"
+
+
+HEAVY = ["torch", "numpy", "scipy", "sklearn", "polars", "plotly", "joblib", "jinja2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ([], 0),
+        (["--help"], 0),
+        (["--version"], 0),
+        (["compare", "--help"], 0),
+        (["--show-completion", "bash"], 0),
+        (["--fast"], 2),
+        (["expalin"], 2),
+        (["compare", "--steps", "many"], 2),
+        (["compare", "--steps", "0"], 2),
+        (["compare", "--init", "zero"], 2),
+        (["compare", "--activation", "swish"], 2),
+        (["compare", "--claim", "speed"], 2),
+        (["compare", "--hidden", "ten"], 2),
+        (["compare", "--study", "--claim", "shift"], 2),
+        (["compare", "digits", "--resume", "."], 2),
+        (["explain", "--activation", "swish"], 2),
+        (["shift", "model", "digits", "--alpha", "2"], 2),
+        (["report"], 2),
+        (["bench", "--only", "gelu"], 2),
+        (["bench", "--models", "--quick"], 2),
+    ],
+    ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
+)
+def test_help_and_usage_errors_do_not_wait_for_heavy_imports(arguments, status):
+    code = (
+        "import sys\n"
+        "from batchnorm.cli import main\n"
+        f"sys.argv[1:] = {arguments}\n"
+        "try:\n    main()\n"
+        "except SystemExit as ended:\n"
+        f"    print([name for name in {HEAVY} if name in sys.modules], ended.code or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"[] {status}"
+
+
+def test_completion_offers_commands_options_and_claims():
+    for words, offered in {"com": "compare", "compare --cl": "--claim", "compare --claim sta": "stability"}.items():
+        variables = {"_BATCHNORM_COMPLETE": "complete_bash", "COMP_WORDS": f"batchnorm {words}"}
+        variables["COMP_CWORD"] = str(len(words.split()))
+        script = "import sys; sys.argv[0] = 'batchnorm'; from batchnorm.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=os.environ | variables
+        )
+        assert offered in done.stdout.split(), done.stderr
+
+
+def test_the_names_that_the_command_line_offers_are_those_of_the_lab():
+    assert get_args(settings.Activation) == tuple(ACTIVATIONS)
+    assert get_args(OfferedTask) == get_args(Task)
+    assert tuple(CLAIMS) == OFFERED_CLAIMS
+    assert options.SOURCES.startswith(", ".join(BUILT_IN))
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -221,28 +254,28 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(tmp_path, jobs):
     kept = json.loads((folder / "run.json").read_text())
     assert kept["status"] == "interrupted"
     assert kept["stacks"]
-    assert batchnorm("report", folder).stdout == f"Report: {folder}/report.html\n"
-    done = batchnorm("compare", "--resume", folder, "--quiet")
+    assert run_command("report", folder).stdout == f"Report: {folder}/report.html\n"
+    done = run_command("compare", "--resume", folder, "--quiet")
     assert "On digits " in done.stdout
     whole = json.loads((folder / "run.json").read_text())
     assert whole["status"] == "complete"
     assert whole["stacks"][: len(kept["stacks"])] == kept["stacks"]
-    assert "is complete" in refused("compare", "--resume", folder)
+    assert "is complete" in usage_error("compare", "--resume", folder)
 
 
 def test_a_resumed_run_needs_the_data_as_they_were(tmp_path):
     frame = pl.DataFrame({"a": [float(i * 37 % 101) for i in range(60)], "t": [0, 1, 1] * 20})
     frame.write_csv(tmp_path / "rows.csv")
-    batchnorm("compare", "rows.csv", "--target", "t", *QUICK, "--quiet", "--out", "run", cwd=tmp_path)
+    run_command("compare", "rows.csv", "--target", "t", *QUICK, "--quiet", "--out", "run", cwd=tmp_path)
     path = tmp_path / "run/run.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"status": "interrupted"}))
     frame.with_columns(pl.col("a") + 1).write_csv(tmp_path / "rows.csv")
-    assert "'rows.csv' has changed" in refused("compare", "--resume", "run", cwd=tmp_path)
+    assert "'rows.csv' has changed" in usage_error("compare", "--resume", "run", cwd=tmp_path)
 
 
 def test_a_study_ends_with_a_verdict_for_each_claim_in_80_columns_and_a_resumed_one_has_the_same(tmp_path):
-    done = batchnorm("compare", "breast_cancer", *QUICK, "--study", "--quiet", "--out", "run", cwd=tmp_path)
+    done = run_command("compare", "breast_cancer", *QUICK, "--study", "--quiet", "--out", "run", cwd=tmp_path)
     lines = done.stdout.splitlines()
     claims = [line for line in lines if line.split(":")[0] in CLAIMS]
     assert [line.split(":")[0] for line in claims[:2]] == ["fewer_steps"] * 2
@@ -254,12 +287,12 @@ def test_a_study_ends_with_a_verdict_for_each_claim_in_80_columns_and_a_resumed_
     content = json.loads(path.read_text())
     kept = [stack for stack in content["stacks"] if stack["phase"] != "stability"]
     path.write_text(json.dumps(content | {"status": "interrupted", "stacks": kept}))
-    again = batchnorm("compare", "--resume", "run", "--quiet", cwd=tmp_path)
+    again = run_command("compare", "--resume", "run", "--quiet", cwd=tmp_path)
     assert [line for line in again.stdout.splitlines() if line.split(":")[0] in CLAIMS] == claims
 
 
 def test_one_claim_can_be_asked_for(tmp_path):
-    done = batchnorm("compare", "placement", "--rows", "600", *QUICK, "--claim", "inputs", "--json", cwd=tmp_path)
+    done = run_command("compare", "placement", "--rows", "600", *QUICK, "--claim", "inputs", "--json", cwd=tmp_path)
     result = json.loads(done.stdout)
     assert [claim["name"] for claim in result["claims"]] == ["inputs"]
     assert result["claims"][0]["findings"][0]["verdict"] == "holds"
@@ -303,21 +336,21 @@ def wines(tmp_path_factory):
 
 
 def test_shift_shows_distances_a_verdict_and_what_would_mend_it(wines):
-    said = batchnorm("shift", "cellar:fitted", "shifted.csv", "--target", "target", cwd=wines).stdout
+    said = run_command("shift", "cellar:fitted", "shifted.csv", "--target", "target", cwd=wines).stdout
     assert "hidden.0.norm" in said
     assert "shifted: 178 samples against the stored statistics, p at most 0.001" in said
     assert [line.split()[0] for line in said.splitlines()[-3:]] == ["as", "adapted", "retrained"]
     assert max(map(len, said.splitlines())) <= 80
-    same = batchnorm("shift", "cellar:fitted", "same.csv", "--target", "target", cwd=wines).stdout
+    same = run_command("shift", "cellar:fitted", "same.csv", "--target", "target", cwd=wines).stdout
     assert "no shift shown" in same
 
 
 def test_shift_as_json_compared_with_clean_rows_fails_where_asked_to(wines):
     arguments = ["shift", "cellar:fitted", "shifted.csv", "--target", "target", "--reference", "same.csv", "--json"]
-    content = json.loads(batchnorm(*arguments, "--fail-on-shift", cwd=wines, status=1).stdout)
-    assert content["shift"]["clean"] is True
+    content = json.loads(run_command(*arguments, "--fail-on-shift", cwd=wines, status=1).stdout)
+    assert content["shift"]["against"] == "reference"
     assert content["scores"]["rows"] == 89
-    batchnorm("shift", "cellar:fitted", "same.csv", "--target", "target", "--fail-on-shift", cwd=wines)
+    run_command("shift", "cellar:fitted", "same.csv", "--target", "target", "--fail-on-shift", cwd=wines)
 
 
 @pytest.mark.parametrize(
@@ -328,14 +361,17 @@ def test_shift_as_json_compared_with_clean_rows_fails_where_asked_to(wines):
         (["cellar:fitted", "none.csv"], "there is no file 'none.csv'"),
         (
             ["cellar:fitted", "same.csv", "--target", "target", "--alpha", "2"],
-            "error: alpha must be between 0 and 1; got 2.0",
+            "error: --alpha must be between 0 and 1; got 2.0",
         ),
-        (["cellar:fitted", "same.csv", "--target", "target", "--prior", "-1"], "prior must be a finite number"),
+        (
+            ["cellar:fitted", "same.csv", "--target", "target", "--prior", "-1"],
+            "--prior must be at least 0; got -1.0",
+        ),
     ],
 )
 def test_shift_refuses_in_one_sentence(wines, arguments, said):
-    assert said in refused("shift", *arguments, cwd=wines)
+    assert said in usage_error("shift", *arguments, cwd=wines)
 
 
 def test_rows_that_the_model_does_not_take_are_refused(wines):
-    assert "StandardScaler" in refused("shift", "cellar:fitted", "same.csv", "--columns", "alcohol,ash", cwd=wines)
+    assert "StandardScaler" in usage_error("shift", "cellar:fitted", "same.csv", "--columns", "alcohol,ash", cwd=wines)

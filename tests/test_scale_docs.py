@@ -160,7 +160,7 @@ def test_the_tables_of_the_page_are_those_of_the_committed_file(script, content)
     assert len(tables) == 5
     for table in tables.values():
         assert table in PAGE
-    assert script.filled(PAGE, content) == PAGE
+    assert script.fill_page(PAGE, content) == PAGE
 
 
 def test_the_fits_of_the_file_are_those_of_its_samples(script, content):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm.lab.bench.markdown import placed
+from batchnorm.lab.bench.markdown import replace_table
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/statistics.md").read_text()
@@ -29,7 +29,7 @@ def cases(kind):
 
 @pytest.mark.parametrize("name", ["recalibration", "shift"])
 def test_the_tables_of_the_page_are_those_of_the_committed_files(name):
-    assert placed(PAGE, f"{name}.json", script(name).table(content(name))) == PAGE
+    assert replace_table(PAGE, f"{name}.json", script(name).table(content(name))) == PAGE
 
 
 def test_on_clean_digits_adapting_costs_no_network_more_than_a_point_in_the_median():

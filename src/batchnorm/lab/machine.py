@@ -1,27 +1,71 @@
-"""Description of the machine, as far as measured times depend on it; no names of machines, users or folders."""
+"""Description of the machine, as far as measured times depend on it; it names no machine, user or folder."""
 
 from __future__ import annotations
 
 import os
 import platform
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from batchnorm.kernels.chosen import kernels
 from batchnorm.version import __version__
 
-__all__ = ["caches", "describe", "last_level_cache", "machine"]
+__all__ = ["Machine", "caches", "describe", "last_level_cache", "machine"]
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 ASSUMED_CACHE = 32 * 2**20
 
 
-def machine() -> dict[str, Any]:
-    """Describe the machine as far as measured times depend on it; nothing names the machine or its user."""
+@dataclass(frozen=True)
+class Machine:
+    """The machine, its load, the versions, and the kernels and the allocator in use.
+
+    Attributes
+    ----------
+    system, processor : str
+        Operating system and processor.
+    cores : int or None
+        Cores that this process may use.
+    python, libc, torch, batchnorm : str
+        Versions.
+    threads : int
+        Number of torch's threads.
+    caches : dict of int
+        Bytes of the data caches of a core, by level.
+    memory : int or None
+        Bytes of memory.
+    load : float or None
+        Load average of the last minute.
+    torch_instructions : str
+        Vector instructions that torch uses.
+    kernels : str
+        Kernels for CPU tensors.
+    allocator : str
+        Setting of glibc's allocator.
+    """
+
+    system: str
+    processor: str
+    cores: int | None
+    python: str
+    libc: str
+    threads: int
+    caches: dict[str, int]
+    memory: int | None
+    load: float | None
+    torch: str
+    torch_instructions: str
+    batchnorm: str
+    kernels: str
+    allocator: str
+
+
+def machine() -> dict[str, str | int | None]:
+    """Describe the machine briefly: system, processor, cores and version of Python."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
@@ -40,7 +84,7 @@ def _processor() -> str:
 
 
 def caches() -> dict[str, int]:
-    """Bytes of the first core's data caches, by level: ``{"L1": 32768, ...}``; empty where the system doesn't say."""
+    """Return the bytes of the first core's data caches, such as ``{"L1": 32768}``; empty if the system doesn't tell."""
     found = {}
     for index in sorted(CACHES.glob("index*")):
         with suppress(OSError):
@@ -51,7 +95,7 @@ def caches() -> dict[str, int]:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache; 32 MiB where the system doesn't say."""
+    """Return the bytes of the largest cache, or 32 MiB if the system doesn't tell."""
     return max(caches().values(), default=ASSUMED_CACHE)
 
 
@@ -70,25 +114,26 @@ def _system() -> str:
 
 
 def _kernels() -> str:
-    """The kernels of CPU tensors; a reason why they aren't native could name a folder, and is left out."""
+    """Name the kernels for CPU tensors, without the reason why they are not native: it could contain a folder."""
     cpu = kernels().cpu
     return cpu.name if cpu.instructions is None else f"{cpu.name} ({cpu.instructions})"
 
 
-def describe(*, allocator: str) -> dict[str, Any]:
-    """The machine and how busy it is, the versions, the kernels and the setting of the allocator."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return machine() | {
-        "system": f"{_system()}, {platform.machine()}",
-        "libc": " ".join(platform.libc_ver()),
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "caches": caches(),
-        "memory": _memory(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "torch": str(torch.__version__),
-        "torch_instructions": torch.backends.cpu.get_cpu_capability(),
-        "batchnorm": __version__,
-        "kernels": _kernels(),
-        "allocator": allocator,
-    }
+def describe(*, allocator: str) -> Machine:
+    """Describe the machine in full; ``allocator`` is the setting of glibc's allocator."""
+    return Machine(
+        system=f"{_system()}, {platform.machine()}",
+        processor=_processor(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        python=platform.python_version(),
+        libc=" ".join(platform.libc_ver()),
+        threads=torch.get_num_threads(),
+        caches=caches(),
+        memory=_memory(),
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        torch=str(torch.__version__),
+        torch_instructions=torch.backends.cpu.get_cpu_capability(),
+        batchnorm=__version__,
+        kernels=_kernels(),
+        allocator=allocator,
+    )

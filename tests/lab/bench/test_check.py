@@ -6,7 +6,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.lab.bench import sides
-from batchnorm.lab.bench.check import fault
+from batchnorm.lab.bench.check import find_fault
 from batchnorm.lab.bench.registry import CASES, Case
 
 SMALL = [case for case in CASES if case.bytes < 2e5]
@@ -55,13 +55,13 @@ class NotANumber(bn.BatchNorm2d):
 def found(case, layer, monkeypatch):
     monkeypatch.setitem(sides.OURS, 4, layer)
     given = sides.inputs(case)
-    return fault(case, given, sides.ours(case, given))
+    return find_fault(case, given, sides.ours(case, given))
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_the_small_cases_are_right(case):
     given = sides.inputs(case)
-    assert fault(case, given, sides.ours(case, given)) is None
+    assert find_fault(case, given, sides.ours(case, given)) is None
 
 
 @pytest.mark.parametrize(
@@ -88,4 +88,4 @@ def test_a_result_in_another_layout_is_found(monkeypatch):
 def test_stock_layers_are_right_where_they_round_once():
     case = Case("bn+relu", "train", "float32", (5, 123, 7, 11), "channels_last")
     given = sides.inputs(case)
-    assert fault(case, given, sides.stock(case, given)) is None
+    assert find_fault(case, given, sides.stock(case, given)) is None

@@ -1,6 +1,6 @@
 import pytest
 
-from batchnorm.lab.bench.floors import floor, ideal_bytes, stays
+from batchnorm.lab.bench.floors import floor, ideal_bytes, stays_in_cache
 from batchnorm.lab.bench.registry import Case
 
 CACHE = 32 * 2**20
@@ -35,8 +35,8 @@ def test_channels_last_and_small_is_still_in_the_cache_when_it_is_needed_again()
 def test_backward_has_to_keep_two_arrays_where_forward_keeps_one():
     case = Case("bn", "train", "float32", (2**17, 64))  # just the cache
     assert case.bytes == CACHE
-    assert stays(case, CACHE, 1)
-    assert not stays(case, CACHE, 2)
+    assert stays_in_cache(case, CACHE, 1)
+    assert not stays_in_cache(case, CACHE, 2)
     assert floor(case, CACHE) == (2 + 5) / 2
 
 

@@ -2,7 +2,7 @@ import gc
 
 import pytest
 
-from batchnorm.lab.bench.timing import interleaved, ratios, sampler, summary
+from batchnorm.lab.bench.timing import Quartiles, interleaved, quartiles, ratios, sampler
 
 
 class Clock:
@@ -66,4 +66,4 @@ def test_the_garbage_collector_is_off_while_timing_and_on_again_after_an_error()
 
 def test_the_ratio_is_the_median_over_the_rounds_and_not_the_ratio_of_medians():
     ours, torch = [1.0, 10.0, 2.0], [3.0, 10.0, 8.0]  # ratios 3, 1, 4; medians 2 and 8
-    assert summary(ratios(torch, ours)) == {"median": 3.0, "low": 2.0, "high": 3.5}
+    assert quartiles(ratios(torch, ours)) == Quartiles(median=3.0, low=2.0, high=3.5)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from batchnorm.errors import InputError
-from batchnorm.lab.training.network import ACTIVATIONS, MLP, batch_bounds, check_init
+from batchnorm.lab.training.network import ACTIVATIONS, MLP, batch_bounds
+from batchnorm.lab.training.settings import check_init
 
 
 def generators(runs):

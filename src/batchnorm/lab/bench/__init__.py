@@ -1,1 +1,1 @@
-"""What a layer costs: kernels and whole models against torch's own, on this machine."""
+"""Benchmark: kernels and whole models against torch's own, on this machine."""

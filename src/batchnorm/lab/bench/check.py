@@ -1,49 +1,53 @@
-"""A case is timed only if its result is right: held to the formulas in float64, outputs and gradients."""
+"""Check of our results before they are timed: outputs, gradients and statistics against the formulas in float64."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from batchnorm.kernels import reference
 from batchnorm.kernels.records import BatchMoments
 from batchnorm.kernels.reference import per_channel
 from batchnorm.lab.bench.registry import OPERATIONS, Case
-from batchnorm.lab.bench.sides import EPS, Forward, Inputs, inputs
+from batchnorm.lab.bench.sides import DTYPES, EPS, Inputs, Side, inputs, memory_format
 
-__all__ = ["Expected", "expected", "fault"]
+__all__ = ["Expected", "expected", "find_fault"]
 
-ROUNDING = 2.0**-24  # half a unit in the last place of float32, relative
+ROUNDING = 2.0**-24
+"""Relative rounding error of float32: half a unit in the last place."""
 STORED = {torch.float32: ROUNDING, torch.bfloat16: 2.0**-8}
+"""Relative rounding error of the values that are stored."""
 MARGIN = 16
 MOMENTUM = 0.1
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A value in float64 and how far rounding may take a float32 calculation from it, element by element."""
+    """A value in float64, and the rounding error that a float32 calculation may have, element by element."""
 
     value: Tensor
     tolerance: Tensor
 
 
-@lru_cache(maxsize=1)  # two layouts and two modes share it
-def _of_oracle(shape: tuple[int, ...], dtype: str, operation: str, training: bool) -> dict[str, Expected]:
-    """What the oracle gives, and the tolerance.
+@lru_cache(maxsize=1)  # neighboring cases, of two layouts and two modes, share it
+def _oracle_results(shape: tuple[int, ...], dtype: str, operation: str, training: bool) -> dict[str, Expected]:
+    """Return the results of the oracle with their tolerances.
 
-    Derivation, u being float32's rounding: a chain of products or a sum errs by a few u times the sum of its terms'
-    magnitudes. A long sum does, too, where its terms have either sign, and so its roundings. The terms of a variance
-    have one: a plain running sum of m errs by sqrt(m) u, which is a fault (6e-5 in y at m = 200,704) that blocks,
-    or a wider accumulator, mend. With 16 for "a few":
+    Derivation, where u is the rounding error of float32: a chain of products, or a sum, is off by a few u times the sum
+    of the magnitudes of its terms. This holds for a long sum as well if its terms, and so its rounding errors, have
+    both signs. The terms of a variance have one sign: a running sum of m of them is off by sqrt(m) u, which is a fault
+    (6e-5 in y at m = 200,704) that blocks or a wider accumulator avoid. With 16 for "a few":
 
-    - z = gamma * s * (x - mu) + beta + r: terms gamma * s * (|x| + |mu|), |beta|, |r|. Then it is rounded to be stored.
-    - sum dz and sum dz * x_hat: terms |dz| and |dz| * s * (|x| + |mu|). Where |z| is under its own tolerance either
-      side of ReLU's kink is right: those elements of dz and dx are left out, and their terms of the sums are allowed.
-    - dx = gamma * s * (dz - (sum dz) / m - x_hat * (sum dz * x_hat) / m): the three terms, and what the sums err.
-    - Running statistics: the old and the new number.
+    - z = gamma * s * (x - mu) + beta + r: terms gamma * s * (|x| + |mu|), |beta|, |r|. Storing z rounds it again.
+    - sum dz and sum dz * x_hat: terms |dz| and |dz| * s * (|x| + |mu|). Where |z| is below its own tolerance, both
+      sides of ReLU's kink are right: these elements of dz and dx are ignored, and the sums may contain their terms or
+      not.
+    - dx = gamma * s * (dz - (sum dz) / m - x_hat * (sum dz * x_hat) / m): the three terms, and the errors of the sums.
+    - Running statistics: the old and the new value.
     """
     case = Case(operation, "train" if training else "eval", dtype, shape)
     given = inputs(case)
@@ -51,7 +55,7 @@ def _of_oracle(shape: tuple[int, ...], dtype: str, operation: str, training: boo
     residual = None if given.residual is None else given.residual.double()
     weight, bias, old_mean, old_var = (given.parameters[name].double() for name in given.parameters)
     activation = OPERATIONS[operation].activation
-    m, few, stored = x.numel() // shape[1], MARGIN * ROUNDING, STORED[case.torch_dtype]
+    m, few, stored = x.numel() // shape[1], MARGIN * ROUNDING, STORED[DTYPES[dtype]]
     used = reference.moments(x) if training else BatchMoments(old_mean, old_var, m)
     mu, s = used.mean, torch.rsqrt(used.var + EPS)
     dims = [d for d in range(x.dim()) if d != 1]
@@ -66,8 +70,8 @@ def _of_oracle(shape: tuple[int, ...], dtype: str, operation: str, training: boo
         return result
     unbiased = used.var * (m / (m - 1))
     for name, old, new in (("running_mean", old_mean, mu), ("running_var", old_var, unbiased)):
-        spread = used.var.sqrt() if name == "running_mean" else unbiased
-        result[name] = Expected(old + MOMENTUM * (new - old), few * (old.abs() + new.abs() + spread))
+        magnitude = used.var.sqrt() if name == "running_mean" else unbiased
+        result[name] = Expected(old + MOMENTUM * (new - old), few * (old.abs() + new.abs() + magnitude))
 
     dx, dweight, dbias, dz = reference.backward(
         dy, x, used, weight, bias, EPS, activation, residual, batch_statistics=True
@@ -91,13 +95,14 @@ def _of_oracle(shape: tuple[int, ...], dtype: str, operation: str, training: boo
 
 
 def expected(case: Case) -> dict[str, Expected]:
-    """What the case must give: y; when training the running statistics; in train the gradients."""
-    values = _of_oracle(case.shape, case.dtype, case.operation, case.mode != "eval")
+    """Return the expected results of a case: y, the running statistics if it updates them, and its gradients."""
+    values = _oracle_results(case.shape, case.dtype, case.operation, case.mode != "eval")
     return {name: value for name, value in values.items() if case.mode == "train" or name[0] != "d"}
 
 
-def _results(case: Case, given: Inputs, layer: nn.Module, forward: Forward) -> dict[str, Tensor]:
-    """One call of our side, by the names that `expected` has."""
+def _results(case: Case, given: Inputs, side: Side) -> dict[str, Tensor]:
+    """Call a side once, and return its results by the names that `expected` uses."""
+    layer, forward = side
     if case.mode != "train":
         with torch.no_grad():
             results = {"y": forward()}
@@ -112,21 +117,26 @@ def _results(case: Case, given: Inputs, layer: nn.Module, forward: Forward) -> d
     return results
 
 
-def fault(case: Case, given: Inputs, side: tuple[nn.Module, Forward]) -> str | None:
-    """What is wrong with the first call of a side; None if nothing is."""
-    results = _results(case, given, *side)
+def find_fault(case: Case, given: Inputs, side: Side) -> str | None:
+    """Call a side for the first time, and describe the first result that is wrong; None if all are right."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*a training batch of one sample")  # some cases are one sample on purpose
+        results = _results(case, given, side)
     for name, want in expected(case).items():
         got = results[name]
-        of_x = name in ("y", "dx", "dresidual")
-        if of_x and got.dtype != case.torch_dtype:
+        has_layout = name in ("y", "dx", "dresidual")
+        if has_layout and got.dtype != DTYPES[case.dtype]:
             return f"{name} is {got.dtype}"
-        if of_x and not got.is_contiguous(memory_format=case.memory_format):
+        if has_layout and not got.is_contiguous(memory_format=memory_format(case)):
             return f"{name} is not {case.layout}"
         error = (got.double() - want.value).abs()
         excess = error > want.tolerance
         excess |= error.isnan()
         if excess.any():
             at = int((error / want.tolerance).nan_to_num(torch.inf).argmax())
-            far, most = error.flatten()[at], want.tolerance.flatten()[at]
-            return f"{name} is {far:.2g} off where rounding explains {most:.2g} ({int(excess.sum())} elements)"
+            largest, allowed = error.flatten()[at], want.tolerance.flatten()[at]
+            return (
+                f"{name} is {largest:.2g} off, more than rounding explains ({allowed:.2g}), "
+                f"and wrong in {int(excess.sum())} elements"
+            )
     return None

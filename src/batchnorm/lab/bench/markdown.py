@@ -5,108 +5,117 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from batchnorm.lab.bench.registry import MODES, OPERATIONS
-from batchnorm.lab.bench.run import read
-from batchnorm.lab.bench.summary import LARGE, geometric_means, timed
+from batchnorm.lab.bench.registry import MODES, OPERATIONS, Case
+from batchnorm.lab.bench.results import BenchRun, KernelTiming, ModelTiming, Result
+from batchnorm.lab.bench.results_file import read
+from batchnorm.lab.bench.summary import LARGE, geometric_means
 from batchnorm.lab.bench.table import duration
 
-__all__ = ["filled", "markdown", "placed"]
+__all__ = ["fill_page", "markdown", "replace_table"]
 
-HEADINGS = {"train": "Forward and backward", "forward": "Forward alone", "eval": "Eval"}
-
-
-def _rows(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+HEADINGS = {"train": "Forward and backward", "forward": "Forward only", "eval": "Eval"}
 
 
-def _machine(content: dict[str, Any]) -> list[str]:
-    machine = content["machine"]
-    caches = ", ".join(f"{name} {size / 2**20:.3g} MiB" for name, size in machine["caches"].items())
-    stopped = "" if content["complete"] else " Stopped before its end."
-    return [
-        f"`{content['command']}` on {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"
-        f"{f', {caches}' if caches else ''}; {machine['system']}, {machine['libc']}; Python {machine['python']}, "
-        f"torch {machine['torch']}, batchnorm {machine['batchnorm']}; kernels: {machine['kernels']}; allocator: "
-        f"{machine['allocator']}.{stopped}",
-        "",
-    ]
+def markdown(run: BenchRun) -> str:
+    """Return the machine and the tables of a run."""
+    tables = _kernels(run) if run.kind == "kernels" else _processes(run)
+    return "\n".join([_machine(run), "", *tables]).strip() + "\n"
 
 
-def _cell(result: dict[str, Any] | None) -> str:
-    if result is None or result["fault"]:
-        return "" if result is None else "wrong"
-    copies = result["copies"]
-    return f"**{result['times_faster']['median']:.2f}** ({copies['ours']:.1f} of {copies['floor']:.1f})"
+def fill_page(page: str, folder: Path) -> str:
+    """Put the tables of the results files in a folder between ``<!-- NAME.json -->`` and ``<!-- end -->``.
 
+    A name without a file is left as it is.
+    """
 
-def _kernels(content: dict[str, Any]) -> list[str]:
-    lines = [f"Geometric means over the cases of {LARGE // 10**6} MB and more:", ""]
-    lines += _rows(
-        ["cases", "number", "torch's time / ours", "copies, ours", "copies, torch", "ours / floor"],
-        (
-            [mean.group, str(mean.cases)]
-            + [f"{number:.2f}" for number in (mean.times_faster, mean.copies, mean.copies_torch, mean.floors)]
-            for mean in geometric_means(content)
-        ),
-    )
-    lines += ["Torch's time / ours, and in brackets our copies of the least possible:", ""]
-    for mode in MODES:
-        by_place: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
-        for result in content["results"]:
-            if result["mode"] == mode:
-                place = ("x".join(map(str, result["shape"])), result["layout"], result["dtype"])
-                by_place.setdefault(place, {})[result["operation"]] = result
-        if by_place:
-            lines += [f"**{HEADINGS[mode]}**", ""]
-            lines += _rows(
-                ["shape", "layout", "dtype", *OPERATIONS],
-                ([*place, *(_cell(found.get(name)) for name in OPERATIONS)] for place, found in by_place.items()),
-            )
-    return lines
-
-
-def _processes(content: dict[str, Any]) -> list[str]:
-    models = content["kind"] == "models"
-    headings = ["case", "ours", "torch", "torch, untuned", "torch / ours", "untuned / ours"]
-    return _rows(
-        headings + ["BN's share of torch's step"] * models,
-        (
-            [
-                result["name"],
-                *(duration(result["microseconds"][side]["median"]) for side in ("ours", "torch", "untuned")),
-                f"**{result['times_faster']['median']:.2f}**",
-                f"**{result['times_faster_than_untuned']['median']:.2f}**",
-                *([f"{100 * result['share']['torch']:.0f}%"] if models else []),
-            ]
-            for result in timed(content)
-        ),
-    )
-
-
-def markdown(content: dict[str, Any]) -> str:
-    """The machine and the tables of a results file."""
-    tables = _kernels(content) if content["kind"] == "kernels" else _processes(content)
-    return "\n".join(_machine(content) + tables).strip() + "\n"
-
-
-def filled(page: str, folder: Path) -> str:
-    """The page with the tables of each file there is between ``<!-- NAME.json -->`` and ``<!-- end -->``."""
-
-    def place(found: re.Match[str]) -> str:
+    def fill(found: re.Match[str]) -> str:
         path = folder / found["name"]
         return f"<!-- {path.name} -->\n{markdown(read(path))}<!-- end -->" if path.exists() else found[0]
 
-    return re.sub(r"<!-- (?P<name>\S+\.json) -->\n.*?<!-- end -->", place, page, flags=re.DOTALL)
+    return re.sub(r"<!-- (?P<name>\S+\.json) -->\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
 
 
-def placed(page: str, name: str, table: str) -> str:
-    """The page with a table between ``<!-- NAME -->`` and ``<!-- /NAME -->``, in the place of what was there."""
+def replace_table(page: str, name: str, table: str) -> str:
+    """Replace the text between ``<!-- NAME -->`` and ``<!-- /NAME -->`` by a table.
+
+    Raises
+    ------
+    ValueError
+        The page does not have both of them.
+    """
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     before, found, rest = page.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise ValueError(f"the page must have {begin.strip()} and {end}")
     return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+
+
+def _machine(run: BenchRun) -> str:
+    machine = run.machine
+    caches = ", ".join(f"{name} {size / 2**20:.3g} MiB" for name, size in machine.caches.items())
+    stopped = "" if run.complete else " The run was stopped before its end."
+    return (
+        f"`{run.command}` on {machine.processor}, {machine.cores} cores, {machine.threads} threads"
+        f"{f', {caches}' if caches else ''}; {machine.system}, {machine.libc}; Python {machine.python}, "
+        f"torch {machine.torch}, batchnorm {machine.batchnorm}; kernels: {machine.kernels}; allocator: "
+        f"{machine.allocator}.{stopped}"
+    )
+
+
+def _cell(result: Result | None) -> str:
+    if result is None:
+        return ""
+    timing = result.timing
+    if not isinstance(timing, KernelTiming):
+        return "wrong"
+    return f"**{timing.speedup.median:.2f}** ({timing.copies.ours:.1f} of {timing.copies.floor:.1f})"
+
+
+def _kernels(run: BenchRun) -> list[str]:
+    lines = [f"Geometric means over the cases of {LARGE // 10**6} MB and more:", ""]
+    lines += _table(
+        ["cases", "number", "speed-up", "copies, ours", "copies, torch", "ours / floor"],
+        (
+            [mean.group, str(mean.cases)]
+            + [f"{number:.2f}" for number in (mean.speedup, mean.copies, mean.torch_copies, mean.over_floor)]
+            for mean in geometric_means(run.timed_kernels())
+        ),
+    )
+    lines += ["Speed-up, and in parentheses our time and the floor in copies of x:", ""]
+    for mode in MODES:
+        rows: dict[tuple[str, str, str], dict[str, Result]] = {}
+        for result in run.results:
+            case = result.case
+            if isinstance(case, Case) and case.mode == mode:
+                rows.setdefault((case.shape_text, case.layout, case.dtype), {})[case.operation] = result
+        if rows:
+            lines += [f"**{HEADINGS[mode]}**", ""]
+            lines += _table(
+                ["shape", "layout", "dtype", *OPERATIONS],
+                ([*labels, *(_cell(results.get(name)) for name in OPERATIONS)] for labels, results in rows.items()),
+            )
+    return lines
+
+
+def _processes(run: BenchRun) -> list[str]:
+    share = ["share of batch norm in torch's step"] if run.kind == "models" else []
+    rows = []
+    for case, timing in run.timed():
+        over_untuned = timing.speedup_over_untuned
+        rows.append(
+            [
+                case.name,
+                *(duration(timing.microseconds[side].median) for side in ("ours", "torch", "untuned")),
+                f"**{timing.speedup.median:.2f}**",
+                "" if over_untuned is None else f"**{over_untuned.median:.2f}**",
+                *([f"{100 * timing.share.torch:.0f}%"] if isinstance(timing, ModelTiming) else []),
+            ]
+        )
+    return _table(["case", "ours", "torch", "torch, untuned", "speed-up", "speed-up over untuned", *share], rows)

@@ -1,9 +1,9 @@
-"""Whole training steps of known networks on the CPU, with torch's layers and with ours in their place.
+"""Training steps of whole networks on the CPU, with torch's layers and with ours.
 
-The networks are those of `transformers`, built from their configurations with random weights: nothing is fetched.
-What is swapped is what a user would swap by hand: a batch norm and the ReLU after it become one layer, and in a
-residual block the last batch norm takes the addition and the ReLU that follow. MobileNetV2 has ReLU6, which isn't
-fused, so there only the layers change.
+The networks come from `transformers`, built from their configurations with random weights, so nothing is downloaded.
+Our layers replace torch's as a user would replace them by hand: a batch norm and the ReLU after it become one layer,
+and the last batch norm of a residual block also takes the addition and the ReLU that follow. MobileNetV2 has ReLU6,
+which our layers don't fuse, so only its batch norms are replaced.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.errors import InputError
-from batchnorm.lab.bench.run import Job, Settings, across_allocators
+from batchnorm.errors import MissingDependencyError
+from batchnorm.lab.bench.measure import time_across_allocators
+from batchnorm.lab.bench.registry import Layout, ModelCase
+from batchnorm.lab.bench.request import Settings
+from batchnorm.lab.bench.results import ModelTiming, Result, Share
 from batchnorm.lab.bench.share import share_of_batch_norm
 from batchnorm.nn import BatchNorm2d
 
-__all__ = ["LAYOUTS", "MODELS", "differences", "model_job", "network", "step_of", "swapped"]
+__all__ = ["MODELS", "batch_of", "find_difference", "measure_model", "network", "step_of", "with_our_layers"]
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 IMAGE = 224
 CORNER = 96
 LEARNING_RATE = 1e-4
@@ -31,17 +34,19 @@ MARGIN = 16
 
 
 def network(name: str, **configuration: Any) -> nn.Module:
-    """A network of `MODELS` with random weights, its configuration changed where keywords say so.
+    """Return a network of `MODELS` with random weights; keywords change its configuration.
 
     Raises
     ------
-    InputError
+    MissingDependencyError
         transformers is not installed.
     """
     try:
         import transformers
     except ModuleNotFoundError as missing:
-        raise InputError(f"--models needs pip install 'batchnorm[bench]'; {missing.name} is not installed") from None
+        raise MissingDependencyError(
+            f"models=True needs pip install 'batchnorm[bench]'; {missing.name} is not installed"
+        ) from None
     kind, settings = MODELS[name]
     config = getattr(transformers, f"{kind}Config")(**{"num_labels": 1000} | settings | configuration)
     torch.manual_seed(0)
@@ -49,14 +54,14 @@ def network(name: str, **configuration: Any) -> nn.Module:
     return built.train()
 
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+MODELS: dict[str, tuple[str, dict[str, float]]] = {
     "resnet50": ("ResNet", {}),
-    "mobilenetv2": ("MobileNetV2", {"classifier_dropout_prob": 0.0}),  # dropout is random: losses must be equal
+    "mobilenetv2": ("MobileNetV2", {"classifier_dropout_prob": 0.0}),  # both networks must have the same loss
 }
 
 
-def swapped(model: nn.Module) -> nn.Module:
-    """A copy with our layers, its numbers the same."""
+def with_our_layers(model: nn.Module) -> nn.Module:
+    """Return a copy of the model with our layers, which has the same parameters and statistics."""
     model = copy.deepcopy(model)
     modules: list[Any] = list(model.modules())
     for module in modules:
@@ -64,7 +69,9 @@ def swapped(model: nn.Module) -> nn.Module:
             stock = module.normalization
             fuse = isinstance(getattr(module, "activation", None), nn.ReLU)
             ours = BatchNorm2d(stock.num_features, stock.eps, activation="relu" if fuse else None)
-            ours.momentum = stock.momentum  # MobileNetV2's 0.997 is Keras's convention, of which the layer would warn
+            ours.momentum = (
+                stock.momentum
+            )  # not given above: the layer warns of MobileNetV2's 0.997, Keras's convention
             ours.load_state_dict(stock.state_dict())
             module.normalization = ours
             if fuse:
@@ -72,12 +79,12 @@ def swapped(model: nn.Module) -> nn.Module:
     for module in modules:
         if type(module).__name__ in ("ResNetBottleNeckLayer", "ResNetBasicLayer"):
             module.layer[-1].normalization.activation = "relu"
-            module.forward = MethodType(_block, module)
+            module.forward = MethodType(_residual_block, module)
     return model
 
 
-def _block(self: Any, input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
-    """What a residual block of transformers calculates, its addition and ReLU left to the last batch norm."""
+def _residual_block(self: Any, input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
+    """Compute a residual block of transformers, with the addition and the ReLU done by the last batch norm."""
     *first, last = self.layer
     hidden = input
     for layer in first:
@@ -86,21 +93,22 @@ def _block(self: Any, input: Tensor) -> Tensor:  # noqa: A002 (torch's name for 
     return result
 
 
-def _laid_out(model: Any, layout: str) -> nn.Module:
-    model.to(memory_format=LAYOUTS[layout])
+def _stock_network(name: str, layout: Layout) -> nn.Module:
+    model: Any = network(name)
+    model.to(memory_format=FORMATS[layout])
     return model  # type: ignore[no-any-return]
 
 
-def batch_of(size: int, layout: str, image: int = IMAGE, classes: int = 1000) -> tuple[Tensor, Tensor]:
-    """Random images and labels."""
+def batch_of(size: int, layout: Layout, image: int = IMAGE, classes: int = 1000) -> tuple[Tensor, Tensor]:
+    """Return random images and labels."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(size, 3, image, image, generator=generator)
     labels = torch.randint(classes, (size,), generator=generator)
-    return images.contiguous(memory_format=LAYOUTS[layout]), labels
+    return images.contiguous(memory_format=FORMATS[layout]), labels
 
 
 def _logits_and_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    model = copy.deepcopy(model).to(images.dtype)  # a copy, so that its statistics are left as they were
+    model = copy.deepcopy(model).to(images.dtype)  # a copy, because the forward pass updates statistics
     outputs = model(pixel_values=images, labels=labels)
     outputs.loss.backward()
     gradients = {
@@ -109,58 +117,59 @@ def _logits_and_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> d
     return {"the logits": outputs.logits.detach()} | gradients
 
 
-def _shaken(model: nn.Module, rounding: float) -> nn.Module:
-    """A copy in which every batch norm's output is moved, at random up or down, by one rounding."""
+def _perturbed(model: nn.Module, rounding: float) -> nn.Module:
+    """Return a copy in which the output of every batch norm is off by one rounding, up or down at random."""
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(1)
 
-    def shake(module: nn.Module, _: object, output: Tensor) -> Tensor:
+    def perturb(module: nn.Module, _: object, output: Tensor) -> Tensor:
         up = torch.randint(2, output.shape, generator=generator, dtype=output.dtype)
         return output * (1 + rounding * (2 * up - 1))
 
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_hook(shake)
+            module.register_forward_hook(perturb)
     return model
 
 
-def _far(model: nn.Module, ours: nn.Module, images: Tensor, labels: Tensor) -> str | None:
+def _difference(model: nn.Module, ours: nn.Module, images: Tensor, labels: Tensor) -> str | None:
     rounding = torch.finfo(images.dtype).eps
-    nets = (model, _shaken(model, rounding), ours)
-    expected, shaken, got = (_logits_and_gradients(net, images, labels) for net in nets)
+    networks = (model, _perturbed(model, rounding), ours)
+    expected, perturbed, got = (_logits_and_gradients(network, images, labels) for network in networks)
     if got.keys() != expected.keys():
-        return f"{sorted(got.keys() ^ expected.keys())[0]} is in one network alone"
+        return f"{sorted(got.keys() ^ expected.keys())[0]} is in one network only"
     if images.dtype == torch.float32:
-        expected, shaken, got = (
+        expected, perturbed, got = (
             {"the logits": values.pop("the logits"), "the gradient": torch.cat(list(values.values()))}
-            for values in (expected, shaken, got)
+            for values in (expected, perturbed, got)
         )
     for name, want in expected.items():
-        allowed = MARGIN * ((shaken[name] - want).norm() + rounding * want.norm())
+        allowed = MARGIN * ((perturbed[name] - want).norm() + rounding * want.norm())
         error = (got[name] - want).norm()
         if not error <= allowed:
-            return f"{name}, {images.dtype}: {float(error):.2g} off where rounding explains {float(allowed):.2g}"
+            return f"{name}, {images.dtype}: {float(error):.2g} off, more than rounding explains ({float(allowed):.2g})"
     return None
 
 
-def differences(model: nn.Module, ours: nn.Module, images: Tensor, labels: Tensor) -> str | None:
-    """Where the logits, and so the loss, or the gradient of ours are not the stock network's; None if nowhere.
+def find_difference(model: nn.Module, ours: nn.Module, images: Tensor, labels: Tensor) -> str | None:
+    """Describe where the logits or the gradient differ between the stock network and ours; None if nowhere.
 
-    Rounding grows on its way through a network by a factor that nobody knows in advance, so it is measured: how far
-    the stock network's own logits and gradients go (Euclidean norm) when every batch norm errs by one rounding. Ours
-    may differ by 16 of those, and by 16 roundings of the number itself. Rounding also puts a few elements on the other
-    side of ReLU's kink, which is a jump in some parameters' gradients: so they are compared one by one in float64,
-    on two images' corners, where that does not happen, and all together in float32.
+    A network amplifies rounding errors by a factor that can't be derived, so it is measured: by how much (Euclidean
+    norm) the logits and gradients of the stock network change when every batch norm is off by one rounding. Ours may
+    differ by 16 times that, plus 16 roundings of the number itself. Rounding also puts a few elements on the other side
+    of ReLU's kink, where the gradients of some parameters jump. Therefore parameters are compared one by one in
+    float64, on the corners of two images, where that does not happen, and all together in float32.
     """
-    return _far(model, ours, images[:2, :, :CORNER, :CORNER].double(), labels[:2]) or _far(model, ours, images, labels)
+    corners = images[:2, :, :CORNER, :CORNER].double()
+    return _difference(model, ours, corners, labels[:2]) or _difference(model, ours, images, labels)
 
 
-def step_of(name: str, layout: str, batch: int, side: str) -> Callable[[], object]:
-    """A training step of a network: forward, loss, backward, gradient descent."""
-    model = _laid_out(network(name), layout)
+def step_of(case: ModelCase, side: str) -> Callable[[], object]:
+    """Return a training step of a network: forward, loss, backward, gradient descent."""
+    model = _stock_network(case.model, case.layout)
     if side == "ours":
-        model = swapped(model)
-    images, labels = batch_of(batch, layout)
+        model = with_our_layers(model)
+    images, labels = batch_of(case.batch, case.layout)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
 
     def step() -> None:
@@ -171,20 +180,15 @@ def step_of(name: str, layout: str, batch: int, side: str) -> Callable[[], objec
     return step
 
 
-def _measure(name: str, layout: str, batch: int, settings: Settings) -> dict[str, Any]:
-    model = _laid_out(network(name), layout)
-    described = {"name": f"{name}/{layout}/batch {batch}", "model": name, "layout": layout, "batch": batch}
-    wrong = differences(model, swapped(model), *batch_of(batch, layout))
+def measure_model(case: ModelCase, settings: Settings) -> Result:
+    """Time the training steps of a network, in new processes, with the allocator tuned and as it is."""
+    model = _stock_network(case.model, case.layout)
+    fault = find_difference(model, with_our_layers(model), *batch_of(case.batch, case.layout))
     del model
-    if wrong is not None:
-        return described | {"fault": wrong}
-    share = share_of_batch_norm(step_of(name, layout, batch, "torch"))
-    times = across_allocators(step_of, name, layout, batch, seconds=settings.seconds)
-    # What is neither batch norm, activation nor addition takes ours as long as torch.
-    of_ours = 1 - (1 - share) * times["times_faster"]["median"]
-    return described | {"fault": None, "share": {"torch": share, "ours": of_ours}} | times
-
-
-def model_job(name: str, layout: str, batch: int, settings: Settings) -> Job:
-    """Time a network."""
-    return Job(f"{name}/{layout}", lambda: _measure(name, layout, batch, settings))
+    if fault is not None:
+        return Result(case, fault=fault)
+    torch_share = share_of_batch_norm(step_of(case, "torch"))
+    timing = time_across_allocators(step_of, case, seconds=settings.seconds)
+    # The rest of the step, without batch norm, activations and additions, takes ours as long as torch.
+    share = Share(torch=torch_share, ours=1 - (1 - torch_share) * timing.speedup.median)
+    return Result(case, ModelTiming(**vars(timing), share=share))

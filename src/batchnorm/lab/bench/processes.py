@@ -1,8 +1,8 @@
-"""A side that runs in a process of its own, with glibc's allocator as it is or tuned.
+"""Timing in a new process, with glibc's allocator as it is or tuned.
 
-In one process the allocator could be tuned and then set back, but not to what an untouched process has: after any
-`mallopt` of its threshold glibc no longer raises it by itself to the size of the blocks that are freed (up to 32 MB),
-so that torch would be charged for page faults, on arrays between 128 KB and 32 MB, that it does not have at home.
+A process whose allocator was tuned can't be put back into its initial state: glibc raises the mmap threshold to the
+size of freed blocks (up to 32 MB) only until the first `mallopt`. Timed in such a process, torch would pay for page
+faults on arrays between 128 KB and 32 MB that it does not have otherwise.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ import torch
 
 from batchnorm.errors import RunError
 from batchnorm.kernels.allocator import tune_allocator
-from batchnorm.lab.bench.timing import Sampler, quiet, sampler
+from batchnorm.lab.bench.timing import Sampler, paused_gc, sampler
 
-__all__ = ["elsewhere"]
+__all__ = ["in_new_process"]
 
 
 def _serve(
     connection: Connection, build: Callable[..., Callable[[], object]], arguments: tuple[Any, ...], tuned: bool
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threads, grad, *rest = arguments
     torch.set_num_threads(threads)
     if tuned:
         tune_allocator()
     sample = sampler(build(*rest))
-    with quiet(), torch.set_grad_enabled(grad):
+    with paused_gc(), torch.set_grad_enabled(grad):
         while calls := connection.recv():
             connection.send(sample(calls))
 
 
 @contextmanager
-def elsewhere(
+def in_new_process(
     build: Callable[..., Callable[[], object]], *arguments: Any, tuned: bool, grad: bool = True
 ) -> Iterator[Sampler]:
-    """Time the function that ``build(*arguments)`` returns in a new process of as many threads as this one.
+    """Give a sampler of the function that ``build(*arguments)`` returns in a new process with as many threads as this.
 
     Raises
     ------
     RunError
-        The process ended by itself, as for want of memory.
+        The process ended early, for lack of memory for instance.
     """
     context = multiprocessing.get_context("spawn")
-    connection, theirs = context.Pipe()
+    connection, other_end = context.Pipe()
     given = (torch.get_num_threads(), grad, *arguments)
-    process = context.Process(target=_serve, args=(theirs, build, given, tuned), daemon=True)
+    process = context.Process(target=_serve, args=(other_end, build, given, tuned), daemon=True)
     process.start()
-    theirs.close()
+    other_end.close()
 
     def sample(calls: int) -> float:
         try:
@@ -61,7 +61,7 @@ def elsewhere(
             return float(connection.recv())
         except (EOFError, OSError):
             process.join()
-            raise RunError(f"each side must run to its end; a process ended with status {process.exitcode}") from None
+            raise RunError(f"a process of the benchmark ended early, with exit status {process.exitcode}") from None
 
     try:
         yield sample

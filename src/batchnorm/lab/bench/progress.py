@@ -1,4 +1,4 @@
-"""A bar on stderr: how many cases are done, the time left, the case that runs."""
+"""A progress bar on stderr: cases done, time left, and the current case."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Bar"]
 
 
 class Bar:
-    """Advances each time that a name is said."""
+    """A progress bar that advances at every call of `say`."""
 
     def __init__(self, total: int) -> None:
         self.progress = Progress(
@@ -36,6 +36,6 @@ class Bar:
         self.progress.stop()
 
     def say(self, name: str) -> None:
-        """Show what runs now; what was shown before is done."""
+        """Show the name of the case that begins, and count the one before as done."""
         self.progress.update(self.task, description=name, advance=int(self.started))
         self.started = True

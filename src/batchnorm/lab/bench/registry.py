@@ -1,14 +1,29 @@
-"""The cases: what is normalised, how, in which layout. A further shape, or a further case, is one line."""
+"""The cases to time. A further shape, or a further case, is one line. Importing this file does not load torch."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
-import torch
+__all__ = [
+    "CASES",
+    "LAYOUTS",
+    "MODEL_NAMES",
+    "MODES",
+    "OPERATIONS",
+    "QUICK",
+    "AnyCase",
+    "Case",
+    "Layout",
+    "Mode",
+    "ModelCase",
+    "Operation",
+]
 
-__all__ = ["CASES", "OPERATIONS", "QUICK", "Case"]
+Mode = Literal["train", "forward", "eval"]
+Layout = Literal["contiguous", "channels_last"]
 
 SHAPES = (
     (64, 64, 56, 56),
@@ -25,14 +40,15 @@ SHAPES = (
     (1, 3, 5, 5),
     (5, 123, 7, 11),
 )
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-MODES = ("train", "forward", "eval")
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+MODES: tuple[Mode, ...] = ("train", "forward", "eval")
+LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels_last")
+MODEL_NAMES = ("resnet50", "mobilenetv2")
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What follows the normalisation: an addition, an activation."""
+    """The operations that follow the normalization: an addition, an activation."""
 
     residual: bool
     activation: str | None
@@ -47,44 +63,66 @@ OPERATIONS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time.
+    """A batch normalization to time.
 
-    Modes: train is forward and backward with the batch's statistics, forward the same without a gradient, eval
-    normalises with running statistics, without a gradient.
+    Attributes
+    ----------
+    operation : str
+        A key of `OPERATIONS`.
+    mode : "train", "forward" or "eval"
+        "train" is forward and backward with the batch's statistics, "forward" the same without a gradient, "eval"
+        normalizes with running statistics, without a gradient.
+    dtype : "float32" or "bfloat16"
+        Dtype of x, y, the residual and their gradients. The layer's parameters and statistics are float32.
+    shape : tuple of int
+        Shape of x: (N, C, *).
+    layout : "contiguous" or "channels_last"
+        Memory format of x, y, the residual and their gradients.
     """
 
     operation: str
-    mode: str
+    mode: Mode
     dtype: str
     shape: tuple[int, ...]
-    layout: str = "contiguous"
+    layout: Layout = "contiguous"
+
+    @property
+    def shape_text(self) -> str:
+        """The shape as text, such as ``64x64x56x56``."""
+        return "x".join(map(str, self.shape))
 
     @property
     def name(self) -> str:
-        """``bn+relu/train/float32/64x64x56x56/channels_last``."""
-        return "/".join((self.operation, self.mode, self.dtype, "x".join(map(str, self.shape)), self.layout))
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Of x, y and their gradients; the layer's own numbers are float32."""
-        return DTYPES[self.dtype]
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """The layout in torch's terms."""
-        return torch.contiguous_format if self.layout == "contiguous" else FORMATS[len(self.shape)]
+        """The name, such as ``bn+relu/train/float32/64x64x56x56/channels_last``."""
+        return "/".join((self.operation, self.mode, self.dtype, self.shape_text, self.layout))
 
     @property
     def bytes(self) -> int:
         """Size of x."""
-        return math.prod(self.shape) * self.torch_dtype.itemsize
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-# Neighbours share what the oracle says of them, which is costly: so the order.
+@dataclass(frozen=True)
+class ModelCase:
+    """Training steps of a network to time: its name, the layout of the images, and the images per step."""
+
+    model: str
+    layout: Layout
+    batch: int
+
+    @property
+    def name(self) -> str:
+        """The name, such as ``resnet50/channels_last/batch 16``."""
+        return f"{self.model}/{self.layout}/batch {self.batch}"
+
+
+AnyCase: TypeAlias = Case | ModelCase
+
+# Cases that share the oracle's results, which are costly, are neighbors.
 CASES = tuple(
     Case(operation, mode, dtype, shape, layout)
-    for shape, dtype, operation, mode in itertools.product(SHAPES, DTYPES, OPERATIONS, MODES)
-    for layout in (("contiguous", "channels_last") if len(shape) in FORMATS else ("contiguous",))
+    for shape, dtype, operation, mode in itertools.product(SHAPES, ITEM_BYTES, OPERATIONS, MODES)
+    for layout in (LAYOUTS if len(shape) in (4, 5) else LAYOUTS[:1])
 )
 
 QUICK = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +25,14 @@ class _Seconds:
     all: float = 0.0
     part: float = 0.0
 
-    def run(self, operation: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def run(self, operation: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
         """Run an operation and add up its time."""
         started = time.perf_counter()
         result = operation(*arguments, **options)
         seconds = time.perf_counter() - started
         self.all += seconds
         name = operation.overloadpacket.__name__
-        addition = name in ("add", "add_") and not isinstance(arguments[0], nn.Parameter)  # else it is the optimizer
+        addition = name in ("add", "add_") and not isinstance(arguments[0], nn.Parameter)  # the optimizer's
         if addition or any(part in name for part in PARTS_OF_NAMES):
             self.part += seconds
         return result
@@ -53,7 +53,7 @@ def share_of_batch_norm(step: Callable[[], object]) -> float:
 
     class Timing(mode):  # type: ignore[misc, valid-type]
         def __torch_dispatch__(
-            self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+            self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
         ) -> Any:
             return seconds.run(func, args, kwargs or {})
 

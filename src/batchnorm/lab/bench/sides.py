@@ -1,4 +1,4 @@
-"""The two sides of a case: a layer of ours, and torch's own followed by what people write after it."""
+"""The two sides of a case: our layer, and torch's layer followed by the addition and the ReLU that users write."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from batchnorm.lab.bench.registry import OPERATIONS, Case
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-__all__ = ["OURS", "Inputs", "copy", "inputs", "ours", "stock", "timed_call"]
+__all__ = ["DTYPES", "OURS", "Inputs", "Side", "copy", "inputs", "memory_format", "ours", "stock", "timed_call"]
 
 EPS = 1e-5
 OURS: dict[int, type[nn.Module]] = {
@@ -21,14 +21,18 @@ OURS: dict[int, type[nn.Module]] = {
     4: BatchNorm2d,
     5: BatchNorm3d,
 }
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 STOCK: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 Forward = Callable[[], Tensor]
+Side = tuple[nn.Module, Forward]
+"""A layer, and the function that calls it on the inputs of a case."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both sides are given. x, dy and residual are of the case's dtype and layout, the rest is float32 (C,)."""
+    """Inputs of both sides: x, dy and residual have the dtype and layout of the case, the parameters are float32."""
 
     x: Tensor
     dy: Tensor
@@ -36,13 +40,18 @@ class Inputs:
     parameters: dict[str, Tensor]
 
 
+def memory_format(case: Case) -> torch.memory_format:
+    """Return torch's memory format for the layout of a case."""
+    return torch.contiguous_format if case.layout == "contiguous" else CHANNELS_LAST[len(case.shape)]
+
+
 def inputs(case: Case) -> Inputs:
-    """Random, the same values for every layout of a shape."""
+    """Return random inputs, which have the same values for every layout of a shape."""
     generator = torch.Generator().manual_seed(0)
 
     def array(scale: float, shift: float) -> Tensor:
         values = torch.randn(case.shape, generator=generator).mul_(scale).add_(shift)
-        return values.to(case.torch_dtype).contiguous(memory_format=case.memory_format)
+        return values.to(DTYPES[case.dtype]).contiguous(memory_format=memory_format(case))
 
     def channels(low: float, high: float) -> Tensor:
         return torch.empty(case.shape[1]).uniform_(low, high, generator=generator)
@@ -59,20 +68,19 @@ def inputs(case: Case) -> Inputs:
 
 def _layer(kind: type[nn.Module], case: Case, given: Inputs, **options: str | None) -> nn.Module:
     layer = kind(case.shape[1], eps=EPS, **options)
-    layer.load_state_dict(given.parameters, strict=False)  # the counter of batches stays 0
+    layer.load_state_dict(given.parameters, strict=False)  # the parameters have no count of batches
     return layer.train(case.mode != "eval")
 
 
-def ours(case: Case, given: Inputs) -> tuple[nn.Module, Forward]:
-    """Our layer, and its call."""
+def ours(case: Case, given: Inputs) -> Side:
+    """Return our side."""
     layer = _layer(OURS[len(case.shape)], case, given, activation=OPERATIONS[case.operation].activation)
-    layer._warned_of_one_sample = True  # type: ignore[assignment]  # some cases are one sample on purpose
     x, residual = given.x, given.residual
     return layer, lambda: layer(x) if residual is None else layer(x, residual)
 
 
-def stock(case: Case, given: Inputs, *, compiled: bool = False) -> tuple[nn.Module, Forward]:
-    """Torch's layer, then an addition and relu out of place."""
+def stock(case: Case, given: Inputs, *, compiled: bool = False) -> Side:
+    """Return torch's side: its layer, then an addition and a ReLU out of place."""
     layer = _layer(STOCK[len(case.shape)], case, given)
     relu = OPERATIONS[case.operation].activation == "relu"
 
@@ -86,8 +94,8 @@ def stock(case: Case, given: Inputs, *, compiled: bool = False) -> tuple[nn.Modu
     return layer, lambda: call(given.x, given.residual)
 
 
-def timed_call(case: Case, given: Inputs, side: tuple[nn.Module, Forward]) -> Callable[[], object]:
-    """What is timed of a side: its forward, in train with `torch.autograd.grad` after it."""
+def timed_call(case: Case, given: Inputs, side: Side) -> Callable[[], object]:
+    """Return the function that is timed: forward, followed in mode "train" by `torch.autograd.grad`."""
     layer, forward = side
     if case.mode != "train":
         return forward
@@ -98,7 +106,7 @@ def timed_call(case: Case, given: Inputs, side: tuple[nn.Module, Forward]) -> Ca
 
 
 def copy(given: Inputs) -> Callable[[], object]:
-    """Read x, write as many bytes, into memory at hand."""
+    """Return a function that copies x into memory that is already allocated."""
     x = given.x.detach()
-    at_hand = x.clone()
-    return lambda: at_hand.copy_(x)
+    target = x.clone()
+    return lambda: target.copy_(x)

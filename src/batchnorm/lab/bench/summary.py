@@ -1,60 +1,75 @@
-"""What many cases come to: geometric means, and the worst."""
+"""Summary of many kernel cases: geometric means over groups, and the cases with the smallest speed-up."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
-from typing import Any
 
-__all__ = ["LARGE", "Mean", "geometric_means", "timed", "worst"]
+from batchnorm.lab.bench.registry import Case
+from batchnorm.lab.bench.results import TimedCase
+
+__all__ = ["LARGE", "Mean", "geometric_means", "slowest"]
 
 LARGE = 10**6
-"""Bytes of x from which a case counts in the means; below, waking threads and calling take part of the time."""
-GROUPS = ("mode", "operation", "dtype", "layout")
+"""Size of x in bytes from which a case counts in the means. Smaller ones spend much of their time on the call."""
+GROUPS: tuple[Callable[[Case], str], ...] = (
+    lambda case: case.mode,
+    lambda case: case.operation,
+    lambda case: case.dtype,
+    lambda case: case.layout,
+)
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Geometric means over a group: times faster, the copies that each side took, ours as a multiple of the floor."""
+    """Geometric means over a group of cases.
+
+    Attributes
+    ----------
+    group : str
+        "all", or the mode, operation, dtype or layout that the cases share.
+    cases : int
+    speedup : float
+        Ratio of torch's time to ours.
+    copies, torch_copies : float
+        Our time and torch's, in copies of x.
+    over_floor : float
+        Ratio of our time to the floor.
+    """
 
     group: str
     cases: int
-    times_faster: float
+    speedup: float
     copies: float
-    copies_torch: float
-    floors: float
+    torch_copies: float
+    over_floor: float
 
 
-def timed(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results that were right, and so timed."""
-    return [result for result in content["results"] if not result["fault"]]
-
-
-def _mean(group: str, results: Sequence[dict[str, Any]]) -> Mean:
-    copies = [result["copies"] for result in results]
-    return Mean(
-        group,
-        len(results),
-        geometric_mean(result["times_faster"]["median"] for result in results),
-        geometric_mean(c["ours"] for c in copies),
-        geometric_mean(c["torch"] for c in copies),
-        geometric_mean(c["ours"] / c["floor"] for c in copies),
-    )
-
-
-def geometric_means(content: dict[str, Any]) -> list[Mean]:
-    """Over all large cases, then by mode, operation, dtype and layout."""
-    large = [result for result in timed(content) if result["bytes"] >= LARGE]
+def geometric_means(cases: Sequence[TimedCase]) -> list[Mean]:
+    """Return the means over all large cases, then by mode, operation, dtype and layout."""
+    large = [timed for timed in cases if timed.case.bytes >= LARGE]
     if not large:
         return []
     means = [_mean("all", large)]
-    for key in GROUPS:
-        for value in dict.fromkeys(result[key] for result in large):
-            means.append(_mean(value, [result for result in large if result[key] == value]))
+    for group_of in GROUPS:
+        for group in dict.fromkeys(group_of(timed.case) for timed in large):
+            means.append(_mean(group, [timed for timed in large if group_of(timed.case) == group]))
     return means
 
 
-def worst(content: dict[str, Any], count: int = 5) -> list[dict[str, Any]]:
-    """The timed cases, of any size, in which ours is the least ahead."""
-    return sorted(timed(content), key=lambda result: float(result["times_faster"]["median"]))[:count]
+def _mean(group: str, cases: Sequence[TimedCase]) -> Mean:
+    copies = [timed.timing.copies for timed in cases]
+    return Mean(
+        group,
+        len(cases),
+        speedup=geometric_mean(timed.timing.speedup.median for timed in cases),
+        copies=geometric_mean(c.ours for c in copies),
+        torch_copies=geometric_mean(c.torch for c in copies),
+        over_floor=geometric_mean(c.ours / c.floor for c in copies),
+    )
+
+
+def slowest(cases: Sequence[TimedCase], count: int = 5) -> list[TimedCase]:
+    """Return the cases, of any size, with the smallest speed-ups."""
+    return sorted(cases, key=lambda timed: timed.timing.speedup.median)[:count]

@@ -1,115 +1,120 @@
-"""Results in a terminal of 80 columns."""
+"""Results as plain text for a terminal of 80 columns."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from rich.console import Console
-from rich.table import Table
+from batchnorm.lab.bench.registry import Case, ModelCase
+from batchnorm.lab.bench.results import BenchRun, KernelTiming, ModelTiming, Timing
+from batchnorm.lab.bench.summary import LARGE, geometric_means, slowest
+from batchnorm.lab.bench.timing import Quartiles
+from batchnorm.text import format_table, wrap
 
-from batchnorm.lab.bench.summary import LARGE, geometric_means, timed, worst
-
-__all__ = ["duration", "show"]
-
-
-def duration(micro: float) -> str:
-    """Microseconds in three figures and a fitting unit; whole ones up to 10 ms."""
-    if micro < 10_000:
-        return f"{micro:.3g} us" if micro < 1000 else f"{micro:.0f} us"
-    return f"{micro / 1e3:.3g} ms" if micro < 999_500 else f"{micro / 1e6:.3g} s"
+__all__ = ["duration", "text"]
 
 
-def _table(first: str, *headings: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(first, no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+def text(run: BenchRun) -> str:
+    """Return the machine, the results, their means and the faults."""
+    machine = run.machine
+    lines = wrap(
+        f"{machine.processor}, {machine.cores} cores, {machine.threads} threads; torch {machine.torch}; "
+        f"kernels: {machine.kernels}; allocator: {machine.allocator}"
+    )
+    lines += ["", *(_kernel_lines(run) if run.kind == "kernels" else _process_lines(run))]
+    for result in run.faults:
+        lines += wrap(f"wrong, so not timed: {result.case.name}: {result.fault}")
+    if not run.complete:
+        lines.append(f"Stopped after {len(run.results)} cases.")
+    return "\n".join(lines)
 
 
-def _ratio(result: dict[str, Any], key: str) -> str:
-    return f"{result[key]['median']:.2f}" if key in result else ""
+def duration(microseconds: float) -> str:
+    """Format microseconds with three digits and a suitable unit; up to 10 ms as a whole number.
+
+    >>> duration(1234.5), duration(12345.6)
+    ('1234 us', '12.3 ms')
+    """
+    if microseconds < 10_000:
+        return f"{microseconds:.3g} us" if microseconds < 1000 else f"{microseconds:.0f} us"
+    return f"{microseconds / 1e3:.3g} ms" if microseconds < 999_500 else f"{microseconds / 1e6:.3g} s"
 
 
-def _kernels(out: Console, content: dict[str, Any]) -> None:
-    compiled = any("times_faster_than_compiled" in result for result in content["results"])
-    for (shape, dtype, layout), group in itertools.groupby(
-        content["results"], key=lambda result: (result["shape"], result["dtype"], result["layout"])
-    ):
-        results = list(group)
-        out.print(f"{'x'.join(map(str, shape))} {dtype} {layout}, {results[0]['bytes'] / 1e6:.3g} MB", style="bold")
-        compile_heading = ["/com-\npile"] if compiled else []
-        table = _table(
-            "", "ours", "torch", "torch\n/ours", *compile_heading, "GB/s", "copies:\nours", "\ntorch", "\nfloor"
-        )
-        for result in results:
-            name = f"{result['operation']} {result['mode']}"
-            if result["fault"]:
-                table.add_row(name, "wrong")
-                continue
-            copies, times = result["copies"], result["microseconds"]
-            table.add_row(
-                name,
-                *(duration(times[side]["median"]) for side in ("ours", "torch")),
-                _ratio(result, "times_faster"),
-                *([_ratio(result, "times_faster_than_compiled")] if compiled else []),
-                f"{result['gigabytes_per_second']:.3g}",
-                *(f"{copies[of]:.1f}" for of in ("ours", "torch", "floor")),
-            )
-        out.print(table)
-        out.print()
-    means = geometric_means(content)
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(header)
+    return [*format_table(header, columns, indent=""), ""]
+
+
+def _speedup(speedup: Quartiles | None) -> str:
+    return "" if speedup is None else f"{speedup.median:.2f}x"
+
+
+def _kernel_lines(run: BenchRun) -> Iterator[str]:
+    timed = run.timed_kernels()
+    compiled = any(timing.speedup_over_compiled for _, timing in timed)
+    cases = [(result.case, result.timing) for result in run.results if isinstance(result.case, Case)]
+    for _, neighbors in itertools.groupby(cases, key=lambda pair: (pair[0].shape, pair[0].dtype, pair[0].layout)):
+        group = list(neighbors)
+        case = group[0][0]
+        yield f"{case.shape_text} {case.dtype} {case.layout}, {case.bytes / 1e6:.3g} MB"
+        header = ["", "ours", "torch", "speed-up", *(["compiled"] if compiled else [])]
+        rows = [_kernel_row(case, timing, compiled=compiled) for case, timing in group]
+        yield from _table([*header, "GB/s", "copies", "torch's", "floor"], rows)
+    means = geometric_means(timed)
     if means:
-        out.print(f"Geometric means over the cases of {LARGE // 10**6} MB and more", style="bold")
-        table = _table("", "cases", "torch\n/ours", "copies:\nours", "\ntorch", "ours\n/floor")
-        for mean in means:
-            numbers = (mean.times_faster, mean.copies, mean.copies_torch, mean.floors)
-            table.add_row(mean.group, str(mean.cases), *(f"{number:.2f}" for number in numbers))
-        out.print(table)
-        out.print()
-    if timed(content):
-        out.print("Least ahead", style="bold")
-        table = _table("", "torch/ours")
-        for result in worst(content):
-            table.add_row(result["name"], _ratio(result, "times_faster"))
-        out.print(table)
-
-
-def _processes(out: Console, content: dict[str, Any]) -> None:
-    models = content["kind"] == "models"
-    table = _table(
-        "", "ours", "torch", "torch,\nuntuned", "torch\n/ours", "untuned\n/ours", *(["BN's\nshare"] if models else [])
-    )
-    for result in timed(content):
-        table.add_row(
-            f"{result['model']}/{result['layout']}" if models else result["name"].split("/", 3)[-1],
-            *(duration(result["microseconds"][side]["median"]) for side in ("ours", "torch", "untuned")),
-            _ratio(result, "times_faster"),
-            _ratio(result, "times_faster_than_untuned"),
-            *([f"{100 * result['share']['torch']:.0f}%"] if models else []),
+        yield f"Geometric means over the cases of {LARGE // 10**6} MB and more"
+        yield from _table(
+            ["", "cases", "speed-up", "copies", "torch's", "ours / floor"],
+            [
+                [
+                    mean.group,
+                    str(mean.cases),
+                    f"{mean.speedup:.2f}x",
+                    *(f"{number:.2f}" for number in (mean.copies, mean.torch_copies, mean.over_floor)),
+                ]
+                for mean in means
+            ],
         )
-    out.print(table)
-    out.print(
-        f"{'Steps of ' + str(content['results'][0]['batch']) + ' images' if models else 'bn+relu, train, float32'}."
-    )
-    out.print("untuned: without bn.tune_allocator(), in a process of its own")
+    if timed:
+        yield "Smallest speed-ups"
+        yield from _table(["", "speed-up"], [[case.name, _speedup(timing.speedup)] for case, timing in slowest(timed)])
+
+
+def _kernel_row(case: Case, timing: Timing | None, *, compiled: bool) -> list[str]:
+    name = f"{case.operation} {case.mode}"
+    if not isinstance(timing, KernelTiming):
+        return [name, "wrong", *[""] * (6 + compiled)]
+    return [
+        name,
+        *(duration(timing.microseconds[side].median) for side in ("ours", "torch")),
+        _speedup(timing.speedup),
+        *([_speedup(timing.speedup_over_compiled)] if compiled else []),
+        f"{timing.gigabytes_per_second:.3g}",
+        *(f"{copies:.1f}" for copies in (timing.copies.ours, timing.copies.torch, timing.copies.floor)),
+    ]
+
+
+def _process_lines(run: BenchRun) -> Iterator[str]:
+    models = run.kind == "models"
+    rows = []
+    for case, timing in run.timed():
+        name = f"{case.model}/{case.layout}" if isinstance(case, ModelCase) else f"{case.shape_text}/{case.layout}"
+        rows.append(
+            [
+                name,
+                *(duration(timing.microseconds[side].median) for side in ("ours", "torch", "untuned")),
+                _speedup(timing.speedup),
+                _speedup(timing.speedup_over_untuned),
+                *([f"{100 * timing.share.torch:.0f}%"] if isinstance(timing, ModelTiming) else []),
+            ]
+        )
+    share = ["share"] if models else []
+    yield from _table(["", "ours", "torch", "untuned", "speed-up", "over untuned", *share], rows)
+    first = run.results[0].case if run.results else None
+    if isinstance(first, ModelCase):
+        yield f"Training steps of {first.batch} images."
+    else:
+        yield "Training with bn+relu in float32."
+    yield "untuned: torch without bn.tune_allocator(), in a process of its own"
     if models:
-        out.print("BN's share: of torch's step, batch norm with activations and additions")
-
-
-def show(out: Console, content: dict[str, Any]) -> None:
-    """The machine, the results, their means, and what is wrong."""
-    machine = content["machine"]
-    out.print(
-        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; torch {machine['torch']}; "
-        f"kernels: {machine['kernels']}; allocator: {machine['allocator']}"
-    )
-    out.print()
-    if content["results"]:
-        (_kernels if content["kind"] == "kernels" else _processes)(out, content)
-    for result in content["results"]:
-        if result["fault"]:
-            out.print(f"wrong, so not timed: {result['name']}: {result['fault']}")
-    if not content["complete"]:
-        out.print(f"Stopped after {len(content['results'])} cases.")
+        yield "share: share of torch's step in batch norm, activations and additions"

@@ -1,4 +1,4 @@
-"""Times of several things, taken in turn, so that what disturbs the machine disturbs them all."""
+"""Times of several functions, measured in turn, so that a disturbance of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,39 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-__all__ = ["Sampler", "interleaved", "quiet", "ratios", "sampler", "summary"]
+__all__ = ["Quartiles", "Sampler", "interleaved", "paused_gc", "quartiles", "ratios", "sampler"]
 
 Sampler = Callable[[int], float]
-"""Makes so many calls one after the other and returns the seconds that one took."""
+"""Makes this many calls in a row, and returns the seconds per call."""
 
 SAMPLE = 2e-3
 ROUNDS = 5
 
 
+@dataclass(frozen=True)
+class Quartiles:
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+def quartiles(values: list[float]) -> Quartiles:
+    """Return the median and the quartiles of some values."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Quartiles(median, low, high)
+
+
+def ratios(numerators: list[float], denominators: list[float]) -> list[float]:
+    """Return the ratio of each round."""
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
 def sampler(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Sampler:
-    """Time a function in this process."""
+    """Return a sampler of a function in this process."""
 
     def sample(calls: int) -> float:
         started = clock()
@@ -30,20 +51,20 @@ def sampler(call: Callable[[], object], clock: Callable[[], float] = time.perf_c
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def paused_gc() -> Iterator[None]:
     """Keep the garbage collector from running."""
-    was = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if was_enabled:
             gc.enable()
 
 
 def _calls(sample: Sampler) -> int:
-    """How many calls make a sample long enough for the clock; the calls made to find out warm it up."""
+    """Return how many calls make a sample that is long enough for the clock, and warm up on the way."""
     sample(1)
     calls = 1
     while (seconds := calls * sample(calls)) < SAMPLE:
@@ -58,12 +79,12 @@ def interleaved(
     rounds: int = ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds a call of each, one sample a round, until the time is used up, and at least so many rounds.
+    """Sample every function once per round, for at least the given seconds and the given rounds.
 
-    Within a round they follow each other; every other round has them in the opposite order.
+    Every other round takes them in the opposite order. Returns the seconds per call of each, by round.
     """
     times: dict[str, list[float]] = {name: [] for name in samplers}
-    with quiet():
+    with paused_gc():
         calls = {name: _calls(sample) for name, sample in samplers.items()}
         end, done = clock() + seconds, 0
         while done < rounds or clock() < end:
@@ -71,14 +92,3 @@ def interleaved(
                 times[name].append(samplers[name](calls[name]))
             done += 1
     return times
-
-
-def ratios(above: list[float], below: list[float]) -> list[float]:
-    """The ratio in each round."""
-    return [a / b for a, b in zip(above, below, strict=True)]
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high}

@@ -12,7 +12,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 
 from batchnorm.errors import InputError
-from batchnorm.lab.training.network import Placement
+from batchnorm.lab.training.settings import Placement
 
 __all__ = ["ATTRIBUTES", "PARAMETERS", "NetworkOptions", "Parameters"]
 

@@ -7,19 +7,15 @@ the time of a few. No run affects another: each has its own weights and its own 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.errors import InputError
+from batchnorm.lab.training.settings import Placement, check_init
 from batchnorm.nn import BatchNorm1d
 
-__all__ = ["ACTIVATIONS", "MLP", "Placement", "batch_bounds", "check_init"]
-
-Placement: TypeAlias = Literal["before", "after"] | None
+__all__ = ["ACTIVATIONS", "MLP", "batch_bounds"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "identity": nn.Identity,
@@ -162,19 +158,6 @@ class MLP(nn.Module):
         """Return every parameter and running statistic as a view of shape (runs, numbers per run)."""
         state = [*self.parameters(), *(b for b in self.buffers() if b.is_floating_point())]
         return [tensor.detach().view(self.runs, -1) for tensor in state]
-
-
-def check_init(init: str) -> None:
-    """Raise `InputError` unless the rule for initial weights is "xavier", "he" or "gaussian:SD"."""
-    if init in ("xavier", "he"):
-        return
-    name, _, deviation = init.partition(":")
-    try:
-        fits = name == "gaussian" and 0 < float(deviation) < math.inf
-    except ValueError:
-        fits = False
-    if not fits:
-        raise InputError(f"init must be xavier, he or gaussian:SD with a positive SD; got {init!r}")
 
 
 def batch_bounds(rows: int, batch_size: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Settings of a comparison, checked when they are made."""
+"""Settings of a comparison, checked when they are made. Importing this file does not load torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,22 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from batchnorm.errors import InputError
-from batchnorm.lab.training.network import ACTIVATIONS, Placement, check_init
 
-__all__ = ["ARMS", "PLACEMENTS", "Arm", "Inputs", "Optimizer", "Settings", "neighboring_rate"]
+__all__ = [
+    "ARMS",
+    "PLACEMENTS",
+    "Activation",
+    "Arm",
+    "Inputs",
+    "Optimizer",
+    "Placement",
+    "Settings",
+    "check_init",
+    "neighboring_rate",
+]
 
+Activation: TypeAlias = Literal["identity", "sigmoid", "tanh", "relu"]
+Placement: TypeAlias = Literal["before", "after"] | None
 Arm = Literal["none", "before", "after"]
 Optimizer: TypeAlias = Literal["sgd", "adam"]
 Inputs: TypeAlias = Literal["standardized", "unscaled"]
@@ -79,8 +91,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.hidden or min(self.hidden) < 1:
             raise InputError(f"hidden must name at least one layer of at least 1 unit; got {list(self.hidden)}")
-        if self.activation not in ACTIVATIONS:
-            raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
+        if self.activation not in get_args(Activation):
+            raise InputError(f"activation must be one of {', '.join(get_args(Activation))}; got {self.activation!r}")
         if self.optimizer not in LEARNING_RATES:
             raise InputError(f"optimizer must be one of {', '.join(LEARNING_RATES)}; got {self.optimizer!r}")
         if self.inputs not in get_args(Inputs):
@@ -140,3 +152,16 @@ def neighboring_rate(rate: float, steps: int) -> float:
         return float(f"{rate * GRID_FACTOR**steps:.6g}")
     index = 2 * exponent + (round(leading) == 3) + steps
     return float(f"{(1, 3)[index % 2]}e{index // 2}")
+
+
+def check_init(init: str) -> None:
+    """Raise `InputError` unless the rule for initial weights is "xavier", "he" or "gaussian:SD"."""
+    if init in ("xavier", "he"):
+        return
+    name, _, deviation = init.partition(":")
+    try:
+        fits = name == "gaussian" and 0 < float(deviation) < math.inf
+    except ValueError:
+        fits = False
+    if not fits:
+        raise InputError(f"init must be xavier, he or gaussian:SD with a positive SD; got {init!r}")

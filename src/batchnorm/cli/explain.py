@@ -1,0 +1,44 @@
+"""``batchnorm explain``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from batchnorm.cli.options import SOURCES, Json, Target
+from batchnorm.lab.training.settings import Activation
+
+__all__ = ["explain"]
+
+
+def explain(
+    *,
+    data: Annotated[
+        str | None,
+        typer.Argument(help=f"Data set of the 4 rows (default: the example of the notes): {SOURCES}.", metavar="DATA"),
+    ] = None,
+    target: Target = None,
+    activation: Annotated[Activation, typer.Option(help="Activation of the neuron.")] = "sigmoid",
+    html: Annotated[
+        Path | None, typer.Option(help="File to write as an interactive page.", metavar="FILE", show_default=False)
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Show every number of batch norm for one neuron.
+
+    The mini-batch has 4 rows.
+    """
+    from batchnorm.lab.data.tables import read_table
+    from batchnorm.lab.teaching.explain_page import write_page
+    from batchnorm.lab.teaching.worked_example import NOTES, from_table, worked_example
+
+    batch = NOTES if data is None else from_table(read_table(data, target))
+    example = worked_example(batch, activation=activation)
+    if html is not None:
+        write_page(example, html)
+    if json_output:
+        typer.echo(example.to_json())
+    else:
+        typer.echo(example.text() if html is None else f"Page: {html}")

@@ -1,0 +1,143 @@
+"""Options that several commands share, and errors of the library in terms of options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+from typer.core import TyperArgument, TyperCommand, TyperOption
+
+from batchnorm.errors import BatchNormError, InputError
+
+__all__ = [
+    "Command",
+    "Data",
+    "Json",
+    "Quiet",
+    "Target",
+    "at_least",
+    "between",
+    "describe_usage_error",
+    "name_options",
+    "parse_names",
+    "parse_numbers",
+]
+
+Number = TypeVar("Number", int, float)
+
+SOURCES = "digits, breast_cancer, wine, diabetes, placement, or the path of a CSV, TSV, Parquet or NPZ file"
+
+Data = Annotated[str, typer.Argument(help=f"Data set: {SOURCES}.", metavar="DATA")]
+Target = Annotated[str | None, typer.Option(help="Column to predict (default: y, or that of the data set).")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+
+
+class Command(TyperCommand):
+    """A command whose errors name options, where those of the library name parameters."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run the command.
+
+        Raises
+        ------
+        InputError
+            The library raised an error of its own; the message has the names of options.
+        """
+        try:
+            return super().invoke(ctx)
+        except BatchNormError as error:
+            names = {param.name: _option(param) for param in self.params if param.name}
+            raise InputError(name_options(str(error), names)) from error
+
+
+def _option(param: Any) -> str:
+    """Return the name that a user types for a parameter: ``--seeds``, or ``DATA``."""
+    if isinstance(param, TyperArgument):
+        return str(param.metavar)
+    return max(param.opts, key=len) if isinstance(param, TyperOption) else str(param.name)
+
+
+def at_least(minimum: float) -> Callable[[typer.CallbackParam, Any], Any]:
+    """Return a callback that checks that an option is not below a minimum."""
+    return _check(lambda value: value >= minimum, f"at least {minimum}")
+
+
+def between(low: float, high: float) -> Callable[[typer.CallbackParam, Any], Any]:
+    """Return a callback that checks that an option is between two values, which are allowed."""
+    return _check(lambda value: low <= value <= high, f"between {low} and {high}")
+
+
+def _check(allowed: Callable[[Any], bool], rule: str) -> Callable[[typer.CallbackParam, Any], Any]:
+    def callback(param: typer.CallbackParam, value: Any) -> Any:
+        if value is not None and not allowed(value):
+            raise InputError(f"{_option(param)} must be {rule}; got {value}")
+        return value
+
+    return callback
+
+
+def describe_usage_error(message: str) -> str:
+    """Turn a message of Typer into a sentence of the form of ours.
+
+    >>> describe_usage_error("Invalid value for '--task': Value error, 'x' is not one of 'a', 'b'.")
+    "--task must be one of a, b; got 'x'"
+    >>> describe_usage_error("No such option: --fast")
+    'no such option: --fast'
+    """
+    found = re.fullmatch(r"Invalid value for '(.+?)': Value error, (.+) is not one of (.+?)\.?", message)
+    if found:
+        option, value, choices = found.groups()
+        choices = choices.replace("'", "")
+        return f"{option} must be one of {choices}; got {value}"
+    return f"{message[:1].lower()}{message[1:]}"
+
+
+def name_options(message: str, names: dict[str, str]) -> str:
+    """Replace the parameters that an error message names by the options of a command.
+
+    A parameter is replaced at the beginning of a message, and where it has a value.
+
+    >>> names = {"batch_size": "--batch-size", "target": "--target", "quick": "--quick"}
+    >>> name_options("batch_size must be at least 2; got 1", names)
+    '--batch-size must be at least 2; got 1'
+    >>> name_options("there is no target column; pass target='price'", names)
+    "there is no target column; pass --target 'price'"
+    >>> name_options("models can't be combined with quick=True", names)
+    "models can't be combined with --quick"
+    """
+    first, _, rest = message.partition(" ")
+    message = f"{names.get(first, first)} {rest}"
+    for name, option in names.items():
+        message = re.sub(rf"(?<![\w.]){name}=True\b", option, message)
+        message = re.sub(rf"(?<![\w.]){name}=(?=\S)", f"{option} ", message)
+    return message
+
+
+def parse_names(text: str | None) -> list[str]:
+    """Return the names of a comma-separated option.
+
+    >>> parse_names("age, height")
+    ['age', 'height']
+    """
+    return [name.strip() for name in text.split(",")] if text else []
+
+
+def parse_numbers(text: str, kind: type[Number], name: str) -> tuple[Number, ...]:
+    """Return the numbers of a comma-separated option.
+
+    >>> parse_numbers("100,50", int, "hidden")
+    (100, 50)
+
+    Raises
+    ------
+    InputError
+        A part of the text is not a number of this kind.
+    """
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"{name} must be {numbers} separated by commas; got {text!r}") from None
