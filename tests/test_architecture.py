@@ -161,12 +161,7 @@ def private_names_of_torch(source):
                 yield ".".join([*chain(target), looked_up])
 
 
-STILL_PRIVATE = ["kernels", "ops", "nn"]  # rooms to be mended
-
-
-@pytest.mark.parametrize(
-    "path", [path for path in files() if room(path) not in ["torch_internals", *STILL_PRIVATE]], ids=str
-)
+@pytest.mark.parametrize("path", [path for path in files() if room(path) not in ["torch_internals"]], ids=str)
 def test_a_file_uses_no_private_name_of_torch(path):
     assert list(private_names_of_torch(tree(path))) == []
 

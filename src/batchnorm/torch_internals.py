@@ -46,6 +46,7 @@ __all__ = [
     "graph_task_id",
     "has_saved_tensors_hooks",
     "has_storage",
+    "interpreter_stack",
     "is_functional",
     "is_functorch_wrapped",
     "is_legacy_batched",
@@ -198,13 +199,42 @@ def _inside_vmap(tell: Callable[[Tensor], Any]) -> Any:
     return told[0]
 
 
+def _lists_levels(stack: Callable[[], Any]) -> bool:
+    return not stack() and len(_inside_vmap(lambda _: stack())) == 1
+
+
+@accessor("torch._C._functorch.get_interpreter_stack", probe=_lists_levels)
+def interpreter_stack() -> Sequence[Any] | None:
+    """Return the active transforms of torch.func, None or empty if there are none; some where torch does not tell."""
+    return (None,)
+
+
 @accessor(
     "torch._C._are_functorch_transforms_active",
     probe=lambda active: active() is False and _inside_vmap(lambda _: active()) is True,
 )
 def transforms_are_active() -> bool:
     """Return whether a transform of torch.func is active; True where torch does not tell."""
-    return True
+    return bool(interpreter_stack())
+
+
+@accessor(
+    "torch._C._functorch.TransformType",
+    make=lambda kinds: lambda: any(level.key() == kinds.Vmap for level in interpreter_stack() or ()),
+    probe=lambda active: active() is False and _inside_vmap(lambda _: active()) is True,
+)
+def vmap_is_active() -> bool:
+    """Return whether vmap is among the active transforms; False where torch does not tell."""
+    return False
+
+
+@accessor(
+    "torch._C._functorch.is_functorch_wrapped_tensor",
+    probe=lambda wrapped: wrapped(torch.zeros(1)) is False and _inside_vmap(wrapped) is True,
+)
+def is_functorch_wrapped(values: Tensor) -> bool:
+    """Return whether a transform has wrapped the tensor, as it does with the arguments of its function."""
+    return torch.func.debug_unwrap(values) is not values
 
 
 def _follows_dual_levels(active: Callable[[], bool]) -> bool:
@@ -225,8 +255,12 @@ def _forward_mode_is_active() -> bool:
     probe=_follows_dual_levels,
 )
 def forward_mode_is_active() -> bool:
-    """Return whether forward-mode differentiation is active; True where torch does not tell."""
-    return True
+    """Return whether forward-mode differentiation is active."""
+    try:
+        with forward_ad.dual_level():
+            return False
+    except RuntimeError:  # dual levels do not nest
+        return True
 
 
 def may_be_transformed() -> bool:
@@ -239,14 +273,14 @@ def may_be_transformed() -> bool:
 def is_transformed() -> bool:
     """Return whether a transform or forward-mode differentiation is active; torch.compile may trace this.
 
-    It differs from `may_be_transformed` where torch does not tell: what decides about the way of computing takes the
-    way that is right under a transform too, what decides about updating statistics updates them.
+    It differs from `may_be_transformed` where torch does not tell. Then the choice of formulas must assume a transform,
+    and the update of running statistics must assume none.
     """
     if torch.compiler.is_compiling():
         return _is_transformed_while_compiling()
-    return (transforms_are_active() and "transforms_are_active" in _FOUND) or (
-        forward_mode_is_active() and "forward_mode_is_active" in _FOUND
-    )
+    if forward_mode_is_active():
+        return True
+    return transforms_are_active() and not _FOUND.isdisjoint(("transforms_are_active", "interpreter_stack"))
 
 
 def _is_transformed_while_compiling() -> bool:
@@ -254,30 +288,16 @@ def _is_transformed_while_compiling() -> bool:
     return (active is not None and active()) or getattr(forward_ad, "_current_level", -1) >= 0
 
 
-@accessor(
-    "torch._C._functorch.is_functorch_wrapped_tensor",
-    probe=lambda wrapped: wrapped(torch.zeros(1)) is False and _inside_vmap(wrapped) is True,
-)
-def is_functorch_wrapped(values: Tensor) -> bool:
-    """Return whether a transform has wrapped the tensor, as it does with the arguments of its function."""
-    return torch.func.debug_unwrap(values) is not values
+def _tells_batches(batched: Callable[[Tensor], bool]) -> bool:
+    told = [batched(torch.zeros(1))]
+    x = torch.ones(1, requires_grad=True)
+    y = x * 1
+    y.register_hook(lambda dy: told.append(batched(dy)))  # type: ignore[no-untyped-call]
+    torch.autograd.grad(y, x, torch.ones(2, 1), is_grads_batched=True)
+    return told == [False, True]
 
 
-@accessor(
-    "torch._C._functorch.get_interpreter_stack",
-    "torch._C._functorch.TransformType",
-    make=lambda stack, kinds: lambda: any(level.key() == kinds.Vmap for level in stack() or ()),
-    probe=lambda active: active() is False and _inside_vmap(lambda _: active()) is True,
-)
-def vmap_is_active() -> bool:
-    """Return whether vmap is among the active transforms; False where torch does not tell."""
-    return False
-
-
-@accessor(
-    "torch._C._functorch.is_legacy_batchedtensor",
-    probe=lambda batched: batched(torch.zeros(1)) is False,
-)
+@accessor("torch._C._functorch.is_legacy_batchedtensor", probe=_tells_batches)
 def is_legacy_batched(values: Tensor) -> bool:
     """Return whether the tensor stands for a batch of gradients (``is_grads_batched=True``); True where unknown."""
     return True
@@ -415,13 +435,20 @@ class _Shortcut:
         )
 
 
+_SINGLE_LEVEL = "torch.autograd.function._SingleLevelFunction"
+_BACKWARD_CLASS = "torch.autograd.Function._backward_cls"
+PATHS["fast_apply"] = (_SINGLE_LEVEL, _BACKWARD_CLASS)
+
+
 def _raw_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Return the apply of C++ below torch's search for wrapped arguments."""
-    return super(torch.autograd.function._SingleLevelFunction, function).apply  # type: ignore[no-any-return, misc]
+    return super(_look_up(_SINGLE_LEVEL), function).apply  # type: ignore[no-any-return]
 
 
 def _shorten_backward(function: type[torch.autograd.Function]) -> None:
     """Let the engine call backward without torch's search for its other forms."""
+    if not callable(_look_up(_BACKWARD_CLASS).apply):
+        raise TypeError("the class that runs a backward must have an apply to replace")
     function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
 
 
@@ -435,9 +462,6 @@ def _shortcuts() -> tuple[bool, bool]:
         return _Shortcut.works(function.apply)
 
     return _works(lambda: _Shortcut.works(_raw_apply(_Shortcut.new()))), _works(backward_works)
-
-
-PATHS["fast_apply"] = ("torch.autograd.function._SingleLevelFunction", "torch.autograd.Function._backward_cls")
 
 
 def fast_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
