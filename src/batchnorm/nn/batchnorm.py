@@ -1,4 +1,4 @@
-"""Batch normalization layers that take the place of torch's own."""
+"""Batch normalization layers that replace torch's own."""
 
 from __future__ import annotations
 
@@ -9,58 +9,64 @@ from batchnorm.nn.layer import Layer
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
-_DOCUMENTATION = """Batch normalization over {input}; takes the place of ``torch.nn.{stock}``.
+_DOCUMENTATION = """Batch normalization over {input}; replaces ``torch.nn.{stock}``.
 
-    ``y = activation(gamma * z_hat + beta + residual)`` with ``z_hat = (z - mean) / sqrt(var + eps)``, mean and
-    biased variance of each channel over the batch when training, running statistics in eval. Ioffe & Szegedy
-    (2015). A subclass of torch's class, so that `isinstance`, checkpoints (strict, both ways) and recipes for
-    weight decay go on working; with default options its numbers are torch's, its statistics better conditioned.
+    ``y = activation(gamma * z_hat + beta + residual)`` with ``z_hat = (z - mean) / sqrt(var + eps)``: the mean and
+    biased variance of each channel over the batch in training, the running statistics in eval. Ioffe & Szegedy (2015).
+    It is a subclass of torch's class, so that `isinstance`, checkpoints (strict, both ways) and recipes for weight
+    decay keep working. With default options it gives torch's numbers, with better conditioned statistics.
 
     Parameters
     ----------
     num_features : int
-        C, the size of dimension 1.
+        C, the number of channels.
     eps : float
         Added to the variance.
     momentum : float or None
         Weight of the new value in the running statistics; None keeps their cumulative mean.
     affine : bool
-        Learn gamma (from 1) and beta (from 0).
+        Learn gamma (initially 1) and beta (initially 0).
     track_running_stats : bool
-        Keep running statistics for eval; without them eval uses the batch's own.
+        Keep running statistics for eval; without them eval uses the statistics of the batch.
     device, dtype
-        Of parameters and running statistics.
+        Of the parameters and running statistics.
     bias : bool
-        False learns gamma alone.
+        Learn beta; with False gamma alone is learned.
     activation : str or None
         "relu", "leaky_relu" (slope 0.01), "silu", "gelu", "tanh" or "sigmoid", applied last.
     small_batch : str
-        What becomes of a training batch with a single value a channel: "raise" an error, as torch, or normalise it
-        with the statistics that are "running", and move none.
+        For a training batch with a single value per channel: "raise" an error, as torch does, or normalize it with the
+        "running" statistics, without updating them.
     nonfinite : str
-        What a training batch does to the running statistics in which any channel's mean or variance is infinite or
-        NaN: "skip" leaves them all, and the count of batches, as they were and adds one to ``skipped_batches``;
-        "propagate" poisons them, as torch. y is the same.
+        For a training batch in which the mean or variance of a channel is infinite or NaN: "skip" leaves the running
+        statistics and the count of batches unchanged and adds one to ``skipped_batches``; "propagate" poisons them, as
+        torch does. y is the same.
     virtual_batch_size : int or None
-        Samples of a virtual batch: in training each has its own statistics (ghost batch norm, Hoffer et al. 2017);
-        the running ones move once, by those of the whole batch. A last one of a single value joins the one before.
+        Samples per virtual batch; in training each has statistics of its own (ghost batch norm, Hoffer et al. 2017).
+        The running statistics are updated once, by those of the whole batch. A last virtual batch with one value per
+        channel joins the one before it.
     renorm : Renorm, RenormSchedule or None
-        Batch renormalization (Ioffe 2017).
+        Limits of batch renormalization (Ioffe 2017).
     sync : bool
-        Statistics of a training batch over all processes of ``process_group``, where torch.distributed is initialised
-        and they are several: one collective forward, one backward. Each may hold another number of samples, or none.
+        Compute the statistics of a training batch over all processes of ``process_group``, if torch.distributed is
+        initialized and there are several: one collective in forward, one in backward. Each process may hold another
+        number of samples, or none.
     process_group : torch.distributed.ProcessGroup or None
-        For ``sync``; None is the default group. Copies of the layer share it; with one it can't be pickled.
+        For ``sync``; None is the default group. Copies of the layer share it, and a layer with one cannot be pickled.
     channel_dim : int
         The dimension of the channels: -1 for (N, L, C).
-    running_var : str
-        The variance that is kept: "unbiased", as in torch, or "biased", as in Keras and Flax.
+    unbiased : bool
+        Keep the unbiased variance in the running statistics, as torch does, or the biased one, as Keras and Flax do.
 
     Raises
     ------
     InputError
-        A `ValueError`: an option out of its range; in forward an input of other dimensions or channels, a residual
-        or mask of another shape, a single value a channel while training, or, with ``sync``, ranks at other layers.
+        A `ValueError`: an option is out of its range; in forward the dimensions or channels of the input, or the shape
+        of a residual or mask, do not fit; a training batch has a single value per channel.
+    InputTypeError
+        A `TypeError`: the input, a residual or a mask is not a tensor.
+    DistributedError
+        A `RuntimeError`: with ``sync``, the ranks are at different layers.
 
     Examples
     --------

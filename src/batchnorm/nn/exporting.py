@@ -48,9 +48,9 @@ def traced(path_of: Callable[[Any], str], x: Any, residual: Any, mask: Any) -> A
     return x.tracer.create_proxy("call_module", path_of(x.tracer), (x,), options)
 
 
-def graph_reader() -> Reader | None:
+def graph_reader(compiling: bool) -> Reader | None:
     """Return the tool that reads this call and knows torch's own operators; None in nearly all calls."""
-    if torch.compiler.is_compiling():
+    if compiling:
         return "torch.export" if torch.compiler.is_exporting() else None
     return None if torch_internals.jit_tracing_state() is None else "torch.jit.trace"
 

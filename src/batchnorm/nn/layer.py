@@ -79,14 +79,16 @@ class Layer(State):
         """
         if not isinstance(input, Tensor):
             return exporting.traced(lambda tracer: tracer.path_of_module(self), input, residual, mask)
-        reader = exporting.graph_reader()
+        compiling = torch.compiler.is_compiling()
+        reader = exporting.graph_reader(compiling)
         if reader is not None and not (reader == "torch.export" and self.trains()):  # it keeps our operators there
             return self._in_torch_operators(reader, Operands(input, *self.weight_and_bias(), residual, mask))
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         plans = None
         if (
             mask is None
-            and ops.no_modes()
+            and not compiling
+            and torch_internals.count_dispatch_modes() == 0
             and type(input) is Tensor  # its sizes are numbers
             and torch_internals.graph_task_id() == -1
         ):
@@ -97,7 +99,7 @@ class Layer(State):
                     return y
         dim = 1 if self.channel_dim == 1 else dimension_of_channels(input, self.channel_dim)
         if input.shape[dim] != self.num_features:
-            label = "" if torch.compiler.is_compiling() else label_of(self)  # a graph sees no frames
+            label = "" if compiling else label_of(self)  # a graph sees no frames
             refuse_channels(input, dim, self.num_features, label)
         batch = arrange(input, residual, mask, dim)
         return restore(self._normalize(batch, plans if dim == 1 else None), batch, dim)

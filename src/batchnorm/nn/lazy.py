@@ -1,4 +1,4 @@
-"""Layers that learn the number of channels from their first batch."""
+"""Layers that infer the number of channels from their first batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["LazyBatchNorm", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm
 
 
 class _Lazy(TorchLazyNorm, Layer):
-    """A layer without num_features, which the first batch tells; then it is of the class it is to become."""
+    """A layer without num_features until its first batch, which turns it into a layer of ``cls_to_become``."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class _Lazy(TorchLazyNorm, Layer):
     ) -> None:
         _, eps, momentum = checked_numbers(0, eps, momentum)
         given = checked_options(Options(**options), track_running_stats=track_running_stats)
-        # torch's class builds the layer as one without parameters and running statistics, which our options may need.
+        # torch's class builds a layer without running statistics, which some options need; so they are adopted below.
         super().__init__(eps, None, affine, track_running_stats, device, dtype)
         self.momentum = momentum  # checked above, where its warning names the caller
         if not bias:
@@ -41,7 +41,7 @@ class _Lazy(TorchLazyNorm, Layer):
         self.adopt(given, device)
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:  # noqa: A002
-        """Take the number of channels from the first batch, or from the state loaded before it."""
+        """Infer the number of channels from the first batch, or from the state loaded before it."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         dim = dimension_of_channels(input, self.channel_dim)
         super().initialize_parameters(input.movedim(dim, 1))
@@ -49,7 +49,7 @@ class _Lazy(TorchLazyNorm, Layer):
         self.num_features = input.shape[dim] if known is None else known.shape[0]
 
 
-_DOCUMENTATION = """`{name}` that takes num_features from its first batch, as ``torch.nn.Lazy{stock}``.
+_DOCUMENTATION = """`{name}` that infers num_features from its first batch, as ``torch.nn.Lazy{stock}`` does.
 
     All other parameters are those of `{name}`.
 

@@ -1,8 +1,8 @@
-"""Batch renormalization: how far a batch is from the running statistics, within limits.
+"""Batch renormalization: the normalized batch is corrected towards the running statistics, within limits.
 
-Ioffe (2017), "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models". What is
-normalised is ``r * x_hat + d`` instead of x_hat, with r and d as in `batchnorm.kernels.reference.renorm_correction`:
-within the limits that is ``(x - running mean) / running deviation``, what the layer computes in eval.
+Ioffe (2017), "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models". The layer uses
+``r * x_hat + d`` instead of x_hat, with r and d as in `batchnorm.kernels.reference.renorm_correction`. Within the
+limits this equals ``(x - running mean) / running deviation``, which the layer computes in eval.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ __all__ = ["FirstRuns", "Renorm", "RenormSchedule"]
 
 @dataclass(frozen=True)
 class Renorm:
-    """Fixed limits of batch renormalization: r within 1 / r_max and r_max, d within -d_max and d_max.
+    """Fixed limits of batch renormalization: r from 1 / r_max to r_max, d from -d_max to d_max.
 
     Parameters
     ----------
     r_max : float
-        From 1; 1 leaves the deviation the batch's.
+        At least 1; with 1 the deviation is that of the batch.
     d_max : float
-        From 0; 0 leaves the mean the batch's.
+        At least 0; with 0 the mean is that of the batch.
 
     Raises
     ------
     InputError
-        A limit out of its range.
+        A limit is out of its range.
 
     Examples
     --------
@@ -57,22 +57,22 @@ class Renorm:
         _set(self, float, "r_max", "d_max")
 
     def limits(self, batches: Tensor) -> Limits:
-        """The limits, whatever the number of batches."""
+        """Return the limits, which are the same after any number of batches."""
         return Limits(self.r_max, self.d_max)
 
 
 @dataclass(frozen=True)
 class RenormSchedule:
-    """Limits that widen as training goes on; the defaults are those of Ioffe (2017), section 4.1.
+    """Limits that widen during training; the defaults are those of Ioffe (2017), section 4.1.
 
-    Up to batch ``start`` there is plain batch normalization, since the running statistics still mean little. Then r_max
-    grows in a straight line from 1 to ``r_max``, which it reaches at batch ``r_end``, and d_max from 0 to ``d_max`` at
-    batch ``d_end``. Batches are those that the layer has counted in ``num_batches_tracked``.
+    Up to batch ``start`` the layer does ordinary batch normalization, since the running statistics are not reliable
+    yet. Then the limit of r grows linearly from 1 to ``r_max`` at batch ``r_end``, and the limit of d from 0 to
+    ``d_max`` at batch ``d_end``. Batches are counted by the layer's ``num_batches_tracked``.
 
     Raises
     ------
     InputError
-        A limit out of its range, or an end before the start.
+        A limit is out of its range, or an end is not after the start.
 
     Examples
     --------
@@ -95,59 +95,63 @@ class RenormSchedule:
                 raise InputError(f"{name} must be a whole number of batches; got {getattr(self, name)!r}")
         if not 0 <= self.start < min(self.r_end, self.d_end):
             raise InputError(
-                f"a schedule must start at a batch from 0 and before both ends; got start={self.start}, "
+                f"start must be at least 0 and before both r_end and d_end; got start={self.start}, "
                 f"r_end={self.r_end}, d_end={self.d_end}"
             )
         _set(self, float, "r_max", "d_max")
         _set(self, int, "start", "r_end", "d_end")
 
     def limits(self, batches: Tensor) -> Limits:
-        """The limits after so many batches: numbers, or tensors where reading the count would hold up the device."""
+        """Return the limits after a number of batches; as tensors where reading the count would stall the device."""
+        ends = self.r_end, self.d_end
         if torch.compiler.is_compiling() or batches.device.type != "cpu" or not are_unwrapped(batches):
-            done = batches.to(statistics_dtype(batches))
-            r, d = (((done - self.start) / (end - self.start)).clamp(0, 1) for end in (self.r_end, self.d_end))
+            counted = batches.to(statistics_dtype(batches))
+            r, d = (((counted - self.start) / (end - self.start)).clamp(0, 1) for end in ends)
         else:
             seen = int(batches)
-            r, d = (min(max((seen - self.start) / (end - self.start), 0.0), 1.0) for end in (self.r_end, self.d_end))  # type: ignore[assignment]
+            r, d = (min(max((seen - self.start) / (end - self.start), 0.0), 1.0) for end in ends)  # type: ignore[assignment]
         return Limits(1 + r * (self.r_max - 1), d * self.d_max)  # type: ignore[arg-type]
 
 
 def _set(limits: Renorm | RenormSchedule, kind: type, *names: str) -> None:
-    """Make Python's numbers of NumPy's, which torch.compile can't take."""
+    """Convert numbers of NumPy, which torch.compile does not accept, to numbers of Python."""
     for name in names:
         object.__setattr__(limits, name, kind(getattr(limits, name)))
 
 
 @dataclass
-class _Run:
+class _FirstRun:
+    """A forward that may be run again, and how often it has been."""
+
     batch: BatchMoments
     correction: Tensor
     uses: int = 0
 
 
 class FirstRuns:
-    """r and d of forwards that may be run again, by activation checkpointing.
+    """The r and d of forwards that activation checkpointing may run again.
 
-    A forward that is run again must use the r and d of its first run, which the running statistics, moved since, no
-    longer give. Which it was its batch tells: that with the nearest moments. Of several on the same batch it is the
-    last that has been run again least often, since a backward begins at the end.
+    A recomputed forward must use the r and d of its first run, which can no longer be computed, since the running
+    statistics have been updated since. The first run is recognized by its batch: the one with the nearest moments. Of
+    several runs on the same batch it is the last of those that have been recomputed least often, since a backward
+    begins with the last forward.
     """
 
     def __init__(self) -> None:
-        self._runs: deque[_Run] = deque(maxlen=128)
+        self._runs: deque[_FirstRun] = deque(maxlen=128)
 
     def keep(self, batch: BatchMoments, correction: Tensor) -> None:
-        """Remember a first run; those that have been run again are forgotten."""
+        """Remember a first run, and forget those that have been recomputed."""
         if any(run.uses for run in self._runs):
             self._runs = deque((run for run in self._runs if not run.uses), self._runs.maxlen)
-        self._runs.append(_Run(batch, correction))
+        self._runs.append(_FirstRun(batch, correction))
 
     def find(self, batch: BatchMoments) -> Tensor | None:
-        """The r and d of the first run on this batch; None where there was none."""
+        """Return the r and d of the first run on this batch; None if there was none."""
         if not self._runs:
             return None
 
-        def distance(run: _Run) -> float:
+        def distance(run: _FirstRun) -> float:
             away = (run.batch.mean - batch.mean).abs() + (run.batch.var - batch.var).abs()
             return float(torch.nan_to_num(away, nan=math.inf).sum())
 
