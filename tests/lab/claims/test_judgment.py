@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from scipy.stats import binomtest
 
-from batchnorm.lab.claims.judgment import ALPHA, Effect, Measurement, holm, judge, power, sentence, sign_test
+from batchnorm.lab.claims.judgment import ALPHA, holm, judge, power, sentence
+from batchnorm.lab.claims.measurement import Effect, Measurement, sign_test
 
 STEPS = Effect("fewer steps", "fewer steps", "more steps", "ratio", 1.1)
 SECONDS = replace(STEPS, family="seconds")

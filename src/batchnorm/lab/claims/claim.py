@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from batchnorm.lab.claims.judgment import Finding, Measurement
+from batchnorm.lab.claims.judgment import Finding
+from batchnorm.lab.claims.measurement import Measurement
 from batchnorm.lab.comparison.study import Study
 from batchnorm.lab.training.records import RecordName
 from batchnorm.lab.training.stacks import Stack

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from batchnorm.lab.claims.claim import Claim, Measured
-from batchnorm.lab.claims.judgment import NORMALIZED_ARMS, Effect, Measurement
+from batchnorm.lab.claims.measurement import NORMALIZED_ARMS, Effect, Measurement
 from batchnorm.lab.comparison.study import Study
 from batchnorm.lab.training.settings import Arm
 
@@ -16,9 +16,10 @@ SECONDS = Effect("fewer seconds", "fewer seconds", "more seconds", "ratio", MARG
 
 def _design(study: Study) -> str:
     return (
-        f"The comparison itself: each arm at its own best learning rate, {study.settings.seeds} fresh seeds, steps to "
-        f"{study.target.rule.split(',')[0]}, without batch norm over with it, seed by seed. Seconds are the steps "
-        "times the measured time of a step. It does not hold where a gain of 10% is excluded."
+        f"The confirming runs of the comparison: each arm at its own best learning rate, with {study.settings.seeds} "
+        f"fresh seeds. The steps to {study.target.rule.split(',')[0]} without batch norm are divided by those with it, "
+        "seed by seed. Seconds are the steps times the measured time per step. The claim does not hold where a gain of "
+        "10% is excluded."
     )
 
 

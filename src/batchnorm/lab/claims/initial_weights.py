@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from batchnorm.lab.claims.claim import Claim, Details, Measured
-from batchnorm.lab.claims.judgment import NORMALIZED_ARMS, Effect, Measurement
+from batchnorm.lab.claims.measurement import NORMALIZED_ARMS, Effect, Measurement
 from batchnorm.lab.claims.sweep import share, width_pairs, widths
 from batchnorm.lab.comparison.study import Study
 from batchnorm.lab.training.runs import Target, evaluation_steps, steps_to
@@ -80,10 +80,10 @@ def _design(study: Study) -> str:
     trained = "" if study.threshold is None else f" ({study.threshold:.3g})"
     return (
         f"Every arm is trained at its own learning rate from initial weights multiplied by {len(SCALES)} factors, "
-        f"{SCALES[0]:g} to {SCALES[-1]:g}, with {settings.seeds} seeds, {settings.sweep_steps} steps each. A run "
-        "trains where the mean of its last three validation scores is at least half of the way"
-        f"{trained} from a constant guess to the best score of any arm. Compared seed by seed is over how many decades "
-        "of initial weights the network trains. It does not hold where one decade more is excluded."
+        f"{SCALES[0]:g} to {SCALES[-1]:g}, with {settings.seeds} seeds each, for {settings.sweep_steps} steps. A run "
+        f"trains if the mean of its last three validation scores is at least halfway{trained} from a constant guess to "
+        "the best score of any arm. The decades of initial weights over which a seed trains are compared seed by seed. "
+        "The claim does not hold where a gain of one decade is excluded."
     )
 
 

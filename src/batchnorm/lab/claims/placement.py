@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchnorm.lab.claims.claim import Claim, Details, Measured
-from batchnorm.lab.claims.judgment import Effect, Measurement
+from batchnorm.lab.claims.measurement import Effect, Measurement
 from batchnorm.lab.comparison.measures import ratio_bounds
 from batchnorm.lab.comparison.scores import Difference, test_difference
 from batchnorm.lab.comparison.study import Study
@@ -40,9 +40,9 @@ class PlacementDetails(Details):
 
 def _design(study: Study) -> str:
     return (
-        f"The two placements of the comparison, each at its own best learning rate, {study.settings.seeds} seeds: "
-        "steps to the target after the nonlinearity over those before it, seed by seed, and the difference of the test "
-        "scores (before less after). It does not hold where a gain of 10% is excluded."
+        f"The two placements of the comparison, each at its own best learning rate, with {study.settings.seeds} seeds. "
+        "The steps to the target after the nonlinearity are divided by those before it, seed by seed. The difference "
+        "of the test scores is before less after. The claim does not hold where a gain of 10% is excluded."
     )
 
 
@@ -62,7 +62,7 @@ CLAIM = Claim(
     name="placement",
     title="Before or after the nonlinearity",
     question="Does batch normalization before the nonlinearity reach the target sooner than after it?",
-    statement="Batch norm arrives sooner before the nonlinearity than after it",
+    statement="Batch norm reaches the target sooner before the nonlinearity than after it",
     design=_design,
     measure=_measure,
     details=PlacementDetails,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.lab.claims.claim import Claim, Details, Measured
-from batchnorm.lab.claims.judgment import NORMALIZED_ARMS, Effect, Measurement
+from batchnorm.lab.claims.measurement import NORMALIZED_ARMS, Effect, Measurement
 from batchnorm.lab.comparison.measures import Bounds, QuartileBand
 from batchnorm.lab.comparison.study import Study
 from batchnorm.lab.training.records import recorded
@@ -61,12 +61,13 @@ class RegularizationDetails(Details):
 
 def _design(study: Study) -> str:
     return (
-        f"In the {study.settings.seeds} runs that confirm each arm's learning rate, loss and score on the training "
-        "rows and score on the test rows are taken at every evaluation, with the statistics that inference uses. Each "
-        "pair of runs is compared at the least training loss that both reach, each where it first got there: the gap "
-        "is the training score less the test score, and the gain the gap without batch norm less the gap with it. It "
-        f"does not hold where a gain of {MARGIN:g} is excluded. The noise of a mini-batch's mean and deviation is that "
-        "of what enters the last hidden nonlinearity at the end, over mini-batches drawn from the training rows."
+        f"In the {study.settings.seeds} confirming runs of each arm, the loss and score on the training rows and the "
+        "score on the test rows are measured at every evaluation, with the running statistics. Each pair of runs is "
+        "compared at the least training loss that both reach, each run where it first reached that loss. The gap is "
+        "the training score less the test score, and the gain is the gap without batch norm less the gap with it. The "
+        f"claim does not hold where a gain of {MARGIN:g} is excluded. The noise is that of the mean and the standard "
+        "deviation of the inputs of the last hidden nonlinearity at the end of training, over mini-batches drawn from "
+        "the training rows."
     )
 
 

@@ -1,17 +1,16 @@
-"""Claim: batch normalization reduces internal covariate shift; and, beside it, that it smooths the loss."""
+"""Claim: batch normalization reduces internal covariate shift, and smooths the loss."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from batchnorm.lab.claims.claim import Claim, Details, Measured
-from batchnorm.lab.claims.judgment import NORMALIZED_ARMS, Effect, Measurement
+from batchnorm.lab.claims.measurement import NORMALIZED_ARMS, Effect, Measurement
 from batchnorm.lab.comparison.measures import Bounds, QuartileBand, quartile_band
 from batchnorm.lab.comparison.study import Study
 from batchnorm.lab.training.recorders import STEP_SIZES, probe_steps
@@ -24,7 +23,7 @@ __all__ = ["CLAIM", "Correlations", "Distributions", "Outputs", "RankCorrelation
 
 PHASE = "shift"
 MARGIN = 1.1
-FEWEST_FOR_A_RANK_CORRELATION = 5
+MIN_RUNS_FOR_CORRELATION = 5
 LESS_DRIFT = Effect("less drift", "less drift", "more drift", "ratio", MARGIN)
 SMOOTHER_LOSS = Effect("a smoother loss", "less change of the gradient", "more change of the gradient", "ratio", MARGIN)
 
@@ -119,44 +118,45 @@ def _design(study: Study) -> str:
     settings = study.settings
     probes = len(probe_steps(settings.variant_steps))
     return (
-        f"Every arm is trained with {settings.seeds} seeds at one learning rate, {study.common_rate:g}, at which the "
-        f"worst of them does best in the search, for {settings.variant_steps} steps; at {probes} of them the networks "
-        "are looked at before and after the step, always on the same training rows and with those rows' statistics, as "
-        "in training. Drift is the symmetrised Kullback-Leibler divergence in one step between the distributions of "
-        "each input of a layer, taken as normal (median over the inputs; compared is the median over layers and "
-        "probes). The loss is the smoother the less the gradient changes along itself: the length of its change over "
-        "its own length after one learning rate (after Santurkar et al. 2018). Ratios are without batch norm over with "
-        "it, seed by seed. They do not hold where a gain of 10% is excluded. Beside them is their rank correlation, "
-        "over the runs of all arms, with the steps to half of the way from a constant guess to the best score of any "
-        "arm. After the nonlinearity the mean and the variance of a layer's inputs are beta and gamma squared, "
-        "whatever the weights are."
+        f"Every arm is trained with {settings.seeds} seeds for {settings.variant_steps} steps at one learning rate, "
+        f"{study.common_rate:g}: the rate of the search at which the worst arm does best. At {probes} of the steps the "
+        "networks are measured before and after the step, always on the same training rows, and with the statistics of "
+        "these rows, as in training. Drift is the symmetrized Kullback-Leibler divergence between the distributions of "
+        "each input of a layer before and after the step, both taken as normal: the median over the inputs, and for "
+        "the verdict the median over layers and steps. The less the gradient changes along itself, the smoother the "
+        "loss: measured is the length of its change after one learning rate over its own length (after Santurkar et "
+        "al. 2018). Both are compared as ratios, without batch norm over with it, seed by seed. They do not hold where "
+        "a gain of 10% is excluded. The rank correlation of each with the steps to the score halfway from a constant "
+        "guess to the best score of any arm is taken over the runs of all arms. With batch norm after the "
+        "nonlinearity, the mean and the variance of a layer's inputs are beta and gamma squared, whatever the weights."
     )
 
 
 def _arrival(study: Study, run: Run) -> int | None:
-    """Steps of a run to half of the way from a constant guess to the best score of any arm."""
+    """Return the steps of a run to the threshold from which on a run trains."""
     if study.threshold is None:
         return None
     return steps_to(run, Target("score", study.threshold, ""), evaluation_steps(study.settings.variant_steps))
 
 
 def _drifts(run: Run) -> NDArray[np.float64]:
-    """Drift (probes, layers) of a run; what is not finite, of a diverged run, is infinite."""
+    """Return the drift of a run (probes, layers); infinite where the run had diverged."""
     return _finite(recorded(run.record.shift).drift)
 
 
 def _changes(run: Run) -> NDArray[np.float64]:
-    """Relative change of the gradient after one learning rate (probes,) of a run."""
+    """Return the relative change of the gradient of a run after one learning rate (probes,)."""
     return _finite(recorded(run.record.shift).gradient_change)[:, STEP_SIZES.index(1.0)]
 
 
-def _finite(values: Any) -> NDArray[np.float64]:
+def _finite(values: list[list[float]]) -> NDArray[np.float64]:
+    """Return an array with infinity in place of NaN."""
     numbers = np.array(values, dtype=float)
     return np.where(np.isnan(numbers), math.inf, numbers)
 
 
 def _ratio(none: float, arm: float) -> Bounds:
-    """Without over with; unknown where both diverged or neither moves."""
+    """Return the ratio without over with batch norm; unknown where both diverged or neither changes."""
     if none == arm and (none == 0 or none == math.inf):
         return 0.0, math.inf
     ratio = math.inf if arm == 0 else none / arm
@@ -167,7 +167,7 @@ def _correlation(amounts: list[float], arrivals: list[int | None]) -> RankCorrel
     """Return the rank correlation of an amount with the steps needed, where runs that never arrive rank last."""
     steps = [math.inf if step is None else float(step) for step in arrivals]
     varied = len(set(steps)) > 1 and len(set(amounts)) > 1
-    known = len(steps) >= FEWEST_FOR_A_RANK_CORRELATION and varied
+    known = len(steps) >= MIN_RUNS_FOR_CORRELATION and varied
     ranks = [np.unique(values, return_inverse=True)[1] for values in (amounts, steps)]
     return RankCorrelation(float(spearmanr(*ranks).statistic) if known else None, len(steps))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from batchnorm.lab.claims.claim import Claim, Details, Measured
-from batchnorm.lab.claims.judgment import NORMALIZED_ARMS, Effect, Measurement
+from batchnorm.lab.claims.measurement import NORMALIZED_ARMS, Effect, Measurement
 from batchnorm.lab.claims.sweep import share, width_pairs, widths
 from batchnorm.lab.comparison.measures import QuartileBand, quartile_band
 from batchnorm.lab.comparison.study import Study
@@ -95,14 +95,15 @@ def _design(study: Study) -> str:
     trained = "" if study.threshold is None else f" ({study.threshold:.3g})"
     return (
         f"Every arm is trained with {settings.seeds} seeds at each of {len(_rates(study))} learning rates, "
-        f"{settings.sweep_steps} steps each. A run trains where it does not diverge and the mean of its last three "
-        f"validation scores is at least half of the way{trained} from a constant guess to the best score of any arm. "
-        "Compared seed by seed is how many decades of learning rate train. It does not hold where half a decade "
-        "more is excluded."
+        f"for {settings.sweep_steps} steps. A run trains if it does not diverge, and the mean of its last three "
+        f"validation scores is at least halfway{trained} from a constant guess to the best score of any arm. The "
+        "decades of learning rate over which a seed trains are compared seed by seed. The claim does not hold where a "
+        "gain of half a decade is excluded."
     )
 
 
 def _spacing(rates: list[float]) -> float:
+    """Return the mean distance between neighboring learning rates, in decades."""
     return math.log10(rates[-1] / rates[0]) / (len(rates) - 1) if len(rates) > 1 else 0.0
 
 

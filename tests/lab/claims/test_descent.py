@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from batchnorm.lab.claims.inputs import _descent, _surface, steps_to_minimum
+from batchnorm.lab.claims.descent import descent, loss_surface, steps_to_minimum
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_column_that_says_all_and_one_that_says_nothing_take_one_step():
 
 def test_the_way_drawn_is_gradient_descents_and_ends_at_the_minimum(rows):
     x, y = rows
-    steps, path = _descent(x, y)
+    steps, path = descent(x, y)
     rate = 1 / np.linalg.eigvalsh(2 * x.T @ x / len(x)).max()
     w = np.zeros(2)
     assert steps[:5].tolist() == [0, 1, 2, 3, 4]
@@ -58,7 +58,7 @@ def test_the_way_drawn_is_gradient_descents_and_ends_at_the_minimum(rows):
 
 def test_the_surface_is_the_loss_and_the_condition_number_that_of_its_hessian(rows):
     x, y = rows
-    surface = _surface(x, y)
+    surface = loss_surface(x, y)
     for i, j in [(0, 0), (7, 30), (40, 40)]:
         assert surface.loss[j][i] == pytest.approx(loss(x, y, np.array([surface.x[i], surface.y[j]])))
     assert surface.condition == pytest.approx(np.linalg.cond(2 * x.T @ x / len(x)))
