@@ -12,8 +12,10 @@ import torch
 
 import batchnorm as bn
 from batchnorm.errors import MissingDependencyError
+from batchnorm.lab.comparison.run_file import read_run
+from batchnorm.lab.report.comparison import Comparison
 from batchnorm.reports import Entries, Report, Table, json_safe
-from support import randn
+from support import ROOT, randn
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,6 +50,7 @@ REPORTS = {
     "Shift": lambda: bn.detect_shift(*layer_and_batches()),
     "Kernels": bn.kernels,
     "Diagnosis": bn.doctor,
+    "Comparison": lambda: Comparison.of(read_run(ROOT / "docs/results/digits-study")),
     "Explanation": lambda: bn.explain(bn.BatchNorm1d(3, activation="relu"), randn(5, 3)),
 }
 
@@ -59,7 +62,7 @@ def report(request):
 
 def test_every_public_report_type_is_tested_here():
     public = {name for name in bn.__all__ if isinstance(kind := getattr(bn, name), type) and issubclass(kind, Report)}
-    assert public == REPORTS.keys() - {"Sample"}
+    assert public == REPORTS.keys() - {"Sample", "Comparison"}  # of bn.lab
 
 
 def test_each_report_is_of_the_type_it_is_tested_as():

@@ -83,7 +83,7 @@ class Frame:
         return np.array(self._columns[name], dtype=object)
 
 
-def test_a_foreign_data_frame_is_taken_with_its_texts_gaps_and_target_by_name():
+def test_a_data_frame_of_another_library_works_with_texts_gaps_and_a_named_target():
     generator = np.random.default_rng(0)
     frame = Frame(
         amount=[None if i == 3 else float(v) for i, v in enumerate(generator.normal(size=60))],

@@ -37,12 +37,12 @@ def test_scaling_a_column_up_costs_steps_and_normalizing_takes_them_back(rows):
     assert steps_to_minimum(x * [1, 10], y) > 10 * steps_to_minimum(x, y) > 100 * steps_to_minimum(normalized, y)
 
 
-def test_a_column_that_says_all_and_one_that_says_nothing_take_one_step():
+def test_one_column_that_explains_everything_takes_one_step():
     assert steps_to_minimum(np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]]), np.array([1.0, -1, 0, 0])) == 1
     assert steps_to_minimum(np.ones((4, 2)), np.zeros(4)) == 0
 
 
-def test_the_way_drawn_is_gradient_descents_and_ends_at_the_minimum(rows):
+def test_the_path_is_that_of_gradient_descent_and_ends_at_the_minimum(rows):
     x, y = rows
     steps, path = descent(x, y)
     rate = 1 / np.linalg.eigvalsh(2 * x.T @ x / len(x)).max()

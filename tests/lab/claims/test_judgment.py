@@ -39,7 +39,7 @@ def test_holm_rejects_what_its_step_down_procedure_rejects():
     assert {i for i, p in enumerate(holm(p_values)) if p <= ALPHA} == rejected == {1, 4, 2}
 
 
-def test_where_nothing_differs_a_single_claim_holds_in_at_most_its_alpha_of_all_the_ways_signs_can_fall():
+def test_where_nothing_differs_a_claim_holds_in_at_most_alpha_of_all_sign_patterns():
     """Under the null each of the 2^8 patterns of signs is as likely as any other."""
     patterns = list(itertools.product((0.5, 2.0), repeat=8))
     holds = sum(judge([ratio(*pattern)])[0].verdict == "holds" for pattern in patterns)
@@ -80,7 +80,7 @@ def test_what_is_measured_in_seconds_moves_no_verdict_on_steps():
     assert judge([steps, *seconds])[0] == judge([steps])[0]
 
 
-def test_what_can_not_be_judged_is_undecided_says_why_and_is_not_counted_among_the_tests():
+def test_what_cannot_be_judged_is_undecided_with_its_reason_and_is_no_test():
     reason = "there is nothing to compare"
     finding, other = judge([ratio(*[2.0] * 10, reason=reason), ratio(*[2.0] * 10)])
     assert (finding.verdict, finding.reason, finding.p_holds) == ("undecided", reason, None)

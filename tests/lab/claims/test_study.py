@@ -93,7 +93,7 @@ def test_only_what_the_claims_asked_for_need_is_trained(tmp_path, digits):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_the_same_study_again_gives_the_same_run_json_but_for_times_whatever_the_jobs(finished, tmp_path, digits, jobs):
+def test_a_repeated_study_gives_the_same_run_json_but_for_times_whatever_the_jobs(finished, tmp_path, digits, jobs):
     again = study(tmp_path / "again", digits, jobs=jobs)
     read = [json.loads((run.folder / "run.json").read_text()) for run in (finished, again)]
     assert without_times(read[0]) == without_times(read[1])
@@ -110,7 +110,7 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_result(finished, tmp_path,
     assert without_times(read[0]) == without_times(read[1])
 
 
-def test_a_seed_trains_over_as_many_decades_as_there_are_rates_at_which_it_ends_above_the_threshold(finished):
+def test_a_seed_trains_over_a_decade_per_rate_at_which_it_ends_above_the_threshold(finished):
     details = claim_of(finished, "stability").details
     for arm in ARMS:
         runs = raw(finished, "stability", arm)
@@ -147,7 +147,7 @@ def test_initial_weights_are_what_they_are_multiplied_by(finished):
     assert all(values["train_loss"][0] > 10 for values in large)
 
 
-def test_the_gain_of_the_gap_is_taken_at_the_least_training_loss_that_both_of_a_pair_reach(finished):
+def test_the_gain_is_taken_at_the_least_training_loss_that_both_of_a_pair_reach(finished):
     finding = claim_of(finished, "regularization").findings[0]
     arms = {arm: [values["record"]["gap"] for values in raw(finished, "confirm", arm)] for arm in ("none", "before")}
     for none, before, pair in zip(arms["none"], arms["before"], finding.pairs, strict=True):

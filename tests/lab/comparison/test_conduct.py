@@ -77,7 +77,7 @@ def test_all_the_planned_steps_are_counted_as_taken(finished):
         assert counter.planned[arm] == counter.taken[arm] == (3 * 2 + 3) * 40 + half * 20
 
 
-def test_the_search_tries_every_rate_with_every_search_seed_and_confirms_with_fresh_ones(finished):
+def test_every_rate_is_searched_with_every_search_seed_and_confirmed_with_fresh_ones(finished):
     _, run, result = finished
     for arm in ARMS:
         searched = {(r.learning_rate, r.seed) for r in run.runs("search", arm)}

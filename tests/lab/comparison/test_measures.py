@@ -186,7 +186,7 @@ def test_censoring_at_the_budget_never_excludes_the_true_median(steps):
     assert high >= true * (1 - 1e-12)
 
 
-def test_the_difference_of_test_scores_is_that_of_the_means_with_a_bootstrap_interval():
+def test_the_difference_of_scores_is_that_of_the_means_with_a_bootstrap_interval():
     random = np.random.default_rng(0)
     none = (random.random((10, 400)) < 0.10).astype(float)
     arm = (random.random((10, 400)) < 0.05).astype(float)
