@@ -1,6 +1,6 @@
-# Two commands: `make demo` and `make test`. Each makes .venv when there is none, and builds the CPU kernels in it.
-# Some tests look at the pages in a browser, some with axe-core, which npm fetches; where there is none of these they
-# are skipped, with a word: apt-get install chromium npm.
+# Two commands: `make demo` and `make test`. Each creates .venv if there is none, and builds the CPU kernels in it.
+# Some tests look at pages in a browser, and some use axe-core, which npm downloads. Where either is missing they are
+# skipped with a message: apt-get install chromium npm.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,26 +8,51 @@ AXE := axe-core@4.14.1
 KERNELS := $(wildcard src/batchnorm/kernels/native*.cpp src/batchnorm/kernels/native*.h)
 SANITIZERS := -fsanitize=address,undefined
 
-.PHONY: demo test lint bench sanitize clean
+TORCH ?= 2.10.0
+TORCH_VENV := .venv-torch-$(TORCH)
+QUICK := not (slow or browser or compile or distributed)
+
+.PHONY: demo test test-quick test-torch coverage lint hooks bench sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/batchnorm compare digits
 
-# A file's tests stay together: they share what takes long to make.
+# The tests of a file run in one process, because they share fixtures that take long to make.
 test: lint $(VENV)/axe
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile
+
+test-quick: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m '$(QUICK)'
+
+coverage: $(VENV)/axe
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile --cov --cov-report term:skip-covered
+
+# The tests of the core, on another version of torch, in an environment of its own. torch 2.14 deprecates torch.jit.
+test-torch:
+	$(PYTHON) -m venv $(TORCH_VENV)
+	grep -v '^torch==' constraints.txt > $(TORCH_VENV)/constraints.txt
+	$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TORCH_VENV)/constraints.txt \
+	    torch==$(TORCH) -e '.[test]'
+	$(TORCH_VENV)/bin/python -m pytest -n auto --maxprocesses 2 --dist loadfile \
+	    -W 'ignore:.torch.jit:DeprecationWarning' tests/kernels tests/ops tests/nn tests/statistics tests/test_*.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/typos
+
+# Run ruff, mypy and typos before each commit.
+hooks: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pre-commit install
 
 bench: $(VENV)/installed
 	$(BIN)/batchnorm bench --out benchmarks/results/kernels.json
 
-# The kernels' tests on kernels that stop at the first access out of bounds and the first undefined operation; of an
-# x86-64's instruction sets AVX2 alone, which spares two thirds of the wait. ASan must come first in the process; so must
-# libstdc++, whose exceptions it watches and torch throws. Python's leaks aren't ours.
+# The tests of the kernels, on kernels that stop at the first access out of bounds and the first undefined operation. On
+# x86-64 only AVX2 is built, which takes a third of the time. ASan must be loaded first, and so must libstdc++, since ASan
+# intercepts its exceptions and torch throws some. Leaks are not reported: they are Python's.
 sanitize: $(VENV)/installed
 	rm -rf build/sanitize
 	CC=gcc CXX=g++ CPPFLAGS=$(if $(filter x86_64,$(shell uname -m)),-DBN_ONLY=256) \
@@ -36,9 +61,9 @@ sanitize: $(VENV)/installed
 	BATCHNORM_KERNELS=native BATCHNORM_NATIVE_LIBRARY=$(CURDIR)/build/sanitize/batchnorm/kernels/_native.so \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	    $(BIN)/python -m pytest tests/kernels --ignore tests/kernels/test_allocator.py  # malloc is ASan's there
+	    $(BIN)/python -m pytest tests/kernels --ignore tests/kernels/test_allocator.py  # it tests glibc's malloc, which ASan replaces
 
-# Where the kernels alone have changed they alone are built anew.
+# If only the kernels have changed, only they are built again.
 $(VENV)/installed: pyproject.toml constraints.txt setup.py $(KERNELS)
 	$(if $(filter-out $(KERNELS),$?),$(INSTALL),$(BIN)/python setup.py -q build_ext --inplace)
 	touch $@
@@ -52,8 +77,8 @@ $(VENV)/axe: $(VENV)/installed
 	@rm -rf $@.part && mkdir $@.part
 	@if command -v npm >/dev/null; then \
 	    npm pack --silent --pack-destination $@.part $(AXE) && tar -xzf $@.part/*.tgz -C $@.part && mv $@.part $@; \
-	else echo "make test: without npm the tests that need axe-core are skipped"; fi
+	else echo "make test: npm is missing, so the tests that need axe-core are skipped"; fi
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info src/batchnorm/kernels/_native.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* build dist src/*.egg-info src/batchnorm/kernels/_native.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find src tests -name __pycache__ -type d -exec rm -rf {} +

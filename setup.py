@@ -1,8 +1,8 @@
-"""Build the CPU kernels with whatever C++ compiler there is; all the rest is in pyproject.toml.
+"""Build the CPU kernels with the C++ compiler of the system; everything else is in pyproject.toml.
 
-``batchnorm/kernels/_native.so`` is no extension module but a shared library that needs libc and libm alone: it knows
-neither Python nor torch, so one wheel serves every Python. Where it can't be built the package installs all the same
-and runs on its reference kernels, and ``batchnorm/kernels/_native.txt`` says why.
+``batchnorm/kernels/_native.so`` is not an extension module but a shared library that needs libc and libm alone. It uses
+neither Python nor torch, so that one wheel serves every version of Python. If it can't be built, the package installs
+all the same and runs on its reference kernels, and ``batchnorm/kernels/_native.txt`` has the reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from setuptools.errors import CompileError
 SOURCES = Path("src/batchnorm/kernels")
 KERNELS = Extension(
     "batchnorm.kernels._native",
-    [path.as_posix() for path in sorted(SOURCES.glob("native*.cpp"))],  # one an instruction set, and their caller
+    [path.as_posix() for path in sorted(SOURCES.glob("native*.cpp"))],  # one per instruction set, and their caller
     depends=[path.as_posix() for path in sorted(SOURCES.glob("*.h"))],  # the sdist needs them
 )
 # Never -ffast-math, which flushes subnormals in the whole process; never -fopenmp, which brings a second runtime; never
@@ -45,7 +45,7 @@ COMPILE = [
 
 
 def compilers() -> tuple[list[str], list[str]]:
-    """The commands that compile C++ and that link as for C, which leaves libstdc++ out."""
+    """Return the command that compiles C++, and the command that links without libstdc++, as for C."""
     cxx = os.environ.get("CXX") or os.environ.get("CC")
     if not cxx:
         cxx = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")
@@ -58,7 +58,7 @@ def compilers() -> tuple[list[str], list[str]]:
 
 
 def run(command: list[str]) -> None:
-    """Run a compiler; its first error is what the user gets to read."""
+    """Run a compiler, and raise `CompileError` with its first error if it fails."""
     logging.info(shlex.join(command))
     environment = {**os.environ, "LC_ALL": "C"}
     try:
@@ -73,14 +73,14 @@ def run(command: list[str]) -> None:
 
 
 class BuildKernels(build_ext):
-    """Compiles and links the C++ files, or leaves the reason why not beside where the library would be."""
+    """Compiles and links the C++ files, or writes the reason for a failure next to the place of the library."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """The same name on every platform, since no Python imports it."""
+        """Return a name that is the same on every platform, because Python does not import the library."""
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def run(self) -> None:
-        """Leave either the library or the reason."""
+        """Build the library, or write the reason for a failure."""
         library, reason = self.products()
         library.parent.mkdir(parents=True, exist_ok=True)
         for path in (library, reason):
@@ -92,10 +92,10 @@ class BuildKernels(build_ext):
             self.warn(f"batchnorm runs on its slow reference kernels, since {error}")
         if self.inplace:
             for path in (library, reason):
-                put(path, SOURCES / path.name)
+                replace(path, SOURCES / path.name)
 
     def compile(self, library: Path) -> None:
-        """Compile and link, or raise with the reason."""
+        """Compile and link; raise `CompileError` with the reason for a failure."""
         if sys.platform == "win32":
             raise CompileError("the native kernels are not built on Windows")
         cxx, cc = compilers()
@@ -107,12 +107,12 @@ class BuildKernels(build_ext):
         objects = {source: str(into / f"{Path(source).stem}.o") for source in KERNELS.sources}
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # each file takes a compiler many seconds
             list(pool.map(lambda source: run([*cxx, *ours, "-c", source, "-o", objects[source]]), objects))
-        # What libstdc++ would have to supply must fail here, not where the library is loaded.
+        # A missing symbol of libstdc++ must fail here, and not when the library is loaded.
         whole = [] if sys.platform == "darwin" else ["-Wl,-z,defs"]
         run([*cc, "-shared", *platform, *whole, *flags["LDFLAGS"], *objects.values(), "-lm", "-o", str(library)])
 
     def target(self) -> list[str]:
-        """What macOS's compiler must be told, so that the library fits the tag of the wheel."""
+        """Return the flags with which macOS's compiler builds a library that fits the tag of the wheel."""
         if not self.plat_name.startswith("macosx-"):
             return []
         _, version, machine = self.plat_name.split("-")
@@ -120,21 +120,21 @@ class BuildKernels(build_ext):
         return [f"-mmacosx-version-min={version}", *(flag for name in machines for flag in ("-arch", name))]
 
     def products(self) -> tuple[Path, Path]:
-        """The library and the reason, of which one is there after a build."""
+        """Return the paths of the library and of the reason; a build leaves one of them."""
         library = Path(self.build_lib, self.get_ext_filename(KERNELS.name))
         return library, library.with_suffix(".txt")
 
     def get_outputs(self) -> list[str]:
-        """What was built."""
+        """Return the files that were built."""
         return list(self.get_output_mapping())
 
     def get_output_mapping(self) -> dict[str, str]:
-        """What was built, and where an editable install has it."""
+        """Return the files that were built, each with its path in an editable install."""
         return {str(path): str(SOURCES / path.name) for path in self.products() if path.exists()}
 
 
-def put(new: Path, old: Path) -> None:
-    """Put a file, or its absence, in another's place; a process that has the old one open keeps it whole."""
+def replace(new: Path, old: Path) -> None:
+    """Replace a file, or delete it if there is no new one; a process that has the old one open keeps it whole."""
     if new.exists():
         part = old.with_name(f"{old.name}.part")
         shutil.copyfile(new, part)
@@ -144,10 +144,10 @@ def put(new: Path, old: Path) -> None:
 
 
 class TagWheel(bdist_wheel):
-    """py3-none-PLATFORM: the library asks for a platform, and for no Python."""
+    """Tags the wheel py3-none-PLATFORM: the library depends on the platform, but not on the version of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """The platform of the build, and no Python."""
+        """Return the tag of a wheel for any Python 3 on the platform of the build."""
         return "py3", "none", super().get_tag()[2]
 
 
