@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from batchnorm.kernels.library import reason
+from support import skip_or_fail
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "src/batchnorm/kernels"
@@ -54,11 +55,6 @@ print(sorted(new), halved())
 """
 
 
-def missing(sentence):
-    """Skip the test with a word; in CI fail it."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(sentence)
-
-
 def run(*command, cwd=ROOT, **environment):
     """Run a command that must succeed; a name given as None is unset."""
     names = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
@@ -92,7 +88,7 @@ def wheel(sdist, tmp_path_factory):
 def library(wheel, tmp_path_factory):
     """The library of the wheel."""
     if shutil.which("readelf") is None:
-        missing("this test reads a library's ELF: apt-get install binutils")
+        skip_or_fail("this test reads a library's ELF: apt-get install binutils")
     with zipfile.ZipFile(wheel) as opened:
         return opened.extract("batchnorm/kernels/_native.so", tmp_path_factory.mktemp("library"))
 
@@ -203,7 +199,7 @@ def test_the_kernels_compile_for_arm64_without_a_warning_and_agree_with_plain_lo
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="x86-64's instruction sets")
 def test_the_kernels_for_a_processor_without_avx2_agree_with_plain_loops(tmp_path):
     if shutil.which("g++") is None:
-        missing("this test compiles the kernels: apt-get install g++")
+        skip_or_fail("this test compiles the kernels: apt-get install g++")
     _, driver = built(tmp_path, CXX="g++", CPPFLAGS="-DBN_ONLY=128")
     assert run(driver) == "SSE2: 340 cases, 0 wrong\n"
 
@@ -211,5 +207,5 @@ def test_the_kernels_for_a_processor_without_avx2_agree_with_plain_loops(tmp_pat
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps")
 def test_loading_the_library_brings_no_other_and_leaves_the_floating_point_mode():
     if reason() is not None:
-        missing(f"no native kernels: {reason()}")
+        skip_or_fail(f"no native kernels: {reason()}")
     assert run(sys.executable, "-c", LOADED, BATCHNORM_KERNELS="native") == "['_native.so'] True\n"
