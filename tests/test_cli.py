@@ -15,11 +15,11 @@ import polars as pl
 import pytest
 
 import batchnorm as bn
-from batchnorm.cli import options
 from batchnorm.cli.compare import CLAIMS as OFFERED_CLAIMS
 from batchnorm.cli.compare import Task as OfferedTask
 from batchnorm.lab.claims import CLAIMS
 from batchnorm.lab.data.dataset import Task
+from batchnorm.lab.data.sources import BUILT_IN_NAMES
 from batchnorm.lab.data.tables import BUILT_IN
 from batchnorm.lab.training import settings
 from batchnorm.lab.training.network import ACTIVATIONS
@@ -190,6 +190,13 @@ HEAVY = ["torch", "numpy", "scipy", "sklearn", "polars", "plotly", "joblib", "ji
         (["explain", "--activation", "swish"], 2),
         (["shift", "model", "digits", "--alpha", "2"], 2),
         (["report"], 2),
+        (["report", "absent"], 2),
+        (["compare", "absent.csv"], 2),
+        (["compare", "--out", "."], 2),
+        (["compare", "--resume", "absent"], 2),
+        (["explain", "absent.csv"], 2),
+        (["shift", "model", "digits"], 2),
+        (["shift", "model:name", "absent.csv"], 2),
         (["bench", "--only", "gelu"], 2),
         (["bench", "--models", "--quick"], 2),
     ],
@@ -223,7 +230,7 @@ def test_the_names_that_the_command_line_offers_are_those_of_the_lab():
     assert get_args(settings.Activation) == tuple(ACTIVATIONS)
     assert get_args(OfferedTask) == get_args(Task)
     assert tuple(CLAIMS) == OFFERED_CLAIMS
-    assert options.SOURCES.startswith(", ".join(BUILT_IN))
+    assert tuple(BUILT_IN) == BUILT_IN_NAMES
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -356,7 +363,7 @@ def test_shift_as_json_compared_with_clean_rows_fails_where_asked_to(wines):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nothing", "same.csv"], "must be MODULE:NAME, as in train:make_model; got 'nothing'"),
+        (["nothing", "same.csv"], "must be MODULE:NAME, such as train:make_model; got 'nothing'"),
         (["cellar:none", "same.csv"], "has no attribute 'none'"),
         (["cellar:fitted", "none.csv"], "there is no file 'none.csv'"),
         (

@@ -12,6 +12,8 @@ import typer
 
 from batchnorm.cli.options import Data, Json, Quiet, Target, at_least, parse_names, parse_numbers
 from batchnorm.errors import InputError
+from batchnorm.lab.comparison.folders import check_empty, check_run_folder
+from batchnorm.lab.data.sources import check_source
 from batchnorm.lab.training.settings import Activation, Inputs, Optimizer, Settings
 
 __all__ = ["compare", "report"]
@@ -89,8 +91,13 @@ def compare(
     for name in claim or []:
         if name not in CLAIMS:
             raise InputError(f"claim must be one of {', '.join(CLAIMS)}; got {name!r}")
-    if resume is not None:
+    if resume is None:
+        check_source(data)
+    else:
         _check_given_with_resume(context)
+        check_run_folder(resume, "resume")
+    if out is not None:
+        check_empty(out)
     widths = parse_numbers(hidden, int, "hidden")
     rates = parse_numbers(learning_rates, float, "learning_rates") if learning_rates else None
 
@@ -169,6 +176,8 @@ def _check_given_with_resume(context: typer.Context) -> None:
 
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.", metavar="FOLDER")]) -> None:
     """Draw report.html of a run again."""
+    check_run_folder(folder)
+
     from batchnorm.lab.comparison.run_file import read_run
     from batchnorm.lab.report.report import write_report
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli.options import SOURCES, Json, Target
+from batchnorm.lab.data.sources import check_source
 from batchnorm.lab.training.settings import Activation
 
 __all__ = ["explain"]
@@ -30,6 +31,9 @@ def explain(
 
     The mini-batch has 4 rows.
     """
+    if data is not None:
+        check_source(data)
+
     from batchnorm.lab.data.tables import read_table
     from batchnorm.lab.teaching.explain_page import write_page
     from batchnorm.lab.teaching.worked_example import NOTES, from_table, worked_example

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
 from batchnorm.errors import BatchNormError, InputError
+from batchnorm.lab.data.sources import BUILT_IN_NAMES
 
 __all__ = [
     "Command",
@@ -27,7 +28,7 @@ __all__ = [
 
 Number = TypeVar("Number", int, float)
 
-SOURCES = "digits, breast_cancer, wine, diabetes, placement, or the path of a CSV, TSV, Parquet or NPZ file"
+SOURCES = f"{', '.join(BUILT_IN_NAMES)}, or the path of a CSV, TSV, Parquet or NPZ file"
 
 Data = Annotated[str, typer.Argument(help=f"Data set: {SOURCES}.", metavar="DATA")]
 Target = Annotated[str | None, typer.Option(help="Column to predict (default: y, or that of the data set).")]

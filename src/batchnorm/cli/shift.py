@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli.options import Data, Json, at_least, between, parse_names
+from batchnorm.errors import InputError
+from batchnorm.lab.data.sources import check_source
 
 __all__ = ["shift"]
 
@@ -47,6 +49,13 @@ def shift(
     The covariate shift is measured against the statistics that the model stores. With --target, the model's score is
     shown as it is, adapted and retrained.
     """
+    module, _, name = model.partition(":")
+    if not (module and name):
+        raise InputError(f"model must be MODULE:NAME, such as train:make_model; got {model!r}")
+    for source in (data, reference):
+        if source is not None:
+            check_source(source)
+
     from batchnorm.lab.serving.served import load
     from batchnorm.lab.serving.shift import examine, read_rows
 

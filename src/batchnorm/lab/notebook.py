@@ -16,8 +16,9 @@ from batchnorm.errors import InputError
 from batchnorm.lab.claims import CLAIMS, ClaimTests
 from batchnorm.lab.comparison.conduct import compare as run_comparison
 from batchnorm.lab.comparison.conduct import fit_to_data
+from batchnorm.lab.comparison.folders import new_folder
 from batchnorm.lab.comparison.request import Request
-from batchnorm.lab.comparison.run_file import RunFile, new_folder
+from batchnorm.lab.comparison.run_file import RunFile
 from batchnorm.lab.data.arrays import table_from_arrays
 from batchnorm.lab.data.dataset import Task, prepare
 from batchnorm.lab.report import terminal

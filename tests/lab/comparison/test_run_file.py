@@ -6,8 +6,9 @@ import resource
 import pytest
 
 from batchnorm.errors import RunError
+from batchnorm.lab.comparison.folders import new_folder
 from batchnorm.lab.comparison.request import Request
-from batchnorm.lab.comparison.run_file import RunFile, TrainedStack, new_folder, read_run
+from batchnorm.lab.comparison.run_file import RunFile, TrainedStack, read_run
 from batchnorm.lab.data.dataset import DataDescription
 from batchnorm.lab.files import json_safe, write_file
 from batchnorm.lab.training import runs

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from batchnorm.errors import RunError
 from batchnorm.lab.comparison.conduct import fit_to_data
+from batchnorm.lab.comparison.folders import new_folder
 from batchnorm.lab.comparison.request import Request
-from batchnorm.lab.comparison.run_file import RunFile, new_folder, read_run
+from batchnorm.lab.comparison.run_file import RunFile, read_run
 from batchnorm.lab.data.dataset import Dataset
 from batchnorm.lab.training.settings import Settings
 

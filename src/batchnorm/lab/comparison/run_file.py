@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,6 +12,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 
 from batchnorm.errors import RunError
+from batchnorm.lab.comparison.folders import FILE, check_run_folder
 from batchnorm.lab.comparison.request import Request
 from batchnorm.lab.comparison.result import Result
 from batchnorm.lab.data.dataset import DataDescription
@@ -25,47 +23,15 @@ from batchnorm.lab.training.runs import Run
 from batchnorm.lab.training.settings import Arm, Settings
 from batchnorm.version import __version__
 
-__all__ = ["FILE", "RunFile", "TrainedStack", "new_folder", "read_run"]
+__all__ = ["RunFile", "TrainedStack", "read_run"]
 
 FORMAT = "batchnorm-run"
 VERSION = 2
-FILE = "run.json"
-BYTES_NEEDED = 20_000_000
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "polars", "plotly", "joblib")
 
 HEAD = ("status", "created", "seconds", "versions", "machine", "command", "request", "settings", "data")
 
 Status = Literal["running", "interrupted", "complete"]
-
-
-def new_folder(out: Path | None, name: str) -> Path:
-    """Return an empty folder for a run: ``out``, or the next free ``batchnorm-runs/NAME-N``.
-
-    Raises
-    ------
-    RunError
-        The folder is not empty, can't be made or written to, or the disk is nearly full.
-    """
-    if out is None:
-        tried = (Path("batchnorm-runs") / f"{name}-{number}" for number in itertools.count(1))
-        out = next(folder for folder in tried if not folder.exists())
-    if out.exists() and not out.is_dir():
-        raise RunError(f"out must be a folder; {str(out)!r} is a file")
-    if out.exists() and any(out.iterdir()):
-        names = ", ".join(sorted(path.name for path in out.iterdir())[:3])
-        raise RunError(f"out must be a new or an empty folder; {str(out)!r} contains {names}")
-    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
-    if free < BYTES_NEEDED:
-        raise RunError(
-            f"out must have {BYTES_NEEDED // 1_000_000} MB of free disk; {str(out)!r} has {free / 1e6:.1f} MB"
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise RunError(f"out must be a writable folder; {str(out)!r}: {error.strerror}") from error
-    return out
 
 
 @dataclass(frozen=True)
@@ -217,11 +183,10 @@ def read_run(folder: Path) -> RunFile:
     RunError
         The folder has no run.json, or one that this version can't read.
     """
+    check_run_folder(folder)
     path = folder / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"folder must be the folder of a run, with a {FILE}; {str(folder)!r} has none") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{FILE} must be as batchnorm wrote it; {str(path)!r} can't be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

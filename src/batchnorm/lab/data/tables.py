@@ -12,11 +12,11 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from batchnorm.errors import DataError
+from batchnorm.lab.data.sources import check_source
 
 __all__ = ["BUILT_IN", "Table", "placement", "read_frame", "read_table", "target_of"]
 
 MISSING = ["", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "?"]
-SUFFIXES = {".csv", ".tsv", ".parquet", ".npz"}
 SEPARATORS = ",;\t|"
 
 
@@ -127,10 +127,7 @@ def _read_arrays(path: Path) -> pl.DataFrame:
 
 def _read_file(path: Path) -> pl.DataFrame:
     suffix = path.suffix.lower()
-    if not path.exists():
-        raise DataError(f"data must be a file or one of {', '.join(BUILT_IN)}; there is no file {str(path)!r}")
-    if not path.is_file() or suffix not in SUFFIXES:
-        raise DataError(f"data must be a .csv, .tsv, .parquet or .npz file; got {str(path)!r}")
+    check_source(str(path))
     if suffix in (".csv", ".tsv") and _first_bytes(path) in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"a text file must be in UTF-8; {str(path)!r} is in UTF-16")
     if path.stat().st_size == 0:
