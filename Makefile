@@ -10,6 +10,8 @@ SANITIZERS := -fsanitize=address,undefined
 
 TORCH ?= 2.10.0
 TORCH_VENV := .venv-torch-$(TORCH)
+TORCH_TESTS := $(addprefix tests/,kernels ops nn statistics $(addprefix test_,$(addsuffix .py,\
+    checks errors exports functional normalize processes reports text torch_internals)))
 QUICK := not (slow or browser or compile or distributed)
 
 .PHONY: demo test test-quick test-torch coverage lint hooks bench sanitize clean
@@ -28,13 +30,15 @@ coverage: $(VENV)/axe
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile --cov --cov-report term:skip-covered
 
 # The tests of the core, on another version of torch, in an environment of its own. torch 2.14 deprecates torch.jit.
-test-torch:
-	$(PYTHON) -m venv $(TORCH_VENV)
-	grep -v '^torch==' constraints.txt > $(TORCH_VENV)/constraints.txt
-	$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TORCH_VENV)/constraints.txt \
-	    torch==$(TORCH) -e '.[test]'
+test-torch: $(TORCH_VENV)/installed
 	$(TORCH_VENV)/bin/python -m pytest -n auto --maxprocesses 2 --dist loadfile \
-	    -W 'ignore:.torch.jit:DeprecationWarning' tests/kernels tests/ops tests/nn tests/statistics tests/test_*.py
+	    -W 'ignore:`torch.jit:DeprecationWarning' $(wildcard $(TORCH_TESTS))
+
+$(TORCH_VENV)/installed: pyproject.toml constraints.txt setup.py
+	$(PYTHON) -m venv $(TORCH_VENV)
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(TORCH_VENV)/constraints.txt
+	$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TORCH_VENV)/constraints.txt -e '.[test]'
+	touch $@
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

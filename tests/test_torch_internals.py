@@ -56,6 +56,19 @@ def test_this_torch_has_every_private_name_as_known(name):
     assert name in torch_internals._FOUND
 
 
+@compiles
+def test_a_function_may_be_compiled_before_any_name_has_been_looked_up():
+    code = """
+import warnings
+warnings.simplefilter("ignore")
+import torch, batchnorm as bn
+x = torch.randn(8, 4)
+compiled = torch.compile(bn.BatchNorm1d(4), fullgraph=True, backend="aot_eager")
+torch.testing.assert_close(compiled(x), bn.BatchNorm1d(4)(x))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # How a name is looked up.
 
 
