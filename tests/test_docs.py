@@ -25,7 +25,10 @@ def result(name):
     return committed(name).result
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/compare.md", "docs/layers.md", "docs/statistics.md"])
+PAGES = ["README.md", "docs/compare.md", "docs/explain.md", "docs/layers.md", "docs/statistics.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_examples_of_a_page_run(page):
     failed, attempted = doctest.testfile(str(ROOT / page), module_relative=False)
     assert attempted > 5

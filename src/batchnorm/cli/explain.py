@@ -45,4 +45,4 @@ def explain(
     if json_output:
         typer.echo(example.to_json())
     else:
-        typer.echo(example.text() if html is None else f"Page: {html}")
+        typer.echo(str(example) if html is None else f"Page: {html}")

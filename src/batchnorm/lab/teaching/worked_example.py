@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import polars as pl
@@ -17,14 +18,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchnorm.diagnostics.explain import Calculation, explain
+from batchnorm.diagnostics.explain import explain
 from batchnorm.errors import DataError, InputError
 from batchnorm.kernels import reference
 from batchnorm.lab.data.columns import running_index
 from batchnorm.lab.data.tables import Table
+from batchnorm.lab.teaching.figures import (
+    ExampleRow,
+    Figures,
+    GradientStep,
+    KeptNumbers,
+    LayerFigures,
+    LossStep,
+    Neuron,
+    OtherBatch,
+    ParameterStep,
+    RunningFigures,
+)
 from batchnorm.lab.teaching.worked_text import worked_text
 from batchnorm.lab.training.network import ACTIVATIONS
 from batchnorm.nn import BatchNorm1d
+from batchnorm.reports import Report
 
 __all__ = ["NOTES", "MiniBatch", "WorkedExample", "from_table", "worked_example"]
 
@@ -34,20 +48,20 @@ ROWS = 4
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """A few rows of two features x1, x2, and what is to be predicted from them.
+    """A few rows of two features x1, x2, and the values to predict from them.
 
     Attributes
     ----------
     names : pair of str
-        Of the features.
+        Names of the features.
     features : sequence of pairs of float
         x1 and x2 of each row.
     target_name : str
-        What the target is called.
+        Name of the target.
     target : sequence of float or None
-        One number a row; None leaves out the loss and the gradient step.
+        One number per row; None leaves out the loss and the gradient step.
     assumed : frozenset of (int, str)
-        Cells that are assumed rather than known: the row, counted from 1, and the feature's or target's name.
+        Cells that are assumed rather than known: the row, counted from 1, and the name of the feature or target.
     """
 
     names: tuple[str, str]
@@ -66,19 +80,33 @@ NOTES = MiniBatch(
 )
 
 
-@dataclass(frozen=True)
-class WorkedExample:
-    """The figures of a worked example, as plain numbers, lists and dicts; docs/explain.md names the keys."""
-
-    figures: dict[str, Any]
+@dataclass(frozen=True, repr=False)
+class WorkedExample(Figures, Report):
+    """The figures of a worked example; ``str()`` is plain text of at most 80 columns."""
 
     def to_json(self) -> str:
-        """The figures in full precision."""
-        return json.dumps(self.figures, indent=2, allow_nan=False)
+        """Return the figures as JSON, in full precision."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
-    def text(self) -> str:
-        """The figures for a reader: plain text of at most 80 columns."""
-        return worked_text(self.figures)
+    def _blocks(self) -> Iterable[str]:
+        return worked_text(self)
+
+    def _summary(self) -> str:
+        return f"{self.neuron.activation} of {' and '.join(self.features)}, {len(self.rows)} rows"
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {"row": row.row, "z": self.neuron.z[i]}
+            | {f"z_hat_{placement}": layer.z_hat[i] for placement, layer in self._layers()}
+            | {f"output_{placement}": layer.output[i] for placement, layer in self._layers()}
+            for i, row in enumerate(self.rows)
+        ]
+
+    def _layers(self) -> Sequence[tuple[str, LayerFigures]]:
+        return ("before", self.before), ("after", self.after)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
 
 def worked_example(
@@ -98,37 +126,38 @@ def worked_example(
     batch : MiniBatch
         At least 3 rows; `NOTES` are those of the notes.
     weights : pair of float or None
-        w1 and w2; None takes 1/sd of each feature, rounded to a power of ten.
+        w1 and w2; None means 1/sd of each feature, rounded to a power of ten.
     bias : float or None
-        b; None takes the whole number that brings the mean of z between 0 and 1.
+        b; None means the whole number that brings the mean of z between 0 and 1.
     activation : str
         g: "identity", "sigmoid", "tanh" or "relu".
     learning_rate : float
-        Of the gradient step on gamma and beta.
+        Learning rate of the gradient step on gamma and beta.
 
     Returns
     -------
     WorkedExample
-        With methods ``text()`` and ``to_json()``.
+        Every figure as an attribute; print it for the calculation, step by step.
 
     Raises
     ------
     DataError
-        Fewer than 3 rows, rows that are not pairs, a target of another length, numbers that are not finite.
+        There are fewer than 3 rows, rows that are not pairs, a target of another length, or numbers that are not
+        finite.
     InputError
-        An unknown activation; weights, bias or learning rate that are not finite, or a learning rate not above 0.
+        The activation is unknown; weights, bias or learning rate are not finite, or the learning rate is not positive.
 
     Examples
     --------
     >>> example = worked_example()
-    >>> [round(z_hat, 4) for z_hat in example.figures["before"]["z_hat"]]
+    >>> [round(z_hat, 4) for z_hat in example.before.z_hat]
     [1.1949, -1.0474, 0.7819, -0.9294]
     """
     x, target = _checked(batch)
     if activation not in ACTIVATIONS:
         raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     if not 0 < learning_rate < math.inf:
-        raise InputError(f"learning rate must be finite and above 0; got {learning_rate}")
+        raise InputError(f"learning_rate must be positive and finite; got {learning_rate}")
     moments = reference.moments(x)
     sd = moments.var.sqrt().tolist()
     if weights is None:
@@ -143,46 +172,43 @@ def worked_example(
     z = (x @ w + b).unsqueeze(1)
     _check_size("z", z)
     layer = BatchNorm1d(1, dtype=z.dtype)
-    plain = explain(layer, z)
+    explanation = explain(layer, z)
+    other = explain(layer, z[:-1]).training
     return WorkedExample(
-        {
-            "features": list(batch.names),
-            "target": None if target is None else batch.target_name,
-            "rows": [
-                {
-                    "row": row,
-                    "features": pair.tolist(),
-                    "target": None if target is None else target[row - 1].item(),
-                    "assumed": [name for name in (*batch.names, batch.target_name) if (row, name) in batch.assumed],
-                }
-                for row, pair in enumerate(x, 1)
-            ],
-            "neuron": {
-                "weights": w.tolist(),
-                "bias": b,
-                "chosen_by_us": weights is None and bias is None,
-                "feature_sd": sd,
-                "activation": activation,
-                "z": z.flatten().tolist(),
-            },
-            "eps": plain.eps,
-            "momentum": plain.momentum,
-            "learning_rate": learning_rate,
-            "bound": plain.bound,
-            "before": _place(z, None if activation == "identity" else activation, target, learning_rate),
-            "after": _place(ACTIVATIONS[activation]()(z), None, target, learning_rate),
-            "other_batch": {"rows": list(range(1, len(x))), **_normalised(explain(layer, z[:-1]).training)},
-            "kept": {
-                "learned": [name for name, _ in layer.named_parameters()],
-                "not_learned": [name for name, tensor in layer.named_buffers() if tensor.is_floating_point()],
-                "numbers_per_neuron": sum(t.numel() for t in layer.state_dict().values() if t.is_floating_point()),
-            },
-        }
+        features=list(batch.names),
+        target=None if target is None else batch.target_name,
+        rows=_rows(batch, x, target),
+        neuron=Neuron(
+            weights=w.tolist(),
+            bias=b,
+            chosen_by_us=weights is None and bias is None,
+            feature_sd=sd,
+            activation=activation,
+            z=z.flatten().tolist(),
+        ),
+        eps=explanation.eps,
+        momentum=explanation.momentum,
+        learning_rate=learning_rate,
+        bound=explanation.bound,
+        before=_layer_figures(z, None if activation == "identity" else activation, target, learning_rate),
+        after=_layer_figures(ACTIVATIONS[activation]()(z), None, target, learning_rate),
+        other_batch=OtherBatch(
+            rows=list(range(1, len(x))),
+            mean=other.mean.item(),
+            var=other.var.item(),
+            sd=other.sd.item(),
+            z_hat=other.z_hat.flatten().tolist(),
+        ),
+        kept=KeptNumbers(
+            learned=[name for name, _ in layer.named_parameters()],
+            not_learned=[name for name, tensor in layer.named_buffers() if tensor.is_floating_point()],
+            numbers_per_neuron=sum(t.numel() for t in layer.state_dict().values() if t.is_floating_point()),
+        ),
     )
 
 
 def _checked(batch: MiniBatch) -> tuple[Tensor, Tensor | None]:
-    """The features (rows, 2) and the target (rows,), once they are known to be usable."""
+    """Return the features (rows, 2) and the target (rows,), once it is sure that they are usable."""
     count = len(batch.features)
     if count < 3:
         raise DataError(f"the worked example must have at least 3 rows; got {count}")
@@ -207,62 +233,82 @@ def _checked(batch: MiniBatch) -> tuple[Tensor, Tensor | None]:
 
 
 def _check_size(name: str, values: Tensor) -> None:
-    """Raise unless the sums of squares that variance and loss are made of stay finite."""
+    """Raise `DataError` unless the sums of squares in variance and loss stay finite."""
     if not (4 * values * values).sum().isfinite():
         raise DataError(f"{name} must be numbers whose squares are finite; got {values.flatten().tolist()}")
 
 
-def _normalised(calculation: Calculation) -> dict[str, Any]:
-    """The statistics of the one channel, and what they make of each row."""
-    statistics = {name: getattr(calculation, name).item() for name in ("mean", "var", "sd")}
-    return {**statistics, "z_hat": calculation.z_hat.flatten().tolist()}
+def _rows(batch: MiniBatch, x: Tensor, target: Tensor | None) -> list[ExampleRow]:
+    columns = (*batch.names, batch.target_name)
+    return [
+        ExampleRow(
+            row=row,
+            features=pair.tolist(),
+            target=None if target is None else target[row - 1].item(),
+            assumed=[name for name in columns if (row, name) in batch.assumed],
+        )
+        for row, pair in enumerate(x, 1)
+    ]
 
 
-def _place(x: Tensor, activation: str | None, target: Tensor | None, learning_rate: float) -> dict[str, Any]:
-    """All figures of a layer that normalises x (rows, 1)."""
-    layer = BatchNorm1d(1, dtype=x.dtype, activation=activation)  # type: ignore[arg-type]  # checked above
-    first = explain(layer, x)
+def _layer_figures(x: Tensor, activation: str | None, target: Tensor | None, learning_rate: float) -> LayerFigures:
+    """Return all figures of a layer that normalizes x (rows, 1)."""
+    layer = BatchNorm1d(1, dtype=x.dtype, activation=activation)  # type: ignore[arg-type]  # it was checked
+    explanation = explain(layer, x)
+    training = explanation.training
     step = None if target is None else _gradient_step(copy.deepcopy(layer), x, target, learning_rate)
     running, seen = [], 0
     for batches in (0, 1, REPEATS):
         for _ in range(seen, batches):
             layer(x)
         seen = batches
-        inference = explain(layer, x).inference
-        assert inference is not None
-        running.append({"batches": batches, **_normalised(inference)})
-    return {
-        "input": x.flatten().tolist(),
-        **_normalised(first.training),
-        "unbiased_var": first.unbiased_var.item(),
-        "gamma": layer.weight.item(),
-        "beta": layer.bias.item(),
-        "y": first.training.y.flatten().tolist(),
-        "output": first.training.output.flatten().tolist(),
-        "step": step,
-        "running": running,
-    }
+        running.append(_running_figures(layer, x, batches))
+    return LayerFigures(
+        input=x.flatten().tolist(),
+        mean=training.mean.item(),
+        var=training.var.item(),
+        sd=training.sd.item(),
+        z_hat=training.z_hat.flatten().tolist(),
+        unbiased_var=explanation.unbiased_var.item(),
+        gamma=layer.weight.item(),
+        beta=layer.bias.item(),
+        y=training.y.flatten().tolist(),
+        output=training.output.flatten().tolist(),
+        step=step,
+        running=running,
+    )
+
+
+def _running_figures(layer: BatchNorm1d, x: Tensor, batches: int) -> RunningFigures:
+    inference = explain(layer, x).inference
+    assert inference is not None
+    return RunningFigures(
+        batches=batches,
+        mean=inference.mean.item(),
+        var=inference.var.item(),
+        sd=inference.sd.item(),
+        z_hat=inference.z_hat.flatten().tolist(),
+    )
 
 
 @torch.enable_grad()
-def _gradient_step(layer: BatchNorm1d, x: Tensor, target: Tensor, learning_rate: float) -> dict[str, Any]:
-    """One step of gradient descent on gamma and beta, for the squared error of the layer's output."""
-    start = [layer.weight.item(), layer.bias.item()]
+def _gradient_step(layer: BatchNorm1d, x: Tensor, target: Tensor, learning_rate: float) -> GradientStep:
+    """Take one step of gradient descent on gamma and beta, for the squared error of the layer's output."""
+    gamma, beta = layer.weight.item(), layer.bias.item()
     loss = F.mse_loss(layer(x).flatten(), target)
     gradients = torch.autograd.grad(loss, [layer.weight, layer.bias])
     with torch.no_grad():
         layer.weight.sub_(learning_rate * gradients[0])
         layer.bias.sub_(learning_rate * gradients[1])
-    new = [layer.weight.item(), layer.bias.item()]
-    step: dict[str, Any] = {
-        name: {"value": before, "gradient": gradient.item(), "new": after}
-        for name, before, gradient, after in zip(("gamma", "beta"), start, gradients, new, strict=True)
-    }
-    return step | {"loss": {"value": loss.item(), "new": F.mse_loss(layer(x).flatten(), target).item()}}
+    return GradientStep(
+        gamma=ParameterStep(gamma, gradients[0].item(), layer.weight.item()),
+        beta=ParameterStep(beta, gradients[1].item(), layer.bias.item()),
+        loss=LossStep(loss.item(), F.mse_loss(layer(x).flatten(), target).item()),
+    )
 
 
 def from_table(table: Table) -> MiniBatch:
-    """The first 4 complete rows: two columns of numbers that are no index, and the target where it is a number."""
+    """Return the first 4 complete rows: two columns of numbers that are no index, and a target that is a number."""
     frame = table.frame
     columns = [c for c in frame.iter_columns() if c.dtype.is_numeric() and c.name != table.target]
     names = [column.name for column in columns if not running_index(column)][:2]
@@ -270,8 +316,8 @@ def from_table(table: Table) -> MiniBatch:
         raise DataError(
             f"the worked example must have 2 columns of numbers besides the target; got {', '.join(names) or 'none'}"
         )
-    kind = frame.schema[table.target]
-    targets = [table.target] if kind.is_numeric() or kind == pl.Boolean else []
+    dtype = frame.schema[table.target]
+    targets = [table.target] if dtype.is_numeric() or dtype == pl.Boolean else []
     numbers = frame.select(pl.col(names + targets).cast(pl.Float64))
     rows = numbers.filter(pl.all_horizontal(pl.all().is_finite())).head(ROWS)
     target = rows[table.target].to_list() if targets else None

@@ -2,7 +2,7 @@
 (() => {
   const { names, target, start, kept } = JSON.parse(document.getElementById("start").textContent);
   const count = start.features.length;
-  const STAGES = ["raw", "normalised", "scaled and shifted"];
+  const STAGES = ["raw", "normalized", "scaled and shifted"];
   const FORMULAS = {
     identity: "identity(v) = v", sigmoid: "sigmoid(v) = 1 / (1 + e⁻ᵛ)", tanh: "tanh(v) = (eᵛ − e⁻ᵛ) / (eᵛ + e⁻ᵛ)", relu: "relu(v) = max(0, v)",
   };
@@ -18,17 +18,17 @@
   };
   start.features.forEach((pair, i) => pair.forEach((value, j) => { initial[`features.${i}.${j}`] = value; }));
   if (target) start.target.forEach((value, i) => { initial[`target.${i}`] = value; });
-  elsewhere(start.features, 1).forEach((value, j) => { initial[`single.${j}`] = value; });
+  rowAt(start.features, 1).forEach((value, j) => { initial[`single.${j}`] = value; });
 
   let state = { ...initial };
   let figures;
 
-  /* What is shown follows from the state alone. */
+  /* The page shows a function of the state alone. */
 
   const rowsOf = (values) => start.features.map((_, i) => [values[`features.${i}.0`], values[`features.${i}.1`]]);
 
-  /** A row so many standard deviations from the mean of the rows, with their decimals. */
-  function elsewhere(rows, deviations) {
+  /** Return the row at a distance from the mean of the rows, in standard deviations, with as many decimals as they have. */
+  function rowAt(rows, deviations) {
     return [0, 1].map((j) => {
       const values = rows.map((row) => row[j]);
       const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
@@ -40,8 +40,8 @@
 
   function otherRow(values) {
     const rows = rowsOf(values);
-    if (values.other === "ordinary") return elsewhere(rows, -1);
-    if (values.other === "outlier") return elsewhere(rows, -OUTLIER);
+    if (values.other === "ordinary") return rowAt(rows, -1);
+    if (values.other === "outlier") return rowAt(rows, -OUTLIER);
     return values.other === "same" ? rows[values.swapped] : [values["other.0"], values["other.1"]];
   }
 
@@ -66,7 +66,7 @@
   const signed = (text) => (text.startsWith("−") ? ` − ${text.slice(1)}` : ` + ${text}`);
   const less = (text) => (text.startsWith("−") ? ` + ${text.slice(1)}` : ` − ${text}`);
 
-  /** Numbers with one number of decimals, so that they line up; the largest shows `digits` digits. */
+  /** Write numbers with the same number of decimals, so that they line up; the largest shows `digits` digits. */
   function column(values, digits = 5) {
     const largest = Math.max(...values.map(Math.abs));
     if (largest > 0 && !(largest >= 1e-2 && largest < 10 ** (digits + 1))) return values.map((value) => (value ? minus(value.toExponential(2)) : "0"));
@@ -113,34 +113,34 @@
     out("step.assumed", rows.length ? ` t is assumed in row ${rows.join(", ")}.` : "");
   }
 
-  /** Mean (with the decimals that the values have), variance and standard deviation of a mini-batch. */
+  /** Return mean (with as many decimals as the values), variance and standard deviation of a mini-batch as text. */
   function statistics(layer) {
     const [mean] = column([layer.mean, ...layer.input]);
     const [variance, sd] = column([layer.var, layer.sd]);
     return { mean, variance, sd };
   }
 
-  /** √(σ² + ε), which no line break parts. */
+  /** Write √(σ² + ε) without a possible line break. */
   const root = (variance) => `√(${variance}\u00a0+\u00a0${short(state.eps)})`;
 
-  function showLayer(place, layer, z) {
+  function showLayer(placement, layer, z) {
     const input = column(layer.input);
     const { mean, variance, sd } = statistics(layer);
     const zHat = column(layer.zHat);
     const y = column(layer.y);
     const parts = column(layer.input.map((value) => value - layer.mean));
     const g = state.activation;
-    out(`${place}.mean`, mean);
-    out(`${place}.mean.sum`, `(${input[0]}${input.slice(1).map(signed).join("")}) / ${count}`);
-    out(`${place}.var`, variance);
-    out(`${place}.var.sum`, `(${parts.map((part) => `${wrap(part)}²`).join(" + ")}) / ${count}`);
-    out(`${place}.sd`, sd);
-    out(`${place}.sd.sum`, `√${variance}`);
-    each(`${place}.zHat`, zHat);
-    each(`${place}.zHat.sum`, input.map((value) => `(${value}${less(mean)}) / ${root(variance)}`));
-    each(`${place}.y`, y);
-    each(`${place}.y.sum`, zHat.map((value) => `${wrap(short(state.gamma))} · ${wrap(value)}${signed(short(state.beta))}`));
-    if (place === "before") {
+    out(`${placement}.mean`, mean);
+    out(`${placement}.mean.sum`, `(${input[0]}${input.slice(1).map(signed).join("")}) / ${count}`);
+    out(`${placement}.var`, variance);
+    out(`${placement}.var.sum`, `(${parts.map((part) => `${wrap(part)}²`).join(" + ")}) / ${count}`);
+    out(`${placement}.sd`, sd);
+    out(`${placement}.sd.sum`, `√${variance}`);
+    each(`${placement}.zHat`, zHat);
+    each(`${placement}.zHat.sum`, input.map((value) => `(${value}${less(mean)}) / ${root(variance)}`));
+    each(`${placement}.y`, y);
+    each(`${placement}.y.sum`, zHat.map((value) => `${wrap(short(state.gamma))} · ${wrap(value)}${signed(short(state.beta))}`));
+    if (placement === "before") {
       each("before.output", column(layer.output));
       each("before.output.sum", y.map((value) => `${g}(${value})`));
     } else {
@@ -149,15 +149,15 @@
     }
     const sizes = layer.zHat.map(Math.abs);
     const largest = sizes.indexOf(Math.max(...sizes));
-    out(`${place}.bound`, `The values do not fall into a fixed range such as [−1, 1]: for m = ${count} rows |ẑ|\u00a0≤\u00a0√(m\u00a0−\u00a01) = ${column([figures.base.bound])[0]}. The largest here is ${column([sizes[largest]])[0]}, of row ${largest + 1}.`);
-    out(`now.${place}.mean`, mean);
-    out(`now.${place}.sd`, sd);
-    each(`now.${place}.zHat`, zHat);
+    out(`${placement}.bound`, `The values do not fall into a fixed range such as [−1, 1]: for m = ${count} rows |ẑ|\u00a0≤\u00a0√(m\u00a0−\u00a01) = ${column([figures.base.bound])[0]}. The largest here is ${column([sizes[largest]])[0]}, of row ${largest + 1}.`);
+    out(`now.${placement}.mean`, mean);
+    out(`now.${placement}.sd`, sd);
+    each(`now.${placement}.zHat`, zHat);
   }
 
   const plus = (text) => (text.startsWith("−") || !/[1-9]/.test(text) ? text : `+${text}`);
 
-  /** Two states side by side, and their difference; says in which rows there is one. */
+  /** Show two states and their difference; return whether each row differs. */
   function compare(key, was, is) {
     const shown = column([...was, ...is]);
     const change = column(is.map((value, i) => value - was[i]));
@@ -182,8 +182,8 @@
     out("swap.caption", `Row ${row + 1} (${taken}) swapped for ${put}; batch norm ${state.placement} the nonlinearity`);
     const rest = count - 1;
     out("swap.says", changed === 0
-      ? `This swap leaves the mean and the variance as they were, and with them ẑ in the other ${rest} rows.`
-      : `${changed === rest ? `All ${rest}` : `${changed} of the ${rest}`} rows that stayed have another ẑ, though their own numbers are the same.`);
+      ? `This swap changes neither the mean nor the variance, and so not ẑ in the other ${rest} rows.`
+      : `${changed === rest ? `All ${rest}` : `${changed} of the ${rest}`} remaining rows have another ẑ, although their own numbers are the same.`);
     for (const line of document.querySelectorAll("[data-row]")) line.classList.toggle("swapped", Number(line.dataset.row) === row);
   }
 
@@ -267,12 +267,12 @@
     return found;
   }
 
-  /** How far above its line each point is drawn, so that points in one place do not hide each other. */
-  function levels(places) {
-    const order = places.map((_, i) => i).sort((i, j) => places[i] - places[j] || i - j);
-    const found = places.map(() => 0);
+  /** Return the level above its line of each point, so that points at the same position do not hide each other. */
+  function levels(positions) {
+    const order = positions.map((_, i) => i).sort((i, j) => positions[i] - positions[j] || i - j);
+    const found = positions.map(() => 0);
     order.forEach((i, at) => {
-      const near = order.slice(0, at).filter((j) => places[i] - places[j] < 2 * RADIUS).map((j) => found[j]);
+      const near = order.slice(0, at).filter((j) => positions[i] - positions[j] < 2 * RADIUS).map((j) => found[j]);
       while (near.includes(found[i])) found[i] += 1;
     });
     return found;
@@ -298,7 +298,7 @@
       svg(strip, "line", { class: Math.abs(mark) < 1e-9 * (high - low) ? "zero" : "grid", x1: at(mark), x2: at(mark), y1: 24, y2: HEIGHT - 26 });
       svg(strip, "text", { class: "tick", x: at(mark), y: HEIGHT - 8, "text-anchor": "middle" }, labels[i]);
     });
-    const titles = [`raw: ${state.placement === "before" ? "z" : `a = ${state.activation}(z)`}`, `normalised: ẑ = (${symbol} − μ) / √(σ² + ε)`, "scaled and shifted: y = γ · ẑ + β"];
+    const titles = [`raw: ${state.placement === "before" ? "z" : `a = ${state.activation}(z)`}`, `normalized: ẑ = (${symbol} − μ) / √(σ² + ε)`, "scaled and shifted: y = γ · ẑ + β"];
     LINES.forEach((y, i) => {
       svg(strip, "rect", { class: "band", x: at(means[i] - sds[i]), width: Math.max(at(means[i] + sds[i]) - at(means[i] - sds[i]), 0), y: y - 5, height: 10, rx: 5 });
       svg(strip, "line", { class: "line", x1: 0, x2: width, y1: y, y2: y });
@@ -306,25 +306,25 @@
     });
     for (const end of [-base.bound, base.bound]) svg(strip, "line", { class: "bound", x1: at(end), x2: at(end), y1: LINES[1] - 22, y2: LINES[1] + 22 });
 
-    const places = sets.map((set) => set.map(at));
-    const heights = places.map((set, line) => levels(set).map((level) => LINES[line] - level * 1.6 * RADIUS));
-    places[0].forEach((_, i) => svg(strip, "polyline", { class: "way", points: LINES.map((_, line) => `${places[line][i].toFixed(2)},${heights[line][i].toFixed(2)}`).join(" ") }));
+    const positions = sets.map((set) => set.map(at));
+    const heights = positions.map((set, line) => levels(set).map((level) => LINES[line] - level * 1.6 * RADIUS));
+    positions[0].forEach((_, i) => svg(strip, "polyline", { class: "way", points: LINES.map((_, line) => `${positions[line][i].toFixed(2)},${heights[line][i].toFixed(2)}`).join(" ") }));
     LINES.forEach((y, i) => svg(strip, "text", { class: "title", x: 0, y: y - 32 }, titles[i]));
-    places.forEach((set, line) => set.forEach((x, i) => {
+    positions.forEach((set, line) => set.forEach((x, i) => {
       svg(strip, "circle", { class: "ghost", cx: x, cy: heights[line][i], r: RADIUS - 1 });
       svg(strip, "text", { class: "ghost-number", x, y: heights[line][i] + 4, "text-anchor": "middle" }, String(i + 1));
     }));
     const from = Math.min(Math.floor(state.stage), 1);
     const part = state.stage - from;
     const between = (pair, i) => pair[from][i] + part * (pair[from + 1][i] - pair[from][i]);
-    places[0].forEach((_, i) => {
-      svg(strip, "circle", { class: `point ${state.placement}`, cx: between(places, i), cy: between(heights, i), r: RADIUS });
-      svg(strip, "text", { class: "number", x: between(places, i), y: between(heights, i) + 4, "text-anchor": "middle" }, String(i + 1));
+    positions[0].forEach((_, i) => {
+      svg(strip, "circle", { class: `point ${state.placement}`, cx: between(positions, i), cy: between(heights, i), r: RADIUS });
+      svg(strip, "text", { class: "number", x: between(positions, i), y: between(heights, i) + 4, "text-anchor": "middle" }, String(i + 1));
     });
 
     const { mean, sd } = statistics(layer);
-    const [beta, spread] = column([state.beta, scale]);
-    out("strip.says", `Raw, the ${count} points have mean ${mean} and standard deviation ${sd}. Normalised they have mean 0 and standard deviation ${column([sds[1]], 7)[0]}${layer.var > 0 ? ", which is 1 but for ε" : ""}; scaled by γ and shifted by β, mean ${beta} and standard deviation ${spread}.`);
+    const [beta, deviation] = column([state.beta, scale]);
+    out("strip.says", `Raw, the ${count} points have mean ${mean} and standard deviation ${sd}. Normalized, they have mean 0 and standard deviation ${column([sds[1]], 7)[0]}${layer.var > 0 ? ", which is 1 apart from ε" : ""}; scaled by γ and shifted by β, mean ${beta} and standard deviation ${deviation}.`);
     const percent = Math.round(part * 100);
     const words = percent === 0 || percent === 100 ? STAGES[from + percent / 100] : `${percent}% from ${STAGES[from]} to ${STAGES[from + 1]}`;
     out("stage", words);
@@ -342,7 +342,7 @@
   function summary() {
     const layer = figures.base[state.placement];
     const { mean, sd } = statistics(layer);
-    return `Batch norm ${state.placement} the nonlinearity: mean ${mean}, standard deviation ${sd}, normalised ${column(layer.zHat).join(", ")}.`;
+    return `Batch norm ${state.placement} the nonlinearity: mean ${mean}, standard deviation ${sd}, normalized ${column(layer.zHat).join(", ")}.`;
   }
   const spoken = {
     other: () => outs.get("swap.says")[0].textContent,
@@ -367,7 +367,7 @@
     return "power" in slider.dataset ? Math.log10(value) : value;
   };
 
-  /** Controls take on the state; a cell that holds something wrong keeps it, with its message, until it is mended. */
+  /** Show the state in the controls; an invalid input keeps its text and its message until it is corrected. */
   function showControls() {
     for (const input of inputs) {
       const stale = input.value === "" || Number(input.value) !== state[input.dataset.path];
@@ -398,7 +398,7 @@
     fit();
   }
 
-  /** What depends on the width of the page: the strip, and which tables the keyboard must be able to scroll. */
+  /** Adapt to the width of the page: draw the strip, and let the keyboard scroll the tables that are too wide. */
   function fit() {
     showStrip(figures);
     for (const region of document.querySelectorAll(".scroll")) {
@@ -407,7 +407,7 @@
     }
   }
 
-  /** Take on a change, unless its figures would not be finite; says whether it did. */
+  /** Apply a change unless its figures would not be finite; return whether it was applied. */
   function change(values, about) {
     const next = { ...state, ...values };
     const found = derive(next);
@@ -423,18 +423,18 @@
 
   function complain(path, sentence) {
     const input = document.getElementById(path);
-    const place = document.getElementById(`${path}-problem`);
+    const problem = document.getElementById(`${path}-problem`);
     if (sentence) input.setAttribute("aria-invalid", "true");
     else input.removeAttribute("aria-invalid");
-    place.hidden = !sentence;
-    place.textContent = sentence || "";
+    problem.hidden = !sentence;
+    problem.textContent = sentence || "";
     if (sentence) say(`${input.dataset.name}: ${sentence}`);
   }
 
   function wrong(input, path) {
     const value = Number(input.value);
     const last = `The figures keep ${typed(path)}.`;
-    if (input.validity.badInput) return `Must be a number; this is none. ${last}`;
+    if (input.validity.badInput) return `Must be a number; this is not one. ${last}`;
     if (input.value.trim() === "") return `Must be a number; it is empty. ${last}`;
     if (!Number.isFinite(value)) return `Must be a number; this is too large. ${last}`;
     if (path === "eps" && !(value > 0)) return `Must be above 0; got ${short(value)}. ${last}`;
@@ -448,7 +448,7 @@
     const values = { [path]: value, ...more };
     if (about === "other") Object.assign(values, { [path === "other.0" ? "other.1" : "other.0"]: state[path === "other.0" ? "other.1" : "other.0"], other: "typed" });
     const taken = change(values, about);
-    complain(path, taken ? null : `Must be nearer 0: with ${short(value)} the figures are too large to calculate. They keep ${typed(path)}.`);
+    complain(path, taken ? null : `Must be closer to 0; with ${short(value)} the figures are too large to calculate. They keep ${typed(path)}.`);
     if (taken) showControls();
   }
 
@@ -475,7 +475,7 @@
     frame = undefined;
     play.textContent = "Play";
   }
-  const place = (stage) => change({ stage }, "stage");
+  const showStage = (stage) => change({ stage }, "stage");
 
   play.addEventListener("click", () => {
     if (frame !== undefined) return stop();
@@ -487,15 +487,15 @@
       const seconds = (now - began) / 1000;
       const stages = [seconds / half, (seconds - half - PAUSE_SECONDS) / half].map((part) => ease(Math.min(1, Math.max(0, part))));
       const stage = stages[0] + stages[1];
-      place(reduced.matches ? Math.floor(stage) : stage);
+      showStage(reduced.matches ? Math.floor(stage) : stage);
       if (stage < 2) frame = requestAnimationFrame(step);
       else stop();
     };
-    place(0);
+    showStage(0);
     frame = requestAnimationFrame(step);
     return undefined;
   });
-  stageSlider.addEventListener("input", () => { stop(); place(Number(stageSlider.value)); });
+  stageSlider.addEventListener("input", () => { stop(); showStage(Number(stageSlider.value)); });
   for (const button of buttons) {
     button.addEventListener("click", () => {
       const { choice, value } = button.dataset;
@@ -510,7 +510,7 @@
     for (const input of inputs) complain(input.dataset.path, null);
     for (const input of inputs) input.value = "";
     change(initial);
-    say("All as at the start.");
+    say("Everything is reset.");
   });
   const step = document.getElementById("step");
   if (step) step.addEventListener("click", () => {

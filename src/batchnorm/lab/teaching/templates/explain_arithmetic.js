@@ -1,6 +1,6 @@
 "use strict";
 
-/** Nonlinearities g and their derivatives, both as functions of the argument. */
+/** Nonlinearities g and their derivatives, as functions of the argument. */
 const ACTIVATIONS = {
   identity: { g: (v) => v, slope: () => 1 },
   sigmoid: { g: (v) => 1 / (1 + Math.exp(-v)), slope: (v) => { const s = 1 / (1 + Math.exp(-v)); return s * (1 - s); } },
@@ -9,11 +9,11 @@ const ACTIVATIONS = {
 };
 
 /**
- * Every number of batch normalization of one neuron, before and after its nonlinearity.
+ * Calculate every number of batch normalization of one neuron, before and after its nonlinearity.
  *
- * Takes features (m pairs), weights (2), bias, gamma, beta, eps, momentum, activation, batches (how often the running
- * statistics have seen this mini-batch), and where wanted single (a pair, at inference), target (m) and learningRate.
- * Reads and changes nothing else; a number too large for the arithmetic comes out as Infinity or NaN.
+ * `given` has features (m pairs), weights (2), bias, gamma, beta, eps, momentum, activation, batches (how often the
+ * running statistics have seen this mini-batch), and optionally single (a pair, at inference), target (m) and
+ * learningRate. The function is pure; a number that is too large for the arithmetic becomes Infinity or NaN.
  */
 function calculate(given) {
   const { g, slope } = ACTIVATIONS[given.activation];
@@ -25,12 +25,12 @@ function calculate(given) {
     const m = values.length;
     const near = sum(values) / m;
     const d = values.map((value) => value - near);
-    // One double can't hold the mean of far-off values: what is left of it is added, so that a constant has variance 0.
+    // One double can't hold the mean of values far from 0. The rest is kept beside it, so that a constant has variance 0.
     const rest = sum(d) / m;
     return { near, rest, mean: near + rest, var: sum(d.map((part) => part * part)) / m - rest * rest };
   }
 
-  function normalised(values, { near, rest }, variance, end) {
+  function normalize(values, { near, rest }, variance, end) {
     const sd = Math.sqrt(variance + eps);
     const zHat = values.map((value) => (value - near - rest) / sd);
     const y = zHat.map((value) => gamma * value + beta);
@@ -64,9 +64,9 @@ function calculate(given) {
     const m = input.length;
     const { near, rest, mean, var: variance } = moments(input);
     const batch = { input, mean, var: variance, sd: Math.sqrt(variance), unbiasedVar: (variance * m) / (m - 1) };
-    const training = normalised(input, { near, rest }, variance, end);
+    const training = normalize(input, { near, rest }, variance, end);
     const kept = running(batch);
-    const infer = (values) => normalised(values, { near: kept.mean, rest: 0 }, kept.var, end);
+    const infer = (values) => normalize(values, { near: kept.mean, rest: 0 }, kept.var, end);
     const alone = single === null ? null : infer([single]);
     return {
       ...batch,
