@@ -11,7 +11,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.errors import DataError, InputError
 from batchnorm.lab.serving.served import Served
-from batchnorm.lab.serving.shift import Rows, examine, read_rows
+from batchnorm.lab.serving.shift import TableRows, examine, read_rows
 
 LIMITS = {"prior": 16, "alpha": 0.05, "reference_samples": 256}
 
@@ -19,7 +19,7 @@ LIMITS = {"prior": 16, "alpha": 0.05, "reference_samples": 256}
 def rows_of_two_classes(count, seed, shift=0.0):
     generator = np.random.default_rng(seed)
     target = generator.integers(0, 2, count)
-    return Rows(generator.normal(size=(count, 4)) + 1.5 * target[:, None] + shift, target)
+    return TableRows(generator.normal(size=(count, 4)) + 1.5 * target[:, None] + shift, target)
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +63,17 @@ def test_shifted_rows_are_told_and_adapting_mends_what_they_cost(served):
 
 
 def test_the_scores_are_of_rows_that_the_remedies_have_not_seen(served):
-    """Rows that the remedies get are spoiled: had they been scored, it would show."""
+    """The rows that the remedies get have wrong targets, which would show in the score."""
     from sklearn.model_selection import train_test_split
 
     rows = rows_of_two_classes(300, 1)
-    given, kept = train_test_split(np.arange(300), test_size=0.5, random_state=0)
+    given, scored = train_test_split(np.arange(300), test_size=0.5, random_state=0)
     target = rows.target.copy()
     target[given] = 1 - target[given]
-    assert examine(served, Rows(rows.features, target), **LIMITS).scores.as_is > 0.9
+    assert examine(served, TableRows(rows.features, target), **LIMITS).scores.as_is > 0.9
     target = rows.target.copy()
-    target[kept] = 1 - target[kept]
-    assert examine(served, Rows(rows.features, target), **LIMITS).scores.as_is < 0.1
+    target[scored] = 1 - target[scored]
+    assert examine(served, TableRows(rows.features, target), **LIMITS).scores.as_is < 0.1
 
 
 def test_an_estimator_is_retrained_too(estimator):
@@ -82,27 +82,29 @@ def test_an_estimator_is_retrained_too(estimator):
     assert found.scores.as_is < 0.6
     assert min(found.scores.adapted, found.scores.retrained) > 0.75
     said = str(found).splitlines()
-    assert said[-4:-2] == ["score on 150 rows:", f"  as is      {found.scores.as_is:.3f}"]
-    assert said[-1] == f"  retrained  {found.scores.retrained:.3f}  on these other rows, with their labels"
+    assert said[-4:-2] == ["Score on 150 rows:", f"as is      {found.scores.as_is:.3f}"]
+    assert said[-1] == f"retrained  {found.scores.retrained:.3f}  on the same other rows, with labels"
     assert max(map(len, said)) <= 80
 
 
 def test_without_a_target_there_is_no_score(served):
-    found = examine(served, Rows(rows_of_two_classes(300, 1).features, None), **LIMITS)
+    found = examine(served, TableRows(rows_of_two_classes(300, 1).features, None), **LIMITS)
     assert found.scores is None
     assert str(found) == str(found.shift)
+    assert found.frame()["path"].to_list() == ["1"]
+    assert repr(found).startswith("ShiftReport(")
     assert json.loads(found.to_json())["scores"] is None
 
 
-def test_compared_with_clean_rows(served):
+def test_rows_are_compared_with_reference_rows(served):
     found = examine(served, rows_of_two_classes(300, 1, shift=4.0), rows_of_two_classes(200, 2), **LIMITS)
-    assert (found.shift.clean, found.shift.compared_with, found.shift.shifted) == (True, 200, True)
+    assert (found.shift.against, found.shift.reference_samples, found.shift.shifted) == ("reference", 200, True)
     content = json.loads(found.to_json())
     assert content["shift"]["shifted"] is True
     assert content["shift"]["layers"][0]["path"] == "1"
 
 
-def test_a_score_needs_an_output_a_class():
+def test_a_score_needs_an_output_per_class():
     model = nn.Sequential(nn.Linear(4, 3), bn.BatchNorm1d(3), nn.Linear(3, 1)).double().eval()
     with pytest.raises(InputError, match=r"one output per class, \(N, classes\); got \(150, 1\). Without a target"):
         examine(Served(model, torch.as_tensor, None), rows_of_two_classes(300, 1), **LIMITS)
@@ -129,7 +131,7 @@ def test_features_are_the_columns_named_in_their_order_and_never_the_target(tabl
 @pytest.mark.parametrize(
     ("target", "columns", "said"),
     [
-        (None, [], "a feature must be a column of numbers; 'c' is String: choose others with columns="),
+        (None, [], "a feature must be a column of numbers; 'c' is String: pass columns=NAMES for others"),
         (None, ["a", "d"], "a feature must have no empty cell; 'd' has 1"),
         (None, ["a", "e"], "^columns must be columns of the data; got 'e'"),
         ("e", ["a"], "^target must be a column of the data; got 'e'"),

@@ -1,10 +1,10 @@
-"""A trained model given new data: has it shifted, and what adapting and retraining would do about it."""
+"""Test for a shift of the data that a trained model is given, and the effect of adapting and retraining it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,24 @@ from sklearn.model_selection import train_test_split
 from batchnorm.errors import DataError, InputError
 from batchnorm.lab.data.tables import read_frame, target_of
 from batchnorm.lab.serving.served import Served
+from batchnorm.reports import Block, Entries, Report
 from batchnorm.statistics import Shift, adapt, detect_shift
 
-__all__ = ["Rows", "Scores", "ShiftReport", "examine", "read_rows"]
+__all__ = ["Scores", "ShiftReport", "TableRows", "examine", "read_rows"]
 
-BATCH = 256
+BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Features (N, features), and what is to be predicted (N,) where it is known."""
+class TableRows:
+    """Rows of a table, as a model takes them.
+
+    Attributes
+    ----------
+    features : ndarray, shape (N, features)
+    target : ndarray, shape (N,), or None
+        The values to predict, where they are known.
+    """
 
     features: NDArray[np.float64]
     target: NDArray[Any] | None
@@ -35,18 +43,20 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracy, or an estimator's own score, on rows that neither remedy has seen.
+    """Accuracy, or the estimator's own score, on rows that neither remedy has seen.
 
     Attributes
     ----------
-    as_is, adapted : float
-        Of the model as it is, and with statistics adapted to the other rows, without their labels.
+    as_is : float
+        Score of the model as it is.
+    adapted : float
+        Score with statistics adapted to the other rows, without their labels.
     retrained : float or None
-        Of the estimator fitted anew to the other rows; a Module's training is not known.
+        Score of the estimator fitted anew to the other rows; None for a Module, whose training is unknown.
     rows, others : int
-        That are scored, and that the remedies were given.
+        Number of scored rows, and of rows that the remedies were given.
     prior : float
-        Of the adaptation.
+        Number of samples that the stored statistics count as in the adaptation.
     """
 
     as_is: float
@@ -57,33 +67,45 @@ class Scores:
     prior: float
 
 
-@dataclass(frozen=True)
-class ShiftReport:
-    """What `examine` found; ``str()`` of it is the page that the command line prints."""
+@dataclass(frozen=True, repr=False)
+class ShiftReport(Report):
+    """The result of `examine`: the test for a shift, and the scores where the target is known."""
 
     shift: Shift
     scores: Scores | None
 
-    def __str__(self) -> str:
-        if self.scores is None:
-            return str(self.shift)
-        found = self.scores
-        lines = ["", f"score on {found.rows:,} rows:", f"  as is      {found.as_is:.3f}"]
-        lines.append(
-            f"  adapted    {found.adapted:.3f}  to {found.others:,} other rows, prior {found.prior:g}, no labels"
-        )
-        if found.retrained is not None:
-            lines.append(f"  retrained  {found.retrained:.3f}  on these other rows, with their labels")
-        return "\n".join([str(self.shift), *lines])
+    def to_dict(self) -> dict[str, Any]:
+        """Return the test and the scores as values that JSON has."""
+        return super().to_dict() | {"shift": self.shift.to_dict()}
 
     def to_json(self) -> str:
-        """All figures, in full precision."""
-        shift = self.shift.to_dict()
-        scores = None if self.scores is None else asdict(self.scores)
-        return json.dumps({"shift": shift, "scores": scores}, indent=2, allow_nan=False)
+        """Return the test and the scores as JSON, in full precision."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def _blocks(self) -> Iterable[Block]:
+        yield from self.shift._blocks()
+        if self.scores is None:
+            return
+        found = self.scores
+        entries = [
+            ("as is", f"{found.as_is:.3f}"),
+            ("adapted", f"{found.adapted:.3f}  to {found.others:,} other rows without labels, prior {found.prior:g}"),
+        ]
+        if found.retrained is not None:
+            entries.append(("retrained", f"{found.retrained:.3f}  on the same other rows, with labels"))
+        yield ""
+        yield f"Score on {found.rows:,} rows:"
+        yield Entries(entries)
+
+    def _summary(self) -> str:
+        scored = "" if self.scores is None else f", score {self.scores.as_is:.3f}, adapted {self.scores.adapted:.3f}"
+        return f"{self.shift._summary()}{scored}"
+
+    def _records(self) -> list[dict[str, Any]]:
+        return self.shift._records()
 
 
-def read_rows(data: str, target: str | None, columns: Sequence[str]) -> Rows:
+def read_rows(data: str, target: str | None, columns: Sequence[str]) -> TableRows:
     """Read the rows of a table as a model takes them: columns of numbers without empty cells.
 
     Parameters
@@ -91,46 +113,61 @@ def read_rows(data: str, target: str | None, columns: Sequence[str]) -> Rows:
     data : str
         A built-in data set or a file.
     target : str or None
-        The column to predict; none of the features.
+        The column to predict, which is no feature.
     columns : sequence of str
-        The features in the model's order; none takes all other columns.
+        The features in the model's order; if empty, all columns but the target.
 
     Raises
     ------
     DataError
-        No such table or column; a feature that is no number, or an empty cell.
+        There is no such table or column, a feature is not a number, or a cell is empty.
     """
     _, frame = read_frame(data)
     found = target_of(frame, data, target)
     for name in columns:
         if name not in frame.columns:
-            raise DataError(f"columns must be columns of the data; got {name!r}, of {len(frame.columns)} others")
+            raise DataError(f"columns must be columns of the data; got {name!r}, and there are {len(frame.columns)}")
     names = list(columns) or [name for name in frame.columns if name != found]
     for name in names:
         column = frame[name]
         if not (column.dtype.is_numeric() or column.dtype == pl.Boolean):
             raise DataError(
-                f"a feature must be a column of numbers; {name!r} is {column.dtype}: choose others with columns="
+                f"a feature must be a column of numbers; {name!r} is {column.dtype}: pass columns=NAMES for others"
             )
         if column.null_count():
             raise DataError(f"a feature must have no empty cell; {name!r} has {column.null_count()}")
     if found is not None and frame[found].null_count():
         raise DataError(f"the target must have no empty cell; {found!r} has {frame[found].null_count()}")
     features = frame.select(pl.col(name).cast(pl.Float64) for name in names).to_numpy()
-    return Rows(features, None if found is None else frame[found].to_numpy())
+    return TableRows(features, None if found is None else frame[found].to_numpy())
 
 
 def examine(
-    served: Served, rows: Rows, reference: Rows | None = None, *, prior: float, alpha: float, reference_samples: int
+    served: Served,
+    rows: TableRows,
+    reference: TableRows | None = None,
+    *,
+    prior: float,
+    alpha: float,
+    reference_samples: int,
 ) -> ShiftReport:
-    """Test the rows for a shift and, where their target is known, score the model, adapted and retrained beside it.
+    """Test rows for a shift and, where their target is known, score the model as it is, adapted and retrained.
 
-    Half of the rows, drawn with a fixed seed, are for the remedies and half for the score.
+    The remedies are given half of the rows, drawn with a fixed seed, and the scores are computed on the other half.
+
+    Parameters
+    ----------
+    served : Served
+    rows : TableRows
+    reference : TableRows or None
+        Rows without a shift; None compares with the stored statistics.
+    prior, alpha, reference_samples
+        As for `adapt` and `detect_shift`.
 
     Raises
     ------
     InputError
-        The model does not take such rows, or has no output that could be scored.
+        The model does not take such rows, or its output can't be scored.
     """
     _check_takes(served, rows.features[:2])
     shift = detect_shift(
@@ -142,28 +179,28 @@ def examine(
     )
     if rows.target is None:
         return ShiftReport(shift, None)
-    given, kept = train_test_split(np.arange(len(rows.target)), test_size=0.5, random_state=0)
-    x, y = rows.features[kept], rows.target[kept]
+    given, scored = train_test_split(np.arange(len(rows.target)), test_size=0.5, random_state=0)
+    x, y = rows.features[scored], rows.target[scored]
     as_is = _score(served, x, y)
     with adapt(served.model, _batches(served, rows.features[given]), prior=prior):
         adapted = _score(served, x, y)
     retrained = None
     if served.estimator is not None:
         retrained = float(clone(served.estimator).fit(rows.features[given], rows.target[given]).score(x, y))
-    return ShiftReport(shift, Scores(as_is, adapted, retrained, len(kept), len(given), prior))
+    return ShiftReport(shift, Scores(as_is, adapted, retrained, len(scored), len(given), prior))
 
 
 def _check_takes(served: Served, rows: NDArray[np.float64]) -> None:
     try:
         with torch.no_grad():
             served.model(served.to_input(rows))
-    except Exception as error:  # of torch or of a pipeline's step, whatever they raise
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"the model must take rows of {rows.shape[1]} features; it raises {said}") from error
+    except Exception as error:  # torch and the steps of a pipeline can raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"the model must take rows of {rows.shape[1]} features; it raises {reason}") from error
 
 
 def _batches(served: Served, features: NDArray[np.float64]) -> list[torch.Tensor]:
-    return list(torch.split(served.to_input(features), BATCH))
+    return list(torch.split(served.to_input(features), BATCH_SIZE))
 
 
 def _score(served: Served, features: NDArray[np.float64], target: NDArray[Any]) -> float:
