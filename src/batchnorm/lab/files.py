@@ -10,7 +10,7 @@ from typing import Any
 
 from batchnorm.errors import RunError
 
-__all__ = ["json_safe", "numbers_from_json", "write_file"]
+__all__ = ["json_safe", "write_file"]
 
 
 def write_file(path: Path, text: str) -> None:
@@ -46,16 +46,3 @@ def json_safe(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else f"{value}"
     return value
-
-
-def numbers_from_json(value: Any) -> Any:
-    """Return the value with the numbers that `json_safe` replaced put back; every None in a list counts as NaN.
-
-    >>> numbers_from_json({"loss": [0.5, None, "inf"], "target": None})
-    {'loss': [0.5, nan, inf], 'target': None}
-    """
-    if isinstance(value, dict):
-        return {key: numbers_from_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [math.nan if item is None else numbers_from_json(item) for item in value]
-    return float(value) if isinstance(value, str) and value in ("inf", "-inf") else value

@@ -33,7 +33,7 @@ def trained(digits, arm, records, rates=(0.1, 0.5), settings=SETTINGS):
 def test_recording_changes_nothing_in_what_is_trained(digits, arm):
     plain, recorded = trained(digits, arm, ()), trained(digits, arm, EVERY)
     for one, other in zip(plain, recorded, strict=True):
-        assert set(other.record.to_json()) == set(EVERY)
+        assert None not in (other.record.loss_change, other.record.gap, other.record.shift)
         other.record = Records()
         assert one == other
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -53,15 +53,6 @@ class DataDescription:
     left_out: list[LeftOut]
     notes: list[str]
     sha256: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the description as run.json holds it."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> DataDescription:
-        """Make a description from its form in run.json."""
-        return cls(**dict(values, left_out=[LeftOut(**column) for column in values["left_out"]]))
 
 
 @dataclass(frozen=True)

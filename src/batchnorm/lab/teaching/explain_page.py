@@ -162,16 +162,24 @@ def _checked(path: Path) -> Path:
     if path.suffix.lower() not in SUFFIXES:
         raise RunError(f"html must name an .html file; got {str(path)!r}")
     try:
-        if path.is_dir():
-            raise RunError(f"html must name a file; {str(path)!r} is a folder")
-        if path.exists() and not path.is_file():
-            raise RunError(f"html must name a file; {str(path)!r} is a device or a pipe")
-        if not path.parent.is_dir():
-            raise RunError(f"html must name a file in a folder that exists; there is no folder {str(path.parent)!r}")
-        return path.resolve() if path.is_symlink() else path
-    except (OSError, RuntimeError) as error:
+        broken_rule = _broken_rule(path)
+        target = path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError) as error:  # pathlib raises RuntimeError for links that form a circle
         reason = error.strerror if isinstance(error, OSError) else "its links form a circle"
         raise RunError(f"html must name a file that can be written; {str(path)!r}: {reason}") from error
+    if broken_rule is not None:
+        raise RunError(f"html must name {broken_rule}")
+    return target
+
+
+def _broken_rule(path: Path) -> str | None:
+    if path.is_dir():
+        return f"a file; {str(path)!r} is a folder"
+    if path.exists() and not path.is_file():
+        return f"a file; {str(path)!r} is a device or a pipe"
+    if not path.parent.is_dir():
+        return f"a file in a folder that exists; there is no folder {str(path.parent)!r}"
+    return None
 
 
 def write_page(example: Figures, html: Path) -> None:

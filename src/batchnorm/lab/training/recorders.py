@@ -189,8 +189,8 @@ class ShiftRecorder:
         self.old: list[tuple[Tensor, Tensor]] = []
         self.drifts: list[Tensor] = []
         self.changes: list[Tensor] = []
-        self.distributions: list[Any] = []
-        self.outputs: list[Any] = []
+        self.distributions: list[list[list[float]]] = []
+        self.outputs: list[list[list[float]]] = []
 
     def before(self, step: int) -> None:
         """Record the distributions and the changes of the gradient before the step of a probe."""

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
 from batchnorm.errors import RunError
-from batchnorm.lab.files import numbers_from_json
 
 __all__ = ["GapRecord", "LossChangeRecord", "NoiseRecord", "RecordName", "Records", "ShiftRecord", "recorded"]
 
@@ -71,7 +70,7 @@ class ShiftRecord:
         Divergence between the distributions of a layer's inputs before and after one step, the median over inputs.
     gradient_change : list of list of float, shape (probes, step sizes)
         Relative change of the gradient after a step along itself, for each of `STEP_SIZES`.
-    distributions : list, shape (probes, layers, quantiles, units), or None
+    distributions : list, shape (probes, layers, quantiles), or None
         Quantiles of the inputs of each hidden nonlinearity; recorded for the first run of a stack alone.
     outputs : list, shape (probes, rows, 2), or None
         Outputs of two units of a middle layer; recorded for the first run of a stack alone.
@@ -79,8 +78,8 @@ class ShiftRecord:
 
     drift: list[list[float]]
     gradient_change: list[list[float]]
-    distributions: list[Any] | None = None
-    outputs: list[Any] | None = None
+    distributions: list[list[list[float]]] | None = None
+    outputs: list[list[list[float]]] | None = None
 
 
 @dataclass
@@ -92,23 +91,12 @@ class Records:
     shift: ShiftRecord | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the records as run.json holds them, without the missing ones."""
+        """Return the records as run.json holds them, without missing ones."""
         return {
             name: {key: value for key, value in record.items() if value is not None}
             for name, record in asdict(self).items()
             if record is not None
         }
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Records:
-        """Make records from their form in run.json."""
-        loss_change, gap, shift = (numbers_from_json(values.get(name)) for name in ("loss_change", "gap", "shift"))
-        noise = gap and gap.pop("noise", None)
-        return cls(
-            loss_change=loss_change and LossChangeRecord(**loss_change),
-            gap=gap and GapRecord(**gap, noise=noise and NoiseRecord(**noise)),
-            shift=shift and ShiftRecord(**shift),
-        )
 
 
 def recorded(record: R | None) -> R:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.lab.data.dataset import Task
-from batchnorm.lab.files import numbers_from_json
 from batchnorm.lab.training.records import Records
 
 __all__ = [
@@ -91,26 +90,6 @@ class Run:
     test: TestResult | None = None
     trace: list[list[list[float]]] | None = None
     record: Records = field(default_factory=Records)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the run as run.json holds it."""
-        return asdict(self) | {"record": self.record.to_json()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Run:
-        """Make a run from its form in run.json."""
-        values = numbers_from_json({key: value for key, value in values.items() if key not in ("test", "record")}) | {
-            "test": _test_from_json(values["test"]),
-            "record": Records.from_json(values.get("record", {})),
-        }
-        return cls(**values)
-
-
-def _test_from_json(values: dict[str, Any] | None) -> TestResult | None:
-    if values is None:
-        return None
-    score = values["score"]
-    return TestResult(values["step"], math.nan if score is None else float(score), values["errors"])
 
 
 @dataclass(frozen=True)
