@@ -1,9 +1,9 @@
-"""How often a claim holds where nothing is to be found: on shuffled labels, and with an arm compared against itself.
+"""Measure how often a claim holds where there is no effect: on shuffled labels, and with an arm against itself.
 
     python benchmarks/null_claims.py --repetitions 200 --out benchmarks/results/null_claims.json
 
-Each repetition is a whole study, small: breast_cancer, 2 hidden layers of 8 units, 10 seeds. It has a split and
-seeds of its own; the labels are shuffled anew. Counted is how often each claim holds, and how often any does.
+Each repetition is a small but whole study: breast_cancer, 2 hidden layers of 8 units, 10 seeds. It has its own split,
+its own seeds and its own shuffle of the labels. The results count how often each claim holds, and how often any does.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from batchnorm.lab.comparison.conduct import compare
 from batchnorm.lab.comparison.run_file import RunFile
 from batchnorm.lab.data.dataset import prepare
 from batchnorm.lab.data.tables import read_table
+from batchnorm.lab.json_records import to_json
 from batchnorm.lab.report.terminal import Silence
 from batchnorm.lab.training.settings import Settings
 
@@ -39,7 +40,7 @@ CHECKS = ("shuffled labels", "an arm against itself")
 
 
 def study(check: str, repetition: int) -> list[tuple[str, str]]:
-    """What every claim of one study came to: ("fewer_steps, fewer steps, before", "undecided"), ..."""
+    """Return the verdicts of one study, such as ("fewer_steps, fewer steps, before", "undecided")."""
     torch.set_num_threads(1)
     settings, claims = replace(QUICK, seed=repetition), list(CLAIMS)
     dataset = prepare(read_table("breast_cancer"), seed=repetition)
@@ -61,13 +62,13 @@ def study(check: str, repetition: int) -> list[tuple[str, str]]:
 
 
 def rate(count: int, repetitions: int) -> dict[str, Any]:
-    """A count with its exact 95% interval as shares."""
+    """Return a count, and its share with an exact 95% interval."""
     interval = binomtest(count, repetitions).proportion_ci()
     return {"holds": count, "share": count / repetitions, "interval": [interval.low, interval.high]}
 
 
 def main() -> None:
-    """Run both checks and write what they came to."""
+    """Run both checks and write their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=cpu_count())
@@ -77,7 +78,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "command": f"python benchmarks/null_claims.py --repetitions {repetitions} --out {arguments.out}",
         "repetitions": repetitions,
-        "settings": QUICK.to_json(),
+        "settings": to_json(QUICK),
         "machine": {"system": platform.system(), "cores": os.cpu_count(), "torch": str(torch.__version__)},
         "checks": {},
     }

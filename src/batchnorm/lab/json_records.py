@@ -65,7 +65,7 @@ def _reader(kind: Any) -> Reader:
     """Return the function that converts a JSON value to a type."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return _optional(arguments)
+        return _union(kind, arguments)
     if kind is float:
         return _number
     if origin is list:
@@ -89,7 +89,7 @@ def _reader(kind: Any) -> Reader:
 
 def _of_type(value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f"a value must be of type {kind.__name__}; got {value!r:.40}")
+        raise TypeError(f"a value must be of type {getattr(kind, '__name__', kind)}; got {value!r:.40}")
     return value
 
 
@@ -107,10 +107,11 @@ def _number(value: Any) -> float:
     return NOT_FINITE[_one_of(tuple(NOT_FINITE), value)]
 
 
-def _optional(kinds: tuple[Any, ...]) -> Reader:
-    given = [kind for kind in kinds if kind is not types.NoneType]
-    if len(given) != 1:
-        raise TypeError(f"a type hint must be of one type, or of one type and None; got {kinds}")
+def _union(kind: Any, kinds: tuple[Any, ...]) -> Reader:
+    """Return the reader of a type or None, or of several types that JSON has."""
+    given = [one for one in kinds if one is not types.NoneType]
+    if len(given) > 1:
+        return functools.partial(_of_type, kind=kind)
     reader = _reader(given[0])
     return lambda value: None if value is None else reader(value)
 

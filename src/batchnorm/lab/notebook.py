@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,7 @@ def compare(
     numeric, categorical : sequences of column names
         Columns to take as numbers or as categories, whatever their values look like.
     claims : sequence of str
-        Claims to measure as well: "fewer_steps", "stability", "initial_weights", "regularization", "inputs",
-        "placement", "shift".
+        Claims to measure as well, such as "stability"; docs/compare.md lists them.
     jobs : int, optional
         Number of processes, each of one thread; by default one per core.
     out : path, optional
@@ -116,10 +115,10 @@ def compare(
     return Comparison.of(run)
 
 
-def _call(settings: dict[str, Any], claims: list[str]) -> str:
+def _call(settings: Mapping[str, Any], claims: list[str]) -> str:
     """Return the call with its settings, for the report."""
     function = "study" if claims == list(CLAIMS) else "compare"
-    given = settings | ({"claims": claims} if claims and function == "compare" else {})
+    given = {**settings, **({"claims": claims} if claims and function == "compare" else {})}
     return f"bn.lab.{function}({', '.join(['X', 'y', *(f'{name}={value!r}' for name, value in given.items())])})"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from batchnorm.errors import InputError
 from batchnorm.lab.claims import (
@@ -95,12 +94,8 @@ def read_judgment(run: RunFile) -> Judgment | None:
     """Return the judged claims of a run; None where it has none."""
     if "claims" not in run.extension:
         return None
-    return Judgment(
-        claims=[_read_claim(values) for values in run.extension["claims"]],
-        power=from_json(Power, run.extension["power"]),
-    )
-
-
-def _read_claim(values: dict[str, Any]) -> JudgedClaim:
-    details = values["details"] and from_json(CLAIMS[values["name"]].details, values["details"])
-    return from_json(JudgedClaim, values | {"details": details})
+    claims = []
+    for values in run.extension["claims"]:
+        details = values["details"] and from_json(CLAIMS[values["name"]].details, values["details"])
+        claims.append(from_json(JudgedClaim, values | {"details": details}))
+    return Judgment(claims, from_json(Power, run.extension["power"]))

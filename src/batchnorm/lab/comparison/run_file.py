@@ -96,7 +96,7 @@ class RunFile:
     settings: Settings
     data: DataDescription
     versions: dict[str, str]
-    machine: dict[str, Any]
+    machine: dict[str, str | int | None]
     created: str
     status: Status = "running"
     seconds: float | None = None

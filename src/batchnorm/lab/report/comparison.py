@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from batchnorm.lab.claims import Judgment, read_judgment
-from batchnorm.lab.comparison.result import ArmResult, Result
+from batchnorm.lab.comparison.result import Result
 from batchnorm.lab.comparison.run_file import RunFile
 from batchnorm.lab.comparison.verdict import bounds_text
 from batchnorm.lab.files import write_file
@@ -150,29 +150,32 @@ class Comparison(Report):
         return f"{self._run.data.name!r}, {claimed}"
 
     def _records(self) -> list[dict[str, Any]]:
-        return [self._record(arm, values) for arm, values in self.result.arms.items()]
-
-    def _record(self, arm: Arm, values: ArmResult) -> dict[str, Any]:
-        ratio = self.result.ratios.get(arm)
-        difference = ratio.test_difference if ratio else None
-        claimed = ratio if self.result.headline else None
-        median, interval = (claimed.median, claimed.interval) if claimed else (UNKNOWN, UNKNOWN)
-        seconds = claimed.seconds.median if claimed and claimed.seconds else UNKNOWN
-        low, high = difference.interval if difference else UNKNOWN
-        return {
-            "batch_norm": arm,
-            "learning_rate": values.learning_rate,
-            "median_steps": values.median_steps,
-            "step_ratio_at_least": median[0],
-            "step_ratio_at_most": median[1],
-            "step_ratio_low": interval[0],
-            "step_ratio_high": interval[1],
-            "second_ratio_at_least": seconds[0],
-            "second_ratio_at_most": seconds[1],
-            "milliseconds_per_step": None if values.seconds_per_step is None else 1000 * values.seconds_per_step,
-            "rates_that_reach": values.rates_that_reach,
-            "test_score": values.test_score,
-            "test_difference": difference.estimate if difference else None,
-            "test_difference_low": low,
-            "test_difference_high": high,
-        }
+        records = []
+        for arm, values in self.result.arms.items():
+            ratio = self.result.ratios.get(arm)
+            difference = ratio.test_difference if ratio else None
+            claimed = ratio if self.result.headline else None
+            median, interval = (claimed.median, claimed.interval) if claimed else (UNKNOWN, UNKNOWN)
+            seconds = claimed.seconds.median if claimed and claimed.seconds else UNKNOWN
+            low, high = difference.interval if difference else UNKNOWN
+            per_step = values.seconds_per_step
+            records.append(
+                {
+                    "batch_norm": arm,
+                    "learning_rate": values.learning_rate,
+                    "median_steps": values.median_steps,
+                    "step_ratio_at_least": median[0],
+                    "step_ratio_at_most": median[1],
+                    "step_ratio_low": interval[0],
+                    "step_ratio_high": interval[1],
+                    "second_ratio_at_least": seconds[0],
+                    "second_ratio_at_most": seconds[1],
+                    "milliseconds_per_step": None if per_step is None else 1000 * per_step,
+                    "rates_that_reach": values.rates_that_reach,
+                    "test_score": values.test_score,
+                    "test_difference": difference.estimate if difference else None,
+                    "test_difference_low": low,
+                    "test_difference_high": high,
+                }
+            )
+        return records
