@@ -250,3 +250,8 @@ class PageVisit:
         self.page.evaluate(axe_source)
         found = self.page.evaluate("axe.run()")["violations"]
         return [(fault["id"], fault["impact"], [node["target"] for node in fault["nodes"]]) for fault in found]
+
+
+def run_json(run):
+    """Return the content of a run's run.json, read without the library."""
+    return json.loads((run.folder / "run.json").read_text())

@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import html
 import json
@@ -9,27 +8,18 @@ import pytest
 
 from batchnorm.lab.comparison.conduct import compare
 from batchnorm.lab.comparison.run_file import RunFile, read_run
+from batchnorm.lab.data.columns import LeftOut
 from batchnorm.lab.data.dataset import prepare
 from batchnorm.lab.data.tables import read_table
-from batchnorm.lab.files import json_safe
 from batchnorm.lab.report.report import report_data, write_report
+from batchnorm.lab.report.terminal import Silence
 from batchnorm.lab.training.settings import ARMS, Settings
+from support import run_json
 
 NASTY = "</script><img src=x onerror=alert(1)>"
 SETTINGS = Settings(
     hidden=(12,), batch_size=60, learning_rates=(0.1, 1.0, 3.0), search_seeds=2, seeds=3, steps=120, activation="tanh"
 )
-
-
-class Silence:
-    def plan(self, arm, steps):
-        pass
-
-    def advance(self, arm, steps):
-        pass
-
-    def say(self, sentence):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +32,7 @@ def run(tmp_path_factory):
         target=NASTY,
         classes=[NASTY, *digits.classes[1:]],
         features=[NASTY, *digits.features[1:]],
-        left_out=[{"column": NASTY, "reason": "it has one value"}],
+        left_out=[LeftOut(NASTY, "it has one value")],
         notes=[f"classification: {NASTY} has 10 values"],
     )
     run = RunFile.create(tmp_path_factory.mktemp("run"), dataset.describe(), SETTINGS, command=f"echo {NASTY}")
@@ -76,14 +66,13 @@ def series_of(plot, arm, **wanted):
 
 def raw_runs(run, phase, arm):
     """The runs as run.json has them, without the library's reader."""
-    content = json.loads((run.folder / "run.json").read_text())
-    stacks = [s for s in content["stacks"] if s["phase"] == phase and s["arm"] == arm]
+    stacks = [s for s in run_json(run)["stacks"] if s["phase"] == phase and s["arm"] == arm]
     return [values for stack in stacks for values in stack["runs"]]
 
 
 def copied(run, folder, change=lambda content: None, **changes):
     """The run as it is read back from disk, changed, in a folder of its own."""
-    content = json.loads((run.folder / "run.json").read_text()) | changes
+    content = run_json(run) | changes
     change(content)
     (folder / "run.json").write_text(json.dumps(content))
     return read_run(folder)
@@ -91,9 +80,8 @@ def copied(run, folder, change=lambda content: None, **changes):
 
 def test_the_page_says_the_verdict_the_caveat_and_a_row_for_every_arm(run, page_path):
     text = page_path.read_text()
-    result = run.content["result"]
-    assert html.escape(result["verdict"]) in text
-    assert html.escape(result["caveat"]) in text
+    assert html.escape(run.result.verdict) in text
+    assert html.escape(run.result.caveat) in text
     for row in report_data(run).rows:
         for words in (row.label, row.learning_rate, row.steps, row.ratio, row.seconds_ratio, row.test_difference):
             assert html.escape(words) in text
@@ -110,7 +98,7 @@ def test_a_run_read_back_from_disk_gives_the_same_page_as_the_one_in_memory(run,
 
 def test_steps_in_the_table_are_the_median_of_arrivals_counted_by_hand(run):
     report = report_data(run)
-    target, evaluations = run.content["result"]["target"]["value"], run.content["result"]["evaluation_steps"]
+    target, evaluations = run.result.target.value, run.result.evaluation_steps
     for arm, row in zip(ARMS, report.rows, strict=True):
         arrivals = []
         for values in raw_runs(run, "confirm", arm):
@@ -130,14 +118,14 @@ def test_a_drawn_curve_is_the_median_over_seeds_with_order_statistics_about_it(r
     for arm in ARMS:
         values = [sorted(at) for at in zip(*(r[curve] for r in raw_runs(run, "confirm", arm)), strict=True)]
         series = series_of(drawn, arm)
-        assert series["x"] == run.content["result"]["evaluation_steps"]
+        assert series["x"] == run.result.evaluation_steps
         assert series["y"] == pytest.approx([statistics.median(at) for at in values], rel=1e-4)
         assert series["low"] == pytest.approx([at[0] for at in values], rel=1e-4)
         assert series["high"] == pytest.approx([at[-1] for at in values], rel=1e-4)
 
 
 def test_at_the_target_the_moving_target_gives_the_ratio_of_the_table(run):
-    report, target = report_data(run), run.content["result"]["target"]["value"]
+    report, target = report_data(run), run.result.target.value
     rows = {row[0]: row[1:] for row in figure_of(report, "target").table.rows}
     assert list(rows[f"{target:.4g}"]) == [row.ratio for row in report.rows[1:]]
 
@@ -145,7 +133,7 @@ def test_at_the_target_the_moving_target_gives_the_ratio_of_the_table(run):
 def test_steps_to_every_score_rise_with_the_score_and_hold_the_target(run):
     report = report_data(run)
     rows = {row[0]: row[1:] for row in figure_of(report, "scores").table.rows}
-    assert list(rows[f"{run.content['result']['target']['value']:.4f}"]) == [row.steps for row in report.rows]
+    assert list(rows[f"{run.result.target.value:.4f}"]) == [row.steps for row in report.rows]
     for arm in ARMS:
         known = [y for y in series_of(drawing(report, "scores")["plots"][0], arm)["y"] if y is not None]
         assert known == sorted(known)
@@ -155,15 +143,15 @@ def test_variants_that_did_not_arrive_lie_beyond_the_steps_trained(run):
     series = drawing(report_data(run), "variants")["plots"][0]["series"]
     for arm in ARMS:
         for row, x, mark in zip(
-            run.content["result"]["sensitivity"],
+            run.result.sensitivity,
             *(series_of({"series": series}, arm)[n] for n in ("x", "marks")),
             strict=True,
         ):
-            if row["steps"][arm] is None:
+            if row.steps[arm] is None:
                 assert mark == "beyond"
                 assert x > SETTINGS.variant_steps
             else:
-                assert (x, mark) == (row["steps"][arm], "known")
+                assert (x, mark) == (row.steps[arm], "known")
 
 
 def test_every_figure_has_a_finding_and_a_table_without_a_gap(run):
@@ -207,7 +195,7 @@ def test_buttons_turn_an_axis_from_logarithmic_to_linear_and_back(visit):
 def test_a_button_counts_seconds_in_place_of_steps(visit, run):
     visit.press("curves", "time", "seconds")
     assert visit.axis("curves", "x")["title"] == "seconds of one thread"
-    seconds = [run.content["result"]["arms"][arm]["seconds_per_step"] * SETTINGS.steps for arm in ARMS]
+    seconds = [run.result.arms[arm].seconds_per_step * SETTINGS.steps for arm in ARMS]
     assert [x for _, x in visit.lines("curves")] == pytest.approx(seconds, rel=1e-4)
     visit.press("curves", "time", "steps")
     assert [x for _, x in visit.lines("curves")] == [SETTINGS.steps] * 3
@@ -253,7 +241,7 @@ def test_a_phone_of_360_pixels_shows_the_page_without_scrolling_sideways(open_re
     assert visit.complaints == []
 
 
-def test_figures_take_on_the_colours_of_a_dark_screen(visit):
+def test_figures_take_on_the_colors_of_a_dark_screen(visit):
     light = visit.lines("race")
     visit.page.emulate_media(color_scheme="dark")
     for _ in range(100):
@@ -261,18 +249,18 @@ def test_figures_take_on_the_colours_of_a_dark_screen(visit):
         if dark != light:
             break
         visit.page.wait_for_timeout(50)
-    assert not {colour for colour, _ in dark} & {colour for colour, _ in light}
+    assert not {color for color, _ in dark} & {color for color, _ in light}
     assert visit.complaints == []
     visit.page.emulate_media(color_scheme="light")
 
 
 def stacks_of(run, *phases):
-    return [stack for stack in json_safe(run.content)["stacks"] if stack["phase"] in phases]
+    return [stack for stack in run_json(run)["stacks"] if stack["phase"] in phases]
 
 
 def searched(run):
     """The result as it is when the search is finished and nothing else."""
-    result = copy.deepcopy(json_safe(run.content["result"]))
+    result = run_json(run)["result"]
     result |= {"ratios": {}, "sensitivity": [], "stacking": None}
     del result["verdict"], result["caveat"]
     for values in result["arms"].values():
@@ -298,7 +286,7 @@ def test_an_interrupted_run_is_drawn_as_far_as_it_got_and_says_how_to_go_on(run,
     assert "no verdict yet" in text
     assert f"batchnorm compare --resume {tmp_path}" in text
     assert {arm for figure in report_data(partial).drawings for plot in figure["plots"] for s in plot["series"]
-            for arm in [s["group"]]} == {stack["arm"] for stack in partial.content["stacks"]}  # fmt: skip
+            for arm in [s["group"]]} == {stack.arm for stack in partial.stacks}  # fmt: skip
 
 
 def test_the_page_of_an_interrupted_run_opens_without_a_complaint(run, open_report, tmp_path):

@@ -1,6 +1,5 @@
 """What the report shows of a study: verdicts, a section a claim, its figures, its data; and how it is used."""
 
-import copy
 import csv
 import dataclasses
 import io
@@ -12,18 +11,19 @@ import numpy as np
 import pytest
 from markupsafe import escape
 
-from batchnorm.lab.claims import CLAIMS, ClaimTests
+from batchnorm.lab.claims import CLAIMS, ClaimTests, read_judgment
+from batchnorm.lab.claims.inputs import InputsDetails, LossSurface
 from batchnorm.lab.comparison.conduct import compare
 from batchnorm.lab.comparison.run_file import RunFile, read_run
 from batchnorm.lab.data.dataset import prepare
 from batchnorm.lab.data.tables import read_table
-from batchnorm.lab.files import json_safe
 from batchnorm.lab.report.figures.downloads import Data
 from batchnorm.lab.report.figures.inputs import inputs
 from batchnorm.lab.report.figures.layers import density
 from batchnorm.lab.report.report import report_data, write_report
 from batchnorm.lab.report.terminal import Silence
 from batchnorm.lab.training.settings import ARMS, Settings
+from support import run_json
 
 NASTY = "</script><img src=x onerror=alert(1)>"
 SETTINGS = Settings(
@@ -70,7 +70,7 @@ def visit(new_visit, page_path):
 
 def changed(study, folder, change):
     """The study as it is read back from disk, with its claims changed, in a folder of its own."""
-    content = copy.deepcopy(json.loads(json.dumps(json_safe(study.content))))
+    content = run_json(study)
     change({claim["name"]: claim for claim in content["result"]["claims"]})
     (folder / "run.json").write_text(json.dumps(content))
     return read_run(folder)
@@ -85,7 +85,7 @@ def figure_of(report, key):
 
 
 def details_of(study, name):
-    return next(claim["details"] for claim in study.content["result"]["claims"] if claim["name"] == name)
+    return next(claim["details"] for claim in run_json(study)["result"]["claims"] if claim["name"] == name)
 
 
 def rows_of(download):
@@ -96,7 +96,7 @@ def rows_of(download):
 
 
 def test_without_a_study_the_report_is_as_it_was(study, tmp_path):
-    content = json.loads(json.dumps(json_safe(study.content)))
+    content = run_json(study)
     del content["result"]["claims"], content["result"]["power"]
     (tmp_path / "run.json").write_text(json.dumps(content))
     run = read_run(tmp_path)
@@ -108,14 +108,14 @@ def test_without_a_study_the_report_is_as_it_was(study, tmp_path):
 def test_a_claim_has_a_section_with_its_question_its_verdict_and_its_design(study, page_path):
     text = page_path.read_text()
     headings = re.findall(r'<h2 id="claim-(\w+)">', text)
-    assert headings == [claim["name"] for claim in study.content["result"]["claims"]]
-    for claim in study.content["result"]["claims"]:
+    assert headings == [claim["name"] for claim in run_json(study)["result"]["claims"]]
+    for claim in run_json(study)["result"]["claims"]:
         for words in (claim["title"], claim["question"], claim["sentence"], claim["design"]):
             assert escape(words) in text
 
 
 def test_the_opening_table_gives_every_finding_a_word_and_a_mark(visit, study):
-    findings = [finding for claim in study.content["result"]["claims"] for finding in claim["findings"]]
+    findings = [finding for claim in run_json(study)["result"]["claims"] for finding in claim["findings"]]
     said = visit.page.eval_on_selector_all(".verdicts .verdict", "all => all.map((one) => one.textContent.trim())")
     assert sorted(said) == sorted(finding["verdict"] for finding in findings)
     assert visit.page.locator(".verdicts .verdict > svg").count() == len(findings)
@@ -184,7 +184,9 @@ def test_a_study_read_back_from_disk_gives_the_same_page_as_the_one_in_memory(st
 
 def test_shares_that_train_are_those_counted_over_the_runs(study, report):
     details = details_of(study, "stability")
-    stacks = [stack for stack in study.content["stacks"] if stack["phase"] == "stability" and stack["arm"] == "before"]
+    stacks = [
+        stack for stack in run_json(study)["stacks"] if stack["phase"] == "stability" and stack["arm"] == "before"
+    ]
     runs = [run for stack in stacks for run in stack["runs"]]
     plot = figure_of(report, "stability").plots[0]
     drawn = next(series for series in plot.series if series.group == "before")
@@ -244,11 +246,19 @@ def valley(**changes):
     w1, w2 = np.meshgrid(grid, grid)
 
     def surface(steep):
-        own = {"loss": (w1**2 * steep + w2**2 + 0.3).tolist(), "condition": float(steep), "steps": 40.0}
-        path = {"path": [[0.9, 0.9], [0.0, 0.5], [0.0, 0.1]], "path_steps": [0, 1, 40], "minimum": [0.0, 0.0]}
-        return {"x": grid.tolist(), "y": grid.tolist()} | own | path | changes
+        bowl = LossSurface(
+            x=grid.tolist(),
+            y=grid.tolist(),
+            loss=(w1**2 * steep + w2**2 + 0.3).tolist(),
+            path=[[0.9, 0.9], [0.0, 0.5], [0.0, 0.1]],
+            path_steps=[0, 1, 40],
+            minimum=[0.0, 0.0],
+            condition=float(steep),
+            steps=40.0,
+        )
+        return dataclasses.replace(bowl, **changes)
 
-    return {"columns": ["a", "b"], "told_apart": "c", "raw": surface(1000), "normalized": surface(1)}
+    return InputsDetails(columns=["a", "b"], told_apart="c", raw=surface(1000), normalized=surface(1))
 
 
 def test_contours_lie_equal_factors_apart_above_the_minimum():
@@ -291,8 +301,8 @@ def test_the_data_of_stability_hold_every_score(study, report):
 
 
 def test_the_pairs_behind_the_verdicts_are_all_given(study, report):
-    for claim, found in zip(study.content["result"]["claims"], report.claims, strict=True):
-        pairs = [pair for finding in claim["findings"] for pair in finding["pairs"]]
+    for claim, found in zip(read_judgment(study).claims, report.claims, strict=True):
+        pairs = [pair for finding in claim.findings for pair in finding.pairs]
         rows = rows_of(found.downloads[-1])
         assert [[float(row["at least"]), float(row["at most"])] for row in rows] == [
             pytest.approx(pair, rel=1e-8) for pair in pairs

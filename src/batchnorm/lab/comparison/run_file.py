@@ -136,12 +136,6 @@ class RunFile:
         return [run for stack in sorted(stacks, key=lambda stack: stack.order) for run in stack.runs]
 
     @property
-    def content(self) -> dict[str, Any]:
-        """The content of run.json as nested dictionaries, with infinities as numbers."""
-        content = self._head | {"stacks": to_json(self.stacks), "result": self.result_json}
-        return _with_infinities(content)  # type: ignore[no-any-return]
-
-    @property
     def result_json(self) -> dict[str, Any] | None:
         """The result and what an extension added to it, as run.json has them."""
         return None if self.result is None else to_json(self.result) | self.extension

@@ -1,29 +1,30 @@
-"""What the report says of the claims that were judged: a verdict for each, and a section for each."""
+"""The judged claims in the report: a verdict and a section each."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
+from batchnorm.lab.claims.claim import JudgedClaim
+from batchnorm.lab.claims.judgment import Finding, Verdict
 from batchnorm.lab.comparison.verdict import number
 from batchnorm.lab.report import figures
 from batchnorm.lab.report.figures import LABELS, Data, Evidence, Figure
 from batchnorm.lab.training.settings import ARMS
 
-__all__ = ["ClaimSection", "Download", "Finding", "claim_sections"]
+__all__ = ["ClaimSection", "Download", "FindingText", "claim_sections"]
 
 SUBJECTS = LABELS | {"inputs": "normalized inputs"}
 COLUMNS = ("before", "after")
-MARKS = {"holds": "holds", "does not hold": "fails", "undecided": "open"}
+MARKS: dict[Verdict, str] = {"holds": "holds", "does not hold": "fails", "undecided": "open"}
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What was judged of one subject, in words."""
+class FindingText:
+    """A finding in words."""
 
     subject: str
     subject_label: str
@@ -40,20 +41,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Download:
-    """A file that the page carries within itself."""
+    """A file that the page contains."""
 
     name: str
     data: Data
 
     @property
     def href(self) -> str:
-        """The file as a URL, for a browser that is offline."""
+        """The file as a URL that works offline."""
         return f"data:text/csv;charset=utf-8,{quote(self.data.csv(), safe=',')}"
 
 
 @dataclass(frozen=True)
 class ClaimSection:
-    """A claim, its verdicts, how it was measured, and what shows it."""
+    """The section of a claim: its verdicts, its design, its figures and their data."""
 
     key: str
     title: str
@@ -61,56 +62,54 @@ class ClaimSection:
     sentence: str
     design: str
     confidence: str | None
-    findings: list[Finding]
+    findings: list[FindingText]
     figures: list[Figure]
     downloads: list[Download]
 
     @property
-    def cells(self) -> list[tuple[str, int, list[Finding]]]:
-        """The verdicts in the columns of the opening table: heading, columns taken up, findings."""
+    def cells(self) -> list[tuple[str, int, list[FindingText]]]:
+        """The verdicts in the columns of the opening table: heading, number of columns, findings."""
         if len({finding.subject for finding in self.findings}) == 1:
             return [(self.findings[0].subject_label, len(COLUMNS), self.findings)]
         return [(LABELS[arm], 1, [finding for finding in self.findings if finding.subject == arm]) for arm in COLUMNS]
 
     @property
-    def labelled(self) -> bool:
-        """Whether a verdict needs to be told from the others of its subject."""
+    def labeled(self) -> bool:
+        """Whether a verdict needs a label to tell it from the others of its subject."""
         return len({finding.label for finding in self.findings}) > 1
 
 
 def _p(alone: float | None, adjusted: float | None) -> str:
-    """A p-value and what it is when corrected."""
+    """Return a p-value and its corrected value."""
     if alone is None or adjusted is None:
         return "not tested"
     return ", ".join("< 0.001" if value < 0.001 else f"{value:.2g}" for value in (alone, adjusted))
 
 
-def _finding(values: dict[str, Any]) -> Finding:
-    ratio = values["kind"] == "ratio"
-    return Finding(
-        subject=values["subject"],
-        subject_label=SUBJECTS[values["subject"]],
-        label=values["label"],
-        verdict=values["verdict"],
-        mark=MARKS[values["verdict"]],
-        text=values["text"],
-        reason=values["reason"] or "",
-        no_effect=number(values["no_effect"]),
-        p_holds=_p(values["p_holds"], values["adjusted_holds"]),
-        margin=f"{number(values['margin'])} times" if ratio else number(values["margin"]),
-        p_fails=_p(values["p_fails"], values["adjusted_fails"]),
+def _in_words(finding: Finding) -> FindingText:
+    return FindingText(
+        subject=finding.subject,
+        subject_label=SUBJECTS[finding.subject],
+        label=finding.label,
+        verdict=finding.verdict,
+        mark=MARKS[finding.verdict],
+        text=finding.text,
+        reason=finding.reason or "",
+        no_effect=number(finding.no_effect),
+        p_holds=_p(finding.p_holds, finding.adjusted_holds),
+        margin=f"{number(finding.margin)} times" if finding.kind == "ratio" else number(finding.margin),
+        p_fails=_p(finding.p_fails, finding.adjusted_fails),
     )
 
 
-def _race(evidence: Evidence, _: dict[str, Any]) -> Figure:
-    """The race, with the steps behind the verdict as its data."""
+def _race(evidence: Evidence) -> Figure:
+    """Return the race, with the steps behind the verdict as its data."""
     rows = [[arm, seed, count] for arm in ARMS for seed, count in enumerate(evidence.arrivals[arm], 1)]
     columns = ["arm", "seed", f"steps to the target (empty: more than {evidence.settings.steps})"]
     return replace(figures.race(evidence), data=Data("steps of every run to the target", columns, rows))
 
 
-FIGURES: dict[str, Sequence[Callable[[Evidence, dict[str, Any]], Figure | None]]] = {
-    "fewer_steps": (_race,),
+FIGURES: dict[str, Sequence[Callable[[Evidence, Any], Figure | None]]] = {
     "stability": (figures.stability,),
     "initial_weights": (figures.initial_weights,),
     "regularization": (figures.regularization,),
@@ -118,66 +117,66 @@ FIGURES: dict[str, Sequence[Callable[[Evidence, dict[str, Any]], Figure | None]]
     "placement": (figures.placements,),
     "shift": (figures.drift, figures.layers, figures.subnetworks),
 }
+"""The figures of a claim, each a function of the evidence and of the claim's own details."""
+
+
+def _figures(evidence: Evidence, claim: JudgedClaim) -> list[Figure]:
+    """Return the figures of a claim; a claim without details has none, except the race."""
+    if claim.name == "fewer_steps":
+        return [_race(evidence)]
+    if claim.details is None:
+        return []
+    return [figure for draw in FIGURES[claim.name] if (figure := draw(evidence, claim.details))]
 
 
 def _file_name(*parts: str) -> str:
-    """A file's name of letters, digits, dots and dashes, whatever the data are called."""
+    """Return a file name of letters, digits, dots and dashes, whatever the data are called."""
     words = [re.sub(r"[^\w.]+|_", "-", part).strip("-.") for part in parts]
     return "-".join(word for word in words if word) + ".csv"
 
 
-def _pairs(findings: list[dict[str, Any]]) -> Data:
-    """What was judged, pair by pair."""
+def _pairs(findings: list[Finding]) -> Data:
+    """Return the judged amounts, pair by pair."""
     return Data(
         "the pairs behind the verdict",
         ["of", "what", "unit", "pair", "at least", "at most"],
         [
-            [finding["subject"], finding["label"], finding["unit"], i, *pair]
+            [finding.subject, finding.label, finding.unit, i, *pair]
             for finding in findings
-            for i, pair in enumerate(finding["pairs"], 1)
+            for i, pair in enumerate(finding.pairs, 1)
         ],
     )
 
 
-def _downloads(name: str, claim: dict[str, Any], drawn: list[Figure]) -> list[Download]:
-    """The data of a section's figures, and the pairs behind its verdicts."""
+def _downloads(name: str, claim: JudgedClaim, drawn: list[Figure]) -> list[Download]:
+    """Return the data of a section's figures, and the pairs behind its verdicts."""
     with_data = [(figure, figure.data) for figure in drawn if figure.data]
     downloads = []
     for figure, data in with_data:
-        own = () if len(with_data) == 1 else (figure.key,)
-        downloads.append(Download(_file_name(name, claim["name"], *own), data))
-    pairs = _pairs(claim["findings"])
+        suffix = () if len(with_data) == 1 else (figure.key,)
+        downloads.append(Download(_file_name(name, claim.name, *suffix), data))
+    pairs = _pairs(claim.findings)
     if pairs.rows:
-        downloads.append(Download(_file_name(name, claim["name"], "pairs"), pairs))
+        downloads.append(Download(_file_name(name, claim.name, "pairs"), pairs))
     return downloads
 
 
-def _gaps(value: Any) -> Any:
-    """The value as it is when read back from run.json: None for what is not a number."""
-    if isinstance(value, dict):
-        return {key: _gaps(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_gaps(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _section(evidence: Evidence, claim: dict[str, Any]) -> ClaimSection:
-    drawn = [figure for draw in FIGURES[claim["name"]] if (figure := draw(evidence, claim["details"] or {}))]
-    known = [finding["confidence"] for finding in claim["findings"] if finding["confidence"]]
+def _section(evidence: Evidence, claim: JudgedClaim) -> ClaimSection:
+    drawn = _figures(evidence, claim)
+    known = [finding.confidence for finding in claim.findings if finding.confidence]
     return ClaimSection(
-        key=f"claim-{claim['name']}",
-        title=claim["title"],
-        question=claim["question"],
-        sentence=claim["sentence"],
-        design=claim["design"],
+        key=f"claim-{claim.name}",
+        title=claim.title,
+        question=claim.question,
+        sentence=claim.sentence,
+        design=claim.design,
         confidence=f"{min(known):.1%}" if known else None,
-        findings=[_finding(finding) for finding in claim["findings"]],
+        findings=[_in_words(finding) for finding in claim.findings],
         figures=drawn,
-        downloads=_downloads(evidence.data["name"], claim, drawn),
+        downloads=_downloads(evidence.data.name, claim, drawn),
     )
 
 
-def claim_sections(evidence: Evidence) -> list[ClaimSection]:
-    """A section for each claim that was judged, in their order; none where there was no study."""
-    claims = evidence.result.get("claims") if evidence.result else None
-    return [_section(evidence, _gaps(claim)) for claim in claims or []]
+def claim_sections(evidence: Evidence, claims: Sequence[JudgedClaim]) -> list[ClaimSection]:
+    """Return a section per judged claim, in their order."""
+    return [_section(evidence, claim) for claim in claims]

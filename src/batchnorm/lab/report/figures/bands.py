@@ -1,52 +1,62 @@
-"""Curves that are kept as a median in a band, as the figures of the claims draw and list them."""
+"""Curves with bands, and values per arm, as the figures of the claims draw and list them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from batchnorm.lab.report.figures.figure import LABELS, Axis, Series, Value, shown
+from batchnorm.lab.comparison.measures import QuartileBand
+from batchnorm.lab.report.figures.figure import Axis, Series, Value, shown
+from batchnorm.lab.training.settings import ARMS, Arm
 
-__all__ = ["Band", "band", "band_rows", "of_arms", "short", "spread_text", "step_axis"]
+__all__ = ["band", "band_rows", "band_text", "in_order_of_arms", "is_known", "short_layer_name", "step_axis"]
 
-Band = Mapping[str, Sequence[Value]]
-
-
-def of_arms(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept for arms, in their order; the rest is left."""
-    return {arm: values[arm] for arm in LABELS if arm in values}
+T = TypeVar("T")
 
 
-def band(arm: str, x: Sequence[float], values: Band, **options: Any) -> Series:
-    """A median as a line in its band."""
-    return Series(arm, x, values["median"], values["low"], values["high"], **options)
+def is_known(value: Value) -> bool:
+    """Return whether there is a number, infinities included."""
+    return value is not None and not math.isnan(value)
 
 
-def short(layer: str) -> str:
-    """A layer's name for a button.
+def in_order_of_arms(values: Mapping[Arm, T]) -> dict[Arm, T]:
+    """Return the values in the order of the arms."""
+    return {arm: values[arm] for arm in ARMS if arm in values}
 
-    >>> short("hidden layer 2"), short("output layer")
+
+def band(arm: str, x: Sequence[float], values: QuartileBand, **options: Any) -> Series:
+    """Return a median as a line in its band."""
+    return Series(arm, x, values.median, values.low, values.high, **options)
+
+
+def short_layer_name(layer: str) -> str:
+    """Return a layer's name for a button.
+
+    >>> short_layer_name("hidden layer 2"), short_layer_name("output layer")
     ('2', 'output')
     """
     return layer.removeprefix("hidden layer ").removesuffix(" layer")
 
 
-def spread_text(values: Mapping[str, Sequence[Value]], i: int) -> str:
-    """A median with the ends of its band."""
-    if values["median"][i] is None:
+def band_text(values: QuartileBand, i: int) -> str:
+    """Return a median with the ends of its band, or a dash."""
+    if not is_known(values.median[i]):
         return "-"
-    return f"{shown(values['median'][i])} [{shown(values['low'][i])}, {shown(values['high'][i])}]"
+    return f"{shown(values.median[i])} [{shown(values.low[i])}, {shown(values.high[i])}]"
 
 
-def band_rows(head: Sequence[str], x: Sequence[float], curves: Mapping[str, Band]) -> list[list[str | float | None]]:
-    """Rows of data of curves: what they are of, group, x, median, low, high."""
+def band_rows(
+    head: Sequence[str], x: Sequence[float], curves: Mapping[Arm, QuartileBand]
+) -> list[list[str | float | None]]:
+    """Return rows of data of the curves: the cells of ``head``, arm, x, median, low, high."""
     return [
-        [*head, arm, at, values["median"][i], values["low"][i], values["high"][i]]
+        [*head, arm, at, values.median[i], values.low[i], values.high[i]]
         for arm, values in curves.items()
         for i, at in enumerate(x)
     ]
 
 
 def step_axis(steps: Sequence[float]) -> Axis:
-    """An axis of gradient steps: logarithmic, unless it has to show step 0."""
+    """Return an axis of gradient steps: logarithmic, unless it has to show step 0."""
     return Axis("gradient steps", "log" if min(steps) > 0 else "linear", "steps")

@@ -1,28 +1,28 @@
-"""What the reader of a figure can choose: buttons, and a slider that plays."""
+"""The controls of a figure: buttons, and a slider that plays."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 __all__ = ["SCALES", "TIME", "X_SCALE", "Y_SCALE", "Control", "Slider"]
 
 
 @dataclass(frozen=True)
 class Control:
-    """Buttons of which one is pressed.
+    """Buttons of which one is chosen.
 
     Parameters
     ----------
     name : str
-        What series and axes call it; "time", "x" and "y" change axes.
+        The name by which series and axes refer to it; "time", "x" and "y" change axes.
     label : str
-        What is chosen, in words.
+        The label of the buttons.
     options : sequence of (str, str)
-        Values and what they are called.
+        Values and their labels.
     start : int
-        The option that holds at first; -1 is the last.
+        The option that is chosen at first; -1 is the last.
     """
 
     form: ClassVar[str] = "buttons"
@@ -33,17 +33,17 @@ class Control:
 
     @property
     def first(self) -> int:
-        """Number of the option that holds at first."""
+        """Index of the option that is chosen at first."""
         return self.start % len(self.options)
 
-    def drawing(self) -> dict[str, Any]:
-        """What the browser needs to know of it."""
+    def drawing(self) -> dict[str, object]:
+        """Return what the browser needs to know about the control."""
         return {"name": self.name, "options": [list(option) for option in self.options], "start": self.first}
 
 
 @dataclass(frozen=True)
 class Slider(Control):
-    """A slider over options in their order, with a button that plays them; it starts where the play ends."""
+    """A slider over ordered options, with a button that plays them; it starts at the last option."""
 
     form: ClassVar[str] = "slider"
     start: int = -1

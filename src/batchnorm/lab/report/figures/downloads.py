@@ -1,4 +1,4 @@
-"""The data of a figure as a file to go on with: comma-separated, numbers of nine digits."""
+"""The data of a figure as a file: comma-separated values, numbers of nine digits."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 @dataclass(frozen=True)
 class Data:
-    """Columns and rows of numbers, words and gaps, and what they are about."""
+    """Columns and rows of numbers, words and gaps; ``about`` describes them."""
 
     about: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
     def csv(self) -> str:
-        """The data as CSV; a gap is an empty cell.
+        """Return the data as CSV; a gap is an empty cell.
 
         >>> print(Data("steps", ["name", "steps"], [["=1+1", 93], ["b", None]]).csv(), end="")
         name,steps
@@ -38,7 +38,7 @@ class Data:
 
 
 def _cell(value: Cell) -> str:
-    """A cell as text; a word that a spreadsheet would calculate, since names come from users' files, is quoted."""
+    """Return a cell as text; quote a word that a spreadsheet would evaluate, because names come from users' files."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, str):

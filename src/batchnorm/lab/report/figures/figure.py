@@ -1,4 +1,4 @@
-"""The form of a figure: its data, apart from how a browser draws and colours it."""
+"""The data of a figure, apart from how a browser draws and colors it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = [
     "PHRASES",
     "Axis",
     "Figure",
+    "FigureTable",
     "Mark",
     "Plot",
-    "Rule",
+    "ReferenceLine",
     "Series",
     "Surface",
-    "Table",
     "Value",
     "listed",
     "shown",
@@ -32,7 +32,7 @@ PHRASES = {"none": "without batch norm", "before": "with it before the nonlinear
 GROUPS = LABELS | {
     "raw": "raw inputs",
     "normalized": "normalized inputs",
-    "theory": "what independent rows give",
+    "theory": "independent rows",
     "pair": "one seed",
     "descent": "gradient descent",
 }
@@ -43,26 +43,26 @@ Mark = Literal["known", "at least", "at most", "beyond", "minimum"]
 
 @dataclass(frozen=True)
 class Series:
-    """The numbers of one group, an arm most often, in a plot.
+    """The numbers of one group in a plot; most groups are arms.
 
     Parameters
     ----------
     group : str
-        Whose, a key of `GROUPS`; it sets colour, dash and marker.
+        The group, a key of `GROUPS`; it sets color, dash and marker.
     x, y : sequence of numbers
         In units of the axes; None leaves a gap.
     low, high : sequence of numbers, optional
-        A band about y.
+        A band around y.
     line : bool
         Whether the points are joined.
     marks : sequence of str, optional
-        How each point is known, which sets its symbol; without it points have none.
+        How each point is known, which sets its symbol; without marks the points have no symbols.
     text : sequence of str, optional
-        What is said of each point under the pointer, in place of its number.
+        The text of each point under the pointer, instead of its number.
     choice : mapping of str to str, optional
-        The options of the figure's controls that show the series, all of them together.
+        The options of the controls that must all be chosen for the series to be shown.
     faint : bool
-        Whether it is drawn pale, as what the others are to be seen against.
+        Whether the series is drawn pale, as a background for the others.
     """
 
     group: str
@@ -84,13 +84,13 @@ class Surface:
     Parameters
     ----------
     group : str
-        Whose; it sets the colour.
+        The group; it sets the color.
     x, y : sequence of numbers
         The grid.
     above : sequence of sequence of numbers
-        Heights above the lowest there is, a row for each y.
+        Heights above the lowest one, a row per y.
     levels : sequence of numbers
-        Heights at which there is a contour, equal factors apart.
+        Heights of the contours, equal factors apart.
     """
 
     group: str
@@ -102,13 +102,26 @@ class Surface:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its title, its scale, and what it counts.
+    """An axis of a plot.
 
-    ``time`` is "steps", "seconds" or "chosen" by the reader where the numbers are gradient steps; ``switch`` names
-    the control that changes the scale; ``ticks`` are (value, label) where they are given; ``range`` is in the units
-    of the axis; a ``shared`` axis has the limits that hold every plot of the figure; a control that it is ``held``
-    against leaves its limits as they are, those that hold all of the control's options; on an ``equal`` axis a unit is
-    as long as on the other.
+    Parameters
+    ----------
+    title : str
+    scale : "linear" or "log"
+    time : "steps", "seconds" or "chosen", optional
+        The unit where the numbers are gradient steps; "chosen" lets the reader choose.
+    switch : "x" or "y", optional
+        The control that changes the scale.
+    ticks : sequence of (float, str), optional
+        Values and their labels.
+    range : (float, float), optional
+        Limits, in the units of the axis.
+    shared : bool
+        Whether the limits fit every plot of the figure.
+    fixed_over : sequence of str
+        Controls that leave the limits unchanged: the limits fit all of their options.
+    equal : bool
+        Whether a unit is as long as on the other axis.
     """
 
     title: str
@@ -118,13 +131,13 @@ class Axis:
     ticks: Sequence[tuple[float, str]] | None = None
     range: tuple[float, float] | None = None
     shared: bool = False
-    held: Sequence[str] = ()
+    fixed_over: Sequence[str] = ()
     equal: bool = False
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A line across a plot at one value of an axis, with a word beside it; beyond it the plot may be shaded."""
+class ReferenceLine:
+    """A line across a plot at one value of an axis, with a label; ``beyond`` shades the plot past the line."""
 
     axis: Literal["x", "y"]
     value: float
@@ -134,19 +147,19 @@ class Rule:
 
 @dataclass(frozen=True)
 class Plot:
-    """One pair of axes with the series in them."""
+    """A pair of axes with the series in them."""
 
     title: str
     x: Axis
     y: Axis
     series: Sequence[Series]
-    rules: Sequence[Rule] = ()
+    lines: Sequence[ReferenceLine] = ()
     surface: Surface | None = None
 
 
 @dataclass(frozen=True)
-class Table:
-    """The numbers of a figure for those who would rather read them."""
+class FigureTable:
+    """The numbers of a figure as a table to read."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -154,10 +167,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the report: what it asks, what it finds in one sentence, its plots and its numbers.
+    """A figure of the report.
 
-    ``chain`` names parts of a network, in the order in which data pass them, for a small diagram above the plots;
-    ``data`` is what can be saved as a file.
+    Parameters
+    ----------
+    key, title : str
+    finding : str
+        The result in one sentence.
+    note : str
+        How to read the figure.
+    plots : sequence of Plot
+    table : FigureTable
+    controls : sequence of Control
+    replay : bool
+        Whether the curves can be drawn step by step.
+    chain : sequence of str
+        Parts of a network, in the order in which data pass through them, for a small diagram above the plots.
+    data : Data, optional
+        The data that can be saved as a file.
     """
 
     key: str
@@ -165,7 +192,7 @@ class Figure:
     finding: str
     note: str
     plots: Sequence[Plot]
-    table: Table
+    table: FigureTable
     controls: Sequence[Control] = ()
     replay: bool = False
     chain: Sequence[str] = ()
@@ -173,38 +200,38 @@ class Figure:
 
     @property
     def groups(self) -> list[str]:
-        """The groups to tell apart in a plot."""
+        """The groups that a reader must tell apart in a plot."""
         many = [plot for plot in self.plots if len({series.group for series in plot.series}) > 1]
         return list(dict.fromkeys(series.group for plot in many for series in plot.series))
 
-    def drawing(self) -> dict[str, Any]:
-        """What the browser draws: the plots as plain values of 5 digits."""
+    def drawing(self) -> dict[str, object]:
+        """Return what the browser draws: the plots as JSON values of 5 digits."""
         return {
             "key": self.key,
             "groups": self.groups,
             "controls": [control.drawing() for control in self.controls],
-            "plots": [_plain(asdict(plot)) for plot in self.plots],
+            "plots": [_drawn(asdict(plot)) for plot in self.plots],
         }
 
 
-def _plain(value: Any) -> Any:
-    """The value without what is not set, and with numbers as JSON has them."""
+def _drawn(value: Any) -> Any:
+    """Return the value without unset parts, and with numbers of 5 digits that JSON can hold."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
+        return {key: _drawn(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_drawn(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     return value
 
 
 def shown(value: Value) -> str:
-    """A number of a table: four digits, or a dash where there is none."""
+    """Return a number of a table: four digits, or a dash where it is missing or not finite."""
     return f"{value:.4g}" if value is not None and math.isfinite(value) else "-"
 
 
 def listed(parts: Sequence[str]) -> str:
-    """Parts of a sentence with commas and a last "and".
+    """Return the parts of a sentence, joined by commas and a last "and".
 
     >>> listed(["a", "b", "c"])
     'a, b and c'

@@ -1,15 +1,16 @@
-"""From which initial weights the network trains, and in how many steps."""
+"""Figure of the initial weights from which the network trains, and of the steps that it needs."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
+from batchnorm.lab.claims.initial_weights import InitialWeightsDetails
 from batchnorm.lab.comparison.verdict import steps_text
-from batchnorm.lab.report.figures.bands import of_arms
-from batchnorm.lab.report.figures.beyond import placed, steps_axis, zone_rule
+from batchnorm.lab.report.figures.bands import in_order_of_arms
+from batchnorm.lab.report.figures.beyond import steps_axis, steps_series, zone_line
 from batchnorm.lab.report.figures.downloads import Data
 from batchnorm.lab.report.figures.evidence import Evidence
-from batchnorm.lab.report.figures.figure import PHRASES, Axis, Figure, Plot, Rule, Series, listed
+from batchnorm.lab.report.figures.figure import PHRASES, Axis, Figure, Plot, ReferenceLine, Series, listed
 from batchnorm.lab.report.figures.sweeps import (
     median,
     median_of_scores,
@@ -19,10 +20,11 @@ from batchnorm.lab.report.figures.sweeps import (
     sweep_table,
 )
 from batchnorm.lab.training.runs import median_steps
+from batchnorm.lab.training.settings import Arm
 
 __all__ = ["initial_weights"]
 
-USUAL = Rule("x", 1.0, "")
+USUAL = ReferenceLine("x", 1.0, "")
 
 
 def _axis(scales: list[float]) -> Axis:
@@ -34,28 +36,28 @@ def _axis(scales: list[float]) -> Axis:
     )
 
 
-def _steps(arrivals: dict[str, Any], scales: list[float], x: Axis, steps: int) -> Plot:
-    """Median steps to the score of a run that trains."""
+def _steps(arrivals: Mapping[Arm, list[list[int | None]]], scales: list[float], x: Axis, steps: int) -> Plot:
+    """Return the median steps to the score of a run that trains."""
     series: list[Series] = []
-    every = []
+    all_counts = []
     for arm, by_scale in arrivals.items():
         counts = [median_steps(at) for at in by_scale]
-        every += counts
-        said = [
+        all_counts += counts
+        texts = [
             f"{sum(step is not None for step in at)} of {len(at)} seeds arrive, median {steps_text(count, steps)}"
             for at, count in zip(by_scale, counts, strict=True)
         ]
-        series += placed(arm, scales, counts, steps, said)
-    return Plot("Median steps to that score", x, steps_axis("", every, steps), series, [zone_rule("y", steps), USUAL])
+        series += steps_series(arm, scales, counts, steps, texts)
+    return Plot(
+        "Median steps to that score", x, steps_axis("", all_counts, steps), series, [zone_line("y", steps), USUAL]
+    )
 
 
-def initial_weights(evidence: Evidence, details: dict[str, Any]) -> Figure | None:
-    """Share of seeds that train, scores and steps, by the size of the initial weights."""
-    if "scales" not in details:
-        return None
-    scales, steps, threshold = details["scales"], details["steps"], details["threshold"]
-    trains, scores = of_arms(details["trains"]), of_arms(details["scores"])
-    arrivals = of_arms(details.get("arrivals") or {})
+def initial_weights(evidence: Evidence, details: InitialWeightsDetails) -> Figure:
+    """Return the share of seeds that train, scores and steps, by the size of the initial weights."""
+    scales, steps, threshold = details.scales, details.steps, details.threshold
+    trains, scores = in_order_of_arms(details.trains), in_order_of_arms(details.scores)
+    arrivals = in_order_of_arms(details.arrivals)
     seeds = max(len(at) for by_scale in scores.values() for at in by_scale)
     x, steps_to = _axis(scales), score_rows(scales, arrivals)
     plots = [
@@ -71,20 +73,20 @@ def initial_weights(evidence: Evidence, details: dict[str, Any]) -> Figure | Non
             x,
             Axis(""),
             [median_of_scores(arm, scales, by_scale) for arm, by_scale in scores.items()],
-            [USUAL] if threshold is None else [Rule("y", threshold, "trains"), USUAL],
+            [USUAL] if threshold is None else [ReferenceLine("y", threshold, "trains"), USUAL],
         ),
     ]
     if arrivals:
         plots.append(_steps(arrivals, scales, x, steps))
-    widths = [f"{median(values):.2g} {PHRASES[arm]}" for arm, values in of_arms(details["width"]).items()]
+    widths = [f"{median(values):.2g} {PHRASES[arm]}" for arm, values in in_order_of_arms(details.width).items()]
     return Figure(
         key="initial_weights",
         title="Initial weights that train",
         finding=f"The median seed trains over this many decades of initial weights: {listed(widths)}.",
         note=(
             f"{seeds} seeds at each size of the initial weights, {steps} steps each, each arm at its own learning "
-            "rate; marks of the seeds that train are set side by side so that none hides another. At the end: the mean "
-            "of a run's last three scores, its median over the seeds and their range. Dashed: as set up."
+            "rate; marks of the seeds that train are placed side by side so that none hides another. At the end: the "
+            "mean of a run's last three scores, as the median over the seeds and their range. Dashed: as set up."
             + (f" Shaded: most seeds do not arrive within {steps} steps." if arrivals else "")
         ),
         plots=plots,

@@ -1,4 +1,4 @@
-"""What enters the last hidden nonlinearity over training: Ioffe & Szegedy (2015), Fig. 1 b and c, on this data."""
+"""Figure of the inputs of the last hidden nonlinearity over training: Ioffe & Szegedy (2015), Fig. 1 b and c."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from batchnorm.lab.report.figures.figure import (
     PHRASES,
     Axis,
     Figure,
+    FigureTable,
     Plot,
     Series,
-    Table,
     listed,
     shown,
 )
@@ -26,13 +26,13 @@ EVERY = 4
 
 
 def _traces(evidence: Evidence) -> dict[str, NDArray[np.float64]]:
-    """Percentiles (evaluations, units, 3) of the one run of each arm that was traced."""
+    """Return the percentiles (evaluations, units, 3) of the one traced run of each arm."""
     runs = {arm: next((run for run in evidence.confirm[arm] if run.trace), None) for arm in ARMS}
     return {arm: np.array(run.trace, dtype=float) for arm, run in runs.items() if run is not None}
 
 
 def last_inputs(evidence: Evidence) -> Figure | None:
-    """15th, 50th and 85th percentile of the inputs of the last hidden nonlinearity; None where none was traced."""
+    """Return percentiles of the inputs of the last hidden nonlinearity; None where no run was traced."""
     traces = _traces(evidence)
     if not traces:
         return None
@@ -75,7 +75,7 @@ def last_inputs(evidence: Evidence) -> Figure | None:
             ", with the statistics that inference uses (as in Ioffe & Szegedy 2015, Fig. 1 b and c)."
         ),
         plots=plots,
-        table=Table(
+        table=FigureTable(
             ["step", *(f"unit 1, {LABELS[arm]}: 15th, 50th, 85th percentile" for arm in traces)],
             [
                 [

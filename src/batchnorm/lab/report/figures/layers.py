@@ -1,19 +1,30 @@
-"""The distribution of what enters each layer's nonlinearity, as training goes on."""
+"""Figure of the distribution of the inputs of each nonlinearity over training."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from batchnorm.lab.claims.shift import ShiftDetails
 from batchnorm.lab.comparison.verdict import number
-from batchnorm.lab.report.figures.bands import of_arms, short
+from batchnorm.lab.report.figures.bands import in_order_of_arms, short_layer_name
 from batchnorm.lab.report.figures.controls import Control, Slider
 from batchnorm.lab.report.figures.downloads import Data
 from batchnorm.lab.report.figures.evidence import Evidence
-from batchnorm.lab.report.figures.figure import LABELS, PHRASES, Axis, Figure, Plot, Series, Table, Value, listed, shown
+from batchnorm.lab.report.figures.figure import (
+    LABELS,
+    PHRASES,
+    Axis,
+    Figure,
+    FigureTable,
+    Plot,
+    Series,
+    Value,
+    listed,
+    shown,
+)
 
 __all__ = ["layers"]
 
@@ -24,13 +35,13 @@ Quantiles = Sequence[Value]
 
 
 def _known(quantiles: Quantiles) -> list[float] | None:
-    """The quantiles where all are finite numbers: a run that diverged leaves some that are not."""
+    """Return the quantiles if all are finite; a diverged run has some that are not."""
     known = [value for value in quantiles if value is not None and np.isfinite(value)]
     return known if len(known) == len(quantiles) else None
 
 
 def _edges(by_probe: Sequence[Quantiles]) -> list[float] | None:
-    """Bins that hold all but the outermost parts of the distribution at every step."""
+    """Return bins that cover all but the outermost parts of the distribution at every step."""
     known = [quantiles for quantiles in map(_known, by_probe) if quantiles]
     if not known:
         return None
@@ -40,7 +51,7 @@ def _edges(by_probe: Sequence[Quantiles]) -> list[float] | None:
 
 
 def density(quantiles: Sequence[float], edges: Sequence[float]) -> list[float]:
-    """Density in each bin of a distribution known by quantiles equally spaced from 0 to 1.
+    """Return the density in each bin of a distribution given by quantiles equally spaced from 0 to 1.
 
     >>> density([0.0, 1.0, 2.0], [0.0, 0.5, 1.0, 2.0])
     [0.5, 0.5, 0.5]
@@ -51,7 +62,7 @@ def density(quantiles: Sequence[float], edges: Sequence[float]) -> list[float]:
 
 
 def _series(arm: str, layer: int, by_probe: Sequence[Quantiles]) -> list[Series]:
-    """The density at every probe, in front of that of the first."""
+    """Return the density at every probe, in front of that of the first."""
     edges = _edges(by_probe)
     if edges is None:
         return []
@@ -70,22 +81,20 @@ def _series(arm: str, layer: int, by_probe: Sequence[Quantiles]) -> list[Series]
 
 
 def _span(quantiles: Quantiles) -> float | None:
-    """Width of the middle half."""
+    """Return the width of the middle half."""
     known = _known(quantiles)
     return None if known is None else known[(len(known) - 1) * 3 // 4] - known[(len(known) - 1) // 4]
 
 
 def _change(begin: float | None, end: float | None) -> str:
-    """How a width changes, in words."""
+    """Return the change of a width in words."""
     return "out of bounds" if begin is None or end is None else f"from {number(begin)} to {number(end)}"
 
 
-def layers(_: Evidence, details: dict[str, Any]) -> Figure | None:
-    """Distributions by layer and step, each arm in a plot; None where they were not recorded."""
-    if "distributions" not in details:
-        return None
-    probes, names = details["probes"], details["distributions"]["layers"]
-    arms = of_arms(details["distributions"]["quantiles"])
+def layers(_: Evidence, details: ShiftDetails) -> Figure:
+    """Return the distributions by layer and step, each arm in a plot."""
+    probes, names = details.probes, details.distributions.layers
+    arms = in_order_of_arms(details.distributions.quantiles)
     last = len(next(iter(arms.values()))[0][0]) - 1
     spans = []
     for arm, by_layer in arms.items():
@@ -93,30 +102,32 @@ def layers(_: Evidence, details: dict[str, Any]) -> Figure | None:
         spans.append(f"{_change(begin, end)} {PHRASES[arm]}")
     return Figure(
         key="layers",
-        title="What enters the nonlinearity of each layer",
+        title="Inputs of the nonlinearity of each layer",
         finding=(
-            f"From step {probes[0]} to step {probes[-1]} the middle half of what enters the nonlinearity of "
-            f"{names[-1]} changes its width {listed(spans)}."
+            f"From step {probes[0]} to step {probes[-1]} the width of the middle half of the inputs of "
+            f"the nonlinearity of {names[-1]} changes {listed(spans)}."
         ),
         note=(
-            "All units of a layer together, over the same training rows at every step, of the first seed; the pale "
-            f"line is step {probes[0]}. The axes of a layer stay as they are while the steps go by; the outermost "
+            "All units of a layer together, over the same training rows at every step, for the first seed. The pale "
+            f"line is step {probes[0]}. The axes of a layer are the same at every step; the outermost "
             "2.5% on each side may lie beyond them."
         ),
         plots=[
             Plot(
                 LABELS[arm].capitalize(),
-                Axis("what enters the nonlinearity", held=["step"]),
-                Axis("density", held=["step"]),
+                Axis("input of the nonlinearity", fixed_over=["step"]),
+                Axis("density", fixed_over=["step"]),
                 [series for k, by_probe in enumerate(by_layer) for series in _series(arm, k, by_probe)],
             )
             for arm, by_layer in arms.items()
         ],
         controls=[
-            Control("layer", "Hidden layer", [(str(k), short(name)) for k, name in enumerate(names)], start=-1),
+            Control(
+                "layer", "Hidden layer", [(str(k), short_layer_name(name)) for k, name in enumerate(names)], start=-1
+            ),
             Slider("step", "Training", [(str(i), f"step {step}") for i, step in enumerate(probes)]),
         ],
-        table=Table(
+        table=FigureTable(
             ["step", *(f"{names[-1]}, {LABELS[arm]}: least, quartiles, greatest" for arm in arms)],
             [
                 [
@@ -130,7 +141,7 @@ def layers(_: Evidence, details: dict[str, Any]) -> Figure | None:
             ],
         ),
         data=Data(
-            "quantiles of what enters the nonlinearity of every layer",
+            "quantiles of the inputs of the nonlinearity of every layer",
             ["arm", "layer", "step", *(f"quantile {q / last:g}" for q in range(last + 1))],
             [
                 [arm, names[k], probes[i], *quantiles]

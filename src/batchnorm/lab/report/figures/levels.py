@@ -1,4 +1,4 @@
-"""What another target changes: steps to every score, and the ratio of steps as the target moves."""
+"""Figures of the target: steps to every score, and the ratio of steps against the target."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from batchnorm.lab.report.figures.figure import (
     PHRASES,
     Axis,
     Figure,
+    FigureTable,
     Mark,
     Plot,
-    Rule,
+    ReferenceLine,
     Series,
-    Table,
     Value,
     listed,
 )
@@ -30,30 +30,30 @@ SCORE_TICKS = (0, 0.2, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 TENTHS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def _place(evidence: Evidence, measure: Measure, level: float) -> float:
-    """Where a level lies on its axis: a loss at itself, a score at what it lacks of 1 (half a row at least)."""
-    return level if measure == "loss" else max(1 - level, 0.5 / evidence.data["rows"]["validation"])
+def _position(evidence: Evidence, measure: Measure, level: float) -> float:
+    """Return the position of a level on its axis: a loss at its value, a score at 1 less it (at least half a row)."""
+    return level if measure == "loss" else max(1 - level, 0.5 / evidence.data.rows["validation"])
 
 
 def _axis(evidence: Evidence, measure: Measure, levels: list[float], title: str) -> Axis:
-    """A logarithmic axis of levels, the hard ones to the right."""
-    places = [_place(evidence, measure, level) for level in levels]
-    margin = (max(places) / min(places)) ** 0.03
-    limits = (max(places) * margin, min(places) / margin)
+    """Return a logarithmic axis of levels, the hard ones to the right."""
+    positions = [_position(evidence, measure, level) for level in levels]
+    margin = (max(positions) / min(positions)) ** 0.03
+    limits = (max(positions) * margin, min(positions) / margin)
     if measure == "loss":
         return Axis(title, "log", range=limits)
-    scores = SCORE_TICKS if max(places) > 5 * min(places) else TENTHS
+    scores = SCORE_TICKS if max(positions) > 5 * min(positions) else TENTHS
     ticks = [(1 - score, f"{score:g}") for score in scores if limits[1] <= 1 - score <= limits[0]]
     return Axis(title, "log", range=limits, ticks=ticks)
 
 
-def _rules(evidence: Evidence, measure: Measure) -> list[Rule]:
+def _target_line(evidence: Evidence, measure: Measure) -> list[ReferenceLine]:
     aim = evidence.aim(measure)
-    return [] if aim is None else [Rule("x", _place(evidence, measure, aim), "target")]
+    return [] if aim is None else [ReferenceLine("x", _position(evidence, measure, aim), "target")]
 
 
 def every_score(evidence: Evidence) -> Figure | None:
-    """Median steps to every score, by the rule that the target is held to; None where no score is known."""
+    """Return the median steps to every score, by the rule of the target; None where no score is known."""
     levels = evidence.levels("score")
     if not levels:
         return None
@@ -72,8 +72,8 @@ def every_score(evidence: Evidence) -> Figure | None:
         title="Steps to every score",
         finding=f"The highest {name} that most runs reach within {steps} steps is {listed(highest)}.",
         note=(
-            f"Median steps over {evidence.drawn} to a validation {name}, held at {CONSECUTIVE} evaluations in a row. "
-            f"A line ends where half of the runs or more do not get there within {steps} steps."
+            f"Median steps over {evidence.drawn} to a validation {name}, at {CONSECUTIVE} consecutive evaluations. "
+            f"A line ends where at least half of the runs do not reach the score within {steps} steps."
         ),
         plots=[
             Plot(
@@ -83,7 +83,7 @@ def every_score(evidence: Evidence) -> Figure | None:
                 [
                     Series(
                         arm,
-                        [_place(evidence, "score", level) for level in levels],
+                        [_position(evidence, "score", level) for level in levels],
                         counts,
                         text=[
                             f"{level:.3f}: {steps_text(count, steps)} steps {PHRASES[arm]}"
@@ -92,11 +92,11 @@ def every_score(evidence: Evidence) -> Figure | None:
                     )
                     for arm, counts in medians.items()
                 ],
-                _rules(evidence, "score"),
+                _target_line(evidence, "score"),
             )
         ],
         controls=(Control("y", "Vertical axis", SCALES),),
-        table=Table(
+        table=FigureTable(
             [f"validation {name}", *(LABELS[arm] for arm in medians)],
             [
                 [f"{level:.4f}", *(steps_text(counts[i], steps) for counts in medians.values())]
@@ -106,8 +106,8 @@ def every_score(evidence: Evidence) -> Figure | None:
     )
 
 
-def _drawn(bounds: Bounds) -> tuple[Value, Mark]:
-    """Where a median ratio is drawn: at itself, or at the bound that is known."""
+def _ratio_position(bounds: Bounds) -> tuple[Value, Mark]:
+    """Return the position and mark of a median ratio: its value, or the bound that is known."""
     lower, upper = bounds
     if lower == upper:
         return lower, "known"
@@ -117,34 +117,34 @@ def _drawn(bounds: Bounds) -> tuple[Value, Mark]:
 
 
 def _ratio_series(arm: str, x: list[float], ratios: list[PairSummary], top: float) -> list[Series]:
-    """A line through the medians that are known, in the band of their intervals, and marks at those that are not."""
-    places = [_drawn(ratio.median) for ratio in ratios]
-    said = [f"{ratio_text(ratio)} times fewer steps {PHRASES[arm]}" for ratio in ratios]
+    """Return a line through the known medians in the band of their intervals, and marks at the bounds of others."""
+    positions = [_ratio_position(ratio.median) for ratio in ratios]
+    texts = [f"{ratio_text(ratio)} times fewer steps {PHRASES[arm]}" for ratio in ratios]
     line = Series(
         arm,
         x,
-        [y if mark == "known" else None for y, mark in places],
+        [y if mark == "known" else None for y, mark in positions],
         [max(ratio.interval[0], 1 / top) for ratio in ratios],
         [min(ratio.interval[1], top) for ratio in ratios],
         marks=["known"] * len(x),
-        text=said,
+        text=texts,
     )
-    bounds = [i for i, (y, mark) in enumerate(places) if mark != "known" and y is not None]
+    bounds = [i for i, (y, mark) in enumerate(positions) if mark != "known" and y is not None]
     marks = Series(
         arm,
         [x[i] for i in bounds],
-        [places[i][0] for i in bounds],
+        [positions[i][0] for i in bounds],
         line=False,
-        marks=[places[i][1] for i in bounds],
-        text=[said[i] for i in bounds],
+        marks=[positions[i][1] for i in bounds],
+        text=[texts[i] for i in bounds],
     )
     return [line, marks] if bounds else [line]
 
 
 def moving_target(evidence: Evidence) -> Figure | None:
-    """Ratio of steps against the target; None where no ratio is claimed or the runs to count it lack."""
+    """Return the ratio of steps against the target; None where no ratio is claimed or its runs are missing."""
     target, result = evidence.target, evidence.result
-    if target is None or result is None or not result["ratios"] or not result["headline"]:
+    if target is None or result is None or not result.ratios or not result.headline:
         return None
     levels, steps = evidence.levels(target.measure), evidence.settings.steps
     arrivals = evidence.steps_to_levels(target.measure)
@@ -164,7 +164,7 @@ def moving_target(evidence: Evidence) -> Figure | None:
     ends = [end for rows in ratios.values() for ratio in rows for end in (*ratio.median, *ratio.interval)]
     top = 2 * max([max(end, 1 / end) for end in ends if 0 < end < math.inf])
     name = evidence.score_name if target.measure == "score" else "loss"
-    x = [_place(evidence, target.measure, level) for level in levels]
+    x = [_position(evidence, target.measure, level) for level in levels]
     here = min(range(len(levels)), key=lambda i: abs(levels[i] - target.value))
     chosen = sorted({here // 3, here * 2 // 3, here})
     changes = [
@@ -186,10 +186,10 @@ def moving_target(evidence: Evidence) -> Figure | None:
                 _axis(evidence, target.measure, levels, f"target: validation {name}"),
                 Axis("", "log", range=_range(ends)),
                 [series for arm, rows in ratios.items() for series in _ratio_series(arm, x, rows, top)],
-                [Rule("y", 1.0, "no change"), *_rules(evidence, target.measure)],
+                [ReferenceLine("y", 1.0, "no change"), *_target_line(evidence, target.measure)],
             )
         ],
-        table=Table(
+        table=FigureTable(
             [f"target: validation {name}", *(LABELS[arm] for arm in ratios)],
             [[f"{level:.4g}", *(ratio_text(rows[i]) for rows in ratios.values())] for i, level in enumerate(levels)],
         ),
@@ -197,6 +197,6 @@ def moving_target(evidence: Evidence) -> Figure | None:
 
 
 def _range(ends: list[float]) -> tuple[float, float]:
-    """Limits that show every bound that is a number, and 1."""
+    """Return limits that show every finite bound, and 1."""
     finite = [end for end in ends if 0 < end < math.inf]
     return min([0.7, *finite]) / 1.1, max([1.5, *finite]) * 1.2

@@ -1,96 +1,110 @@
-"""Before or after the nonlinearity: each seed's steps and test score in the one placement joined to the other."""
+"""Figure of the two placements: the steps and test score of each seed before and after the nonlinearity, joined."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from batchnorm.lab.comparison.scores import Difference
+from batchnorm.lab.claims.placement import PlacementDetails
 from batchnorm.lab.comparison.verdict import difference_text, steps_text
-from batchnorm.lab.json_records import from_json
-from batchnorm.lab.report.figures.beyond import place, steps_axis, zone_rule
+from batchnorm.lab.report.figures.beyond import position, steps_axis, zone_line
 from batchnorm.lab.report.figures.downloads import Data
 from batchnorm.lab.report.figures.evidence import Evidence
-from batchnorm.lab.report.figures.figure import LABELS, Axis, Figure, Mark, Plot, Rule, Series, Table, Value, shown
+from batchnorm.lab.report.figures.figure import (
+    LABELS,
+    Axis,
+    Figure,
+    FigureTable,
+    Mark,
+    Plot,
+    ReferenceLine,
+    Series,
+    Value,
+    shown,
+)
 from batchnorm.lab.training.runs import median_steps
+from batchnorm.lab.training.settings import Arm
 
 __all__ = ["placements"]
 
-COLUMNS = {"before": 0.0, "after": 1.0}
-SPREAD = 0.24
+COLUMNS: dict[Arm, float] = {"before": 0.0, "after": 1.0}
+WIDTH = 0.24
 
-Places = Mapping[str, Sequence[tuple[Value, Mark]]]
+Positions = Mapping[Arm, Sequence[tuple[Value, Mark]]]
 
 
-def _pairs(title: str, y: Axis, places: Places, said: Mapping[str, Sequence[str]], rules: Sequence[Rule] = ()) -> Plot:
-    """A column of marks for each placement, the seeds side by side, and a line from each to its other."""
-    seeds = len(places["before"])
-    beside = [(i / max(seeds - 1, 1) - 0.5) * SPREAD for i in range(seeds)]
-    lines = Series(
+def _pairs(
+    title: str,
+    y: Axis,
+    positions: Positions,
+    texts: Mapping[Arm, Sequence[str]],
+    lines: Sequence[ReferenceLine] = (),
+) -> Plot:
+    """Return a column of marks per placement, the seeds side by side, and a line between the two of each seed."""
+    seeds = len(positions["before"])
+    beside = [(i / max(seeds - 1, 1) - 0.5) * WIDTH for i in range(seeds)]
+    joined = Series(
         "pair",
         [x for at in beside for x in (COLUMNS["before"] + at, COLUMNS["after"] + at, None)],
-        [y for i in range(seeds) for y in (places["before"][i][0], places["after"][i][0], None)],
+        [y for i in range(seeds) for y in (positions["before"][i][0], positions["after"][i][0], None)],
     )
     columns = [
         Series(
             arm,
             [column + at for at in beside],
-            [y for y, _ in places[arm]],
+            [y for y, _ in positions[arm]],
             line=False,
-            marks=[mark for _, mark in places[arm]],
-            text=said[arm],
+            marks=[mark for _, mark in positions[arm]],
+            text=texts[arm],
         )
         for arm, column in COLUMNS.items()
     ]
     ticks = [(x, LABELS[arm]) for arm, x in COLUMNS.items()]
-    return Plot(title, Axis("", ticks=ticks, range=(-0.45, 1.45)), y, [lines, *columns], rules)
+    return Plot(title, Axis("", ticks=ticks, range=(-0.45, 1.45)), y, [joined, *columns], lines)
 
 
-def _steps(counts: Mapping[str, Sequence[Value]], steps: int) -> Plot:
-    said = {arm: [f"seed {i}: {steps_text(c, steps)} steps" for i, c in enumerate(counts[arm], 1)] for arm in COLUMNS}
+def _steps(counts: Mapping[Arm, Sequence[Value]], steps: int) -> Plot:
+    texts = {arm: [f"seed {i}: {steps_text(c, steps)} steps" for i, c in enumerate(counts[arm], 1)] for arm in COLUMNS}
     return _pairs(
         "Steps to the target",
         steps_axis("", [count for arm in COLUMNS for count in counts[arm]], steps),
-        {arm: [place(arm, count, steps) for count in counts[arm]] for arm in COLUMNS},
-        said,
-        [zone_rule("y", steps)],
+        {arm: [position(arm, count, steps) for count in counts[arm]] for arm in COLUMNS},
+        texts,
+        [zone_line("y", steps)],
     )
 
 
-def _scores(name: str, scores: Mapping[str, Sequence[Value]]) -> Plot:
-    places: dict[str, list[tuple[Value, Mark]]] = {
+def _scores(name: str, scores: Mapping[Arm, Sequence[Value]]) -> Plot:
+    positions: dict[Arm, list[tuple[Value, Mark]]] = {
         arm: [(score, "known") for score in values] for arm, values in scores.items()
     }
-    said = {arm: [f"seed {i}: {shown(s)}" for i, s in enumerate(values, 1)] for arm, values in scores.items()}
-    return _pairs(f"Test {name}", Axis(""), places, said)
+    texts = {arm: [f"seed {i}: {shown(s)}" for i, s in enumerate(values, 1)] for arm, values in scores.items()}
+    return _pairs(f"Test {name}", Axis(""), positions, texts)
 
 
-def _sooner(counts: Mapping[str, Sequence[Value]]) -> str:
-    """How many seeds arrive sooner in which placement."""
+def _sooner(counts: Mapping[Arm, Sequence[Value]]) -> str:
+    """Return in words how many seeds reach the target sooner in which placement."""
     before = after = 0
     for one, other in zip(counts["before"], counts["after"], strict=True):
         before += one is not None and (other is None or one < other)
         after += other is not None and (one is None or other < one)
     rest = len(counts["before"]) - before - after
-    return f"{before} arrive sooner before the nonlinearity and {after} after it" + (
-        f"; for {rest} it is the same or can't be told" if rest else ""
+    return f"{before} reach the target sooner before the nonlinearity and {after} after it" + (
+        f"; for {rest} the steps are equal or unknown" if rest else ""
     )
 
 
-def placements(evidence: Evidence, details: dict[str, Any]) -> Figure | None:
-    """Steps to the target and test score of each seed, before and after; None where they were not counted."""
-    counts = {arm: details.get("steps", {}).get(arm) or [] for arm in COLUMNS}
+def placements(evidence: Evidence, details: PlacementDetails) -> Figure | None:
+    """Return the steps to the target and the test score of each seed; None where they were not counted."""
+    counts = {arm: details.steps.get(arm, []) for arm in COLUMNS}
     seeds = len(counts["before"])
     if not seeds or evidence.result is None:
         return None
     steps = evidence.settings.steps
-    scores = {arm: evidence.result["arms"][arm]["test_scores"] for arm in COLUMNS}
+    scores = {arm: evidence.result.arms[arm].test_scores for arm in COLUMNS}
     medians = [f"{steps_text(median_steps(counts[arm]), steps)} {arm}" for arm in COLUMNS]
-    found = details.get("test_difference")
-    difference = from_json(Difference, found) if found else None
     tested = (
-        f" The test {evidence.score_name} differs by {difference_text(difference)}, before less after."
-        if difference
+        f" The test {evidence.score_name} differs by {difference_text(details.test_difference)}, before less after."
+        if details.test_difference
         else ""
     )
     return Figure(
@@ -102,7 +116,7 @@ def placements(evidence: Evidence, details: dict[str, Any]) -> Figure | None:
             f"Shaded: not within {steps} steps."
         ),
         plots=[_steps(counts, steps), _scores(evidence.score_name, scores)],
-        table=Table(
+        table=FigureTable(
             [
                 "seed",
                 *(f"steps, {LABELS[arm]}" for arm in COLUMNS),

@@ -1,4 +1,4 @@
-"""Loss and score over training: the race, and the curves beside it."""
+"""Figures of loss and score over training: the race, and the curves."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import math
 
 import numpy as np
 
+from batchnorm.lab.comparison.measures import QuartileBand
 from batchnorm.lab.report.figures.controls import TIME, X_SCALE, Y_SCALE, Control
-from batchnorm.lab.report.figures.evidence import Curve, Evidence, Spread, spread
+from batchnorm.lab.report.figures.evidence import Curve, Evidence, quartiles
 from batchnorm.lab.report.figures.figure import (
     LABELS,
     PHRASES,
     Axis,
     Figure,
+    FigureTable,
     Plot,
-    Rule,
+    ReferenceLine,
     Series,
-    Table,
     listed,
     shown,
 )
@@ -27,37 +28,37 @@ __all__ = ["curves", "race"]
 EVERY = 4
 
 
-def _series(arm: str, evaluations: list[int], curve: Spread) -> Series:
-    return Series(arm, evaluations, [*curve.median], [*curve.low], [*curve.high])
+def _series(arm: str, evaluations: list[int], curve: QuartileBand) -> Series:
+    return Series(arm, evaluations, curve.median, curve.low, curve.high)
 
 
-def _loss_scale(spreads: dict[str, Spread]) -> Axis:
-    """An axis for a loss: logarithmic, unless a loss is nil."""
-    positive = all(np.all(curve.low > 0) for curve in spreads.values())
+def _loss_scale(bands: dict[str, QuartileBand]) -> Axis:
+    """Return an axis for a loss: logarithmic, unless a loss is 0."""
+    positive = all(low > 0 for curve in bands.values() for low in curve.low)
     return Axis("", "log", switch="y") if positive else Axis("")
 
 
-def _table(evidence: Evidence, spreads: dict[str, dict[str, Spread]]) -> Table:
-    """Medians with their middle halves, at some of the evaluations."""
+def _table(evidence: Evidence, bands: dict[str, dict[str, QuartileBand]]) -> FigureTable:
+    """Return medians with their middle halves, at some of the evaluations."""
     last = len(evidence.evaluations) - 1
     chosen = sorted({*range(0, last + 1, EVERY), last})
-    columns = ["step"] + [f"{name}, {LABELS[arm]}" for name, by_arm in spreads.items() for arm in by_arm]
+    columns = ["step"] + [f"{name}, {LABELS[arm]}" for name, by_arm in bands.items() for arm in by_arm]
     rows = [
         [
             str(evidence.evaluations[i]),
             *(
                 f"{shown(curve.median[i])} [{shown(curve.low[i])}, {shown(curve.high[i])}]"
-                for by_arm in spreads.values()
+                for by_arm in bands.values()
                 for curve in by_arm.values()
             ),
         ]
         for i in chosen
     ]
-    return Table(columns, rows)
+    return FigureTable(columns, rows)
 
 
-def _spreads(evidence: Evidence, curve: Curve) -> dict[str, Spread]:
-    return {arm: spread(runs, curve) for arm, runs in evidence.trained.items()}
+def _bands(evidence: Evidence, curve: Curve) -> dict[str, QuartileBand]:
+    return {arm: quartiles(runs, curve) for arm, runs in evidence.trained.items()}
 
 
 def _note(evidence: Evidence) -> str:
@@ -66,36 +67,36 @@ def _note(evidence: Evidence) -> str:
     )
 
 
-def _arrival(evidence: Evidence, arm: str, curve: Spread) -> Series | None:
-    """A mark on an arm's line where its median run arrives at the target."""
+def _arrival(evidence: Evidence, arm: str, curve: QuartileBand) -> Series | None:
+    """Return a mark on an arm's line where its median run reaches the target."""
     if not (evidence.confirmed and evidence.target):
         return None
     steps = median_steps(next(arrivals for name, arrivals in evidence.arrivals.items() if name == arm))
     if steps is None:
         return None
     height = float(np.interp(steps, evidence.evaluations, curve.median))
-    said = f"the median run {PHRASES[arm]} reaches the target at step {steps:.0f}"
-    return Series(arm, [steps], [height], line=False, marks=["known"], text=[said])
+    text = f"the median run {PHRASES[arm]} reaches the target at step {steps:.0f}"
+    return Series(arm, [steps], [height], line=False, marks=["known"], text=[text])
 
 
-def _rules(evidence: Evidence, measure: Measure) -> list[Rule]:
+def _target_line(evidence: Evidence, measure: Measure) -> list[ReferenceLine]:
     aim = evidence.aim(measure)
-    return [] if aim is None else [Rule("y", aim, "target")]
+    return [] if aim is None else [ReferenceLine("y", aim, "target")]
 
 
 def race(evidence: Evidence) -> Figure:
-    """Validation loss by step, and by second once the time of a step is measured."""
-    spreads = _spreads(evidence, "validation_loss")
-    series = [_series(arm, evidence.evaluations, curve) for arm, curve in spreads.items()]
-    marks = [_arrival(evidence, arm, curve) for arm, curve in spreads.items()]
+    """Return the validation loss by step, and by second once the time per step is measured."""
+    bands = _bands(evidence, "validation_loss")
+    series = [_series(arm, evidence.evaluations, curve) for arm, curve in bands.items()]
+    marks = [_arrival(evidence, arm, curve) for arm, curve in bands.items()]
     series += [mark for mark in marks if mark]
-    rules = _rules(evidence, "loss")
-    loss = _loss_scale(spreads)
-    plots = [Plot("By gradient step", Axis("gradient steps", "log", "steps", "x"), loss, series, rules)]
-    finding = _best_losses(evidence, spreads)
+    lines = _target_line(evidence, "loss")
+    loss = _loss_scale(bands)
+    plots = [Plot("By gradient step", Axis("gradient steps", "log", "steps", "x"), loss, series, lines)]
+    finding = _best_losses(evidence, bands)
     if evidence.seconds:
         seconds = Axis("seconds of one thread", "log", "seconds", "x")
-        plots.append(Plot("By second", seconds, loss, series, rules))
+        plots.append(Plot("By second", seconds, loss, series, lines))
         each = [f"{1000 * value:.2g} ms {PHRASES[arm]}" for arm, value in evidence.seconds.items()]
         finding += f" A step takes {listed(each)}."
     arrived = " A marker is where the median run reaches the target." if any(marks) else ""
@@ -105,7 +106,7 @@ def race(evidence: Evidence) -> Figure:
         finding=finding,
         note=_note(evidence) + arrived,
         plots=plots,
-        table=_table(evidence, {"validation loss": spreads}),
+        table=_table(evidence, {"validation loss": bands}),
         controls=_scales(loss),
         replay=True,
     )
@@ -115,10 +116,10 @@ def _scales(loss: Axis) -> tuple[Control, ...]:
     return (X_SCALE, Y_SCALE) if loss.switch else (X_SCALE,)
 
 
-def _best_losses(evidence: Evidence, spreads: dict[str, Spread]) -> str:
-    """The least median loss of each arm and where it was."""
+def _best_losses(evidence: Evidence, bands: dict[str, QuartileBand]) -> str:
+    """Return the least median loss of each arm and its step, in words."""
     parts = []
-    for arm, curve in spreads.items():
+    for arm, curve in bands.items():
         at = int(np.argmin(curve.median))
         if math.isfinite(curve.median[at]):
             parts.append(f"{curve.median[at]:.3g} at step {evidence.evaluations[at]} {PHRASES[arm]}")
@@ -128,8 +129,8 @@ def _best_losses(evidence: Evidence, spreads: dict[str, Spread]) -> str:
 
 
 def curves(evidence: Evidence) -> Figure:
-    """Training loss and validation score, against steps or seconds."""
-    losses, scores = _spreads(evidence, "train_loss"), _spreads(evidence, "validation_score")
+    """Return training loss and validation score, against steps or seconds."""
+    losses, scores = _bands(evidence, "train_loss"), _bands(evidence, "validation_score")
     time = Axis("gradient steps", "log", "chosen", "x")
     loss = _loss_scale(losses)
     highest = {arm: float(np.max(curve.median)) for arm, curve in scores.items()}
@@ -155,7 +156,7 @@ def curves(evidence: Evidence) -> Figure:
                 time,
                 Axis("", range=_score_range(highest, scores)),
                 [_series(arm, evidence.evaluations, curve) for arm, curve in scores.items()],
-                _rules(evidence, "score"),
+                _target_line(evidence, "score"),
             ),
         ],
         table=_table(evidence, {"training loss": losses, f"validation {name}": scores}),
@@ -163,9 +164,9 @@ def curves(evidence: Evidence) -> Figure:
     )
 
 
-def _score_range(highest: dict[str, float], scores: dict[str, Spread]) -> tuple[float, float] | None:
-    """Limits that show the scores above -0.5, since an R squared may start anywhere below."""
-    lows = [float(curve.low[np.isfinite(curve.low)].min(initial=1.0)) for curve in scores.values()]
+def _score_range(highest: dict[str, float], scores: dict[str, QuartileBand]) -> tuple[float, float] | None:
+    """Return limits that show the scores above -0.5, because an R squared may start anywhere below."""
+    lows = [min((low for low in curve.low if math.isfinite(low)), default=1.0) for curve in scores.values()]
     if min(lows) >= -0.5 or not any(value > -0.5 for value in highest.values()):
         return None
     top = max(value for curve in scores.values() for value in curve.high)

@@ -1,5 +1,5 @@
 const { labels, seconds, figures } = JSON.parse(document.getElementById("drawings").textContent);
-const DASH = { none: "dash", before: "solid", after: "dot", raw: "dashdot", normalised: "solid", theory: "solid", pair: "solid", descent: "solid" };
+const DASH = { none: "dash", before: "solid", after: "dot", raw: "dashdot", normalized: "solid", theory: "solid", pair: "solid", descent: "solid" };
 const SYMBOL = { none: "circle", before: "square", after: "diamond", descent: "circle" };
 const WIDTH = { theory: 1.25, pair: 1.25 };
 const BOUND = { "at least": "triangle-up-open", "at most": "triangle-down-open", minimum: "star" };
@@ -13,29 +13,29 @@ const printing = () => root.classList.contains("printing");
 const fine = matchMedia("(pointer: fine)").matches;
 const root = document.documentElement;
 const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-const numbers = (colour) => [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
-const mixed = (colour, paper, part) => `rgb(${numbers(colour).map((value, i) => Math.round(part * value + (1 - part) * numbers(paper)[i]))})`;
-const shade = (colour, alpha) => colour + Math.round(alpha * 255).toString(16).padStart(2, "0");
+const numbers = (color) => [1, 3, 5].map((i) => parseInt(color.slice(i, i + 2), 16));
+const mixed = (color, paper, part) => `rgb(${numbers(color).map((value, i) => Math.round(part * value + (1 - part) * numbers(paper)[i]))})`;
+const shade = (color, alpha) => color + Math.round(alpha * 255).toString(16).padStart(2, "0");
 
 const timeOf = (axis, state) => (axis.time === "chosen" ? state.time || "steps" : axis.time);
 const scaleOf = (axis, state) => (axis.switch ? state[axis.switch] || axis.scale : axis.scale);
-const chosen = (series, state, held = []) => Object.entries(series.choice || {}).every(([name, option]) => held.includes(name) || state[name] === option);
+const chosen = (series, state, any = []) => Object.entries(series.choice || {}).every(([name, option]) => any.includes(name) || state[name] === option);
 const shown = (figure, series) => !(hidden.has(series.group) && figure.groups.includes(series.group));
 
 function shapeOf(plot, state) {
-  const free = (spec) => plot.series.flatMap((series) => Object.keys(series.choice || {})).filter((name) => !spec.held.includes(name));
+  const free = (spec) => plot.series.flatMap((series) => Object.keys(series.choice || {})).filter((name) => !spec.fixed_over.includes(name));
   return JSON.stringify([plot.x, plot.y].map((spec) => [scaleOf(spec, state), timeOf(spec, state), [...new Set(free(spec))].map((name) => state[name])]));
 }
 
 function contours(surface) {
   const logs = surface.levels.map(Math.log10);
   const floor = logs[0] - 1;
-  const colour = css("--" + surface.group);
+  const color = css("--" + surface.group);
   return {
     type: "contour", x: surface.x, y: surface.y, z: surface.above.map((row) => row.map((value) => Math.max(floor, Math.log10(value)))),
     autocontour: false, contours: { start: logs[0], end: logs[logs.length - 1], size: (logs[logs.length - 1] - logs[0]) / (logs.length - 1) },
-    zmin: logs[0], zmax: logs[logs.length - 1], colorscale: [[0, mixed(colour, css("--paper"), 0.04)], [1, mixed(colour, css("--paper"), 0.42)]],
-    line: { width: 0.75, color: mixed(colour, css("--paper"), 0.7) }, showscale: false, hoverinfo: "skip",
+    zmin: logs[0], zmax: logs[logs.length - 1], colorscale: [[0, mixed(color, css("--paper"), 0.04)], [1, mixed(color, css("--paper"), 0.42)]],
+    line: { width: 0.75, color: mixed(color, css("--paper"), 0.7) }, showscale: false, hoverinfo: "skip",
   };
 }
 
@@ -50,7 +50,7 @@ function traces(figure, plot) {
     const kept = series.x.map((x, i) => i).filter((i) => series.x[i] * factor <= limit);
     const pick = (values) => kept.map((i) => values[i]);
     const x = kept.map((i) => (series.x[i] === null ? null : series.x[i] * factor));
-    const colour = shade(css("--" + series.group), series.faint ? PALE : 1);
+    const color = shade(css("--" + series.group), series.faint ? PALE : 1);
     if (series.low) {
       const known = kept.map((_, i) => i).filter((i) => series.low[kept[i]] !== null && series.high[kept[i]] !== null);
       const back = [...known].reverse();
@@ -64,9 +64,9 @@ function traces(figure, plot) {
     drawn.push({
       x, y: pick(series.y), text: series.text && pick(series.text),
       mode: [series.line ? "lines" : "", marks ? "markers" : ""].filter(Boolean).join("+"),
-      line: { color: colour, width: series.faint ? 1.5 : WIDTH[series.group] || 2.5, dash: DASH[series.group] },
+      line: { color: color, width: series.faint ? 1.5 : WIDTH[series.group] || 2.5, dash: DASH[series.group] },
       marker: {
-        color: colour, size: marks && marks.length > MANY ? 5 : series.line ? 6 : 9, line: { color: colour, width: marks && marks.length > MANY ? 0 : 2 },
+        color: color, size: marks && marks.length > MANY ? 5 : series.line ? 6 : 9, line: { color: color, width: marks && marks.length > MANY ? 0 : 2 },
         symbol: (marks || []).map((mark) => BOUND[mark] || SYMBOL[series.group] + (mark === "beyond" ? "-open" : "")),
       },
       name: labels[series.group], connectgaps: false, hoverinfo: series.faint || WIDTH[series.group] ? "skip" : undefined,
@@ -81,7 +81,7 @@ function extent(figure, plots, name) {
   const positive = plots.every((plot) => scaleOf(plot[name], figure.state) === "log"); // which has no place for 0
   for (const plot of plots) {
     for (const series of plot.series) {
-      if (!shown(figure, series) || !chosen(series, figure.state, plot[name].held)) continue;
+      if (!shown(figure, series) || !chosen(series, figure.state, plot[name].fixed_over)) continue;
       const factor = name === "x" && timeOf(plot.x, figure.state) === "seconds" ? seconds[series.group] : 1;
       for (const values of name === "x" ? [series.x] : [series.y, series.low || [], series.high || []]) {
         for (const value of values) {
@@ -141,7 +141,7 @@ function axis(figure, plot, name, place) {
   };
   if (spec.equal) Object.assign(made, { scaleanchor: name === "x" ? "y" : "x", constrain: "domain" });
   const [low, high] = extent(figure, spec.shared ? figure.plots : [plot], name);
-  if ((spec.shared || spec.held.length) && low < high) Object.assign(made, { autorange: false, range: [low - 0.04 * (high - low), high + 0.04 * (high - low)] });
+  if ((spec.shared || spec.fixed_over.length) && low < high) Object.assign(made, { autorange: false, range: [low - 0.04 * (high - low), high + 0.04 * (high - low)] });
   if (scale === "log" && !spec.ticks && low < high) {
     const [from, to] = last.range && !last.autorange ? last.range.map((end) => 10 ** end) : spec.range || [low, high];
     Object.assign(made, logTicks(Math.min(from, to), Math.max(from, to), narrow));
@@ -154,26 +154,26 @@ function axis(figure, plot, name, place) {
   return made;
 }
 
-function rules(plot, state) {
+function referenceLines(plot, state) {
   const shapes = [];
   const annotations = [];
-  for (const rule of plot.rules) {
-    const other = rule.axis === "x" ? "y" : "x";
-    const log = scaleOf(plot[rule.axis], state) === "log";
-    const left = rule.axis === "y" && plot.x.time;
+  for (const line of plot.lines) {
+    const other = line.axis === "x" ? "y" : "x";
+    const log = scaleOf(plot[line.axis], state) === "log";
+    const left = line.axis === "y" && plot.x.time;
     shapes.push({
-      type: "line", layer: "below", line: { color: css("--quiet"), width: 1, dash: rule.beyond ? "solid" : "4px,3px" },
-      [rule.axis + "0"]: rule.value, [rule.axis + "1"]: rule.value, [other + "0"]: 0, [other + "1"]: 1, [other + "ref"]: "paper",
+      type: "line", layer: "below", line: { color: css("--quiet"), width: 1, dash: line.beyond ? "solid" : "4px,3px" },
+      [line.axis + "0"]: line.value, [line.axis + "1"]: line.value, [other + "0"]: 0, [other + "1"]: 1, [other + "ref"]: "paper",
     });
-    if (rule.beyond) shapes.push({
+    if (line.beyond) shapes.push({
       type: "rect", layer: "below", line: { width: 0 }, fillcolor: shade(css("--quiet"), 0.12),
-      [rule.axis + "0"]: rule.value, [rule.axis + "1"]: plot[rule.axis].range[1], [other + "0"]: 0, [other + "1"]: 1, [other + "ref"]: "paper",
+      [line.axis + "0"]: line.value, [line.axis + "1"]: plot[line.axis].range[1], [other + "0"]: 0, [other + "1"]: 1, [other + "ref"]: "paper",
     });
-    if (rule.label) annotations.push({
-      text: rule.label, showarrow: false, font: { size: printing() ? 10 : 12, color: css("--quiet") },
+    if (line.label) annotations.push({
+      text: line.label, showarrow: false, font: { size: printing() ? 10 : 12, color: css("--quiet") },
       bgcolor: shade(css("--paper"), 0.75),
-      [rule.axis]: log ? Math.log10(rule.value) : rule.value, [other]: left ? 0 : 1, [other + "ref"]: "paper",
-      xanchor: rule.axis === "x" || left ? "left" : "right", yanchor: rule.axis === "x" ? "top" : "bottom", xshift: rule.axis === "x" ? 3 : 0,
+      [line.axis]: log ? Math.log10(line.value) : line.value, [other]: left ? 0 : 1, [other + "ref"]: "paper",
+      xanchor: line.axis === "x" || left ? "left" : "right", yanchor: line.axis === "x" ? "top" : "bottom", xshift: line.axis === "x" ? 3 : 0,
     });
   }
   return { shapes, annotations };
@@ -183,7 +183,7 @@ function draw(figure) {
   figure.plots.forEach((plot, i) => {
     const place = figure.places[i];
     const layout = {
-      ...rules(plot, figure.state), xaxis: axis(figure, plot, "x", place), yaxis: axis(figure, plot, "y", place), uirevision: shapeOf(plot, figure.state),
+      ...referenceLines(plot, figure.state), xaxis: axis(figure, plot, "x", place), yaxis: axis(figure, plot, "y", place), uirevision: shapeOf(plot, figure.state),
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: css("--ink") },
       margin: { l: 8, r: 14, t: 12, b: 8 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       showlegend: false, hovermode: plot.x.time ? "x unified" : "closest", dragmode: fine ? "zoom" : false,

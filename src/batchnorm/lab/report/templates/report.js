@@ -108,7 +108,7 @@ async function drawAll() {
 drawAll();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => figures.forEach(draw));
 
-function print(on) { // figures of a size that fits the paper and in colours of the paper, before it is laid out
+function print(on) { // figures of a size that fits the paper and in colors of the paper, before it is laid out
   root.classList.toggle("printing", on);
   figures.forEach(draw);
 }
