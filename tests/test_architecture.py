@@ -238,7 +238,7 @@ def is_loose_dictionary(node):
 
 
 FILE_FORMATS = ["lab/bench/results_file.py"]  # they read and write JSON
-STILL_LOOSE = ["claims", "comparison", "notebook", "report"]  # to be mended
+STILL_LOOSE = ["claims", "comparison", "notebook"]  # to be mended
 TO_JSON = ["to_dict", "to_json", "from_json", "_records"]  # methods that give or take values that JSON has
 
 

@@ -160,15 +160,6 @@ def _text(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _with_infinities(value: Any) -> Any:
-    """The value with "inf" and "-inf" turned back into the numbers they stand for."""
-    if isinstance(value, dict):
-        return {key: _with_infinities(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_infinities(item) for item in value]
-    return float(value) if value in ("inf", "-inf") else value
-
-
 def read_run(folder: Path) -> RunFile:
     """Return the run of a folder.
 

@@ -110,7 +110,7 @@ class Comparison(Report):
     def figures(self) -> dict[str, ShownFigure]:
         """The figures of the report by name, in its order."""
         report = report_data(self._run)
-        return {figure.key: ShownFigure(figure, report.seconds_a_step) for figure in report.figures}
+        return {figure.key: ShownFigure(figure, report.seconds_per_step) for figure in report.figures}
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``result`` of run.json: JSON-ready, with infinities as "inf"."""
