@@ -225,10 +225,10 @@ def _data(data: DataDescription) -> list[tuple[str, str]]:
 def _made_with(run: RunFile) -> list[tuple[str, str]]:
     """Return versions, machine and time."""
     machine = run.machine
-    lines = [
+    lines: list[tuple[str, str]] = [
         ("versions", ", ".join(f"{name} {version}" for name, version in run.versions.items())),
         ("machine", f"{machine['processor']}, {machine['cores']} cores, {machine['system']}"),
-        ("Python", machine["python"]),
+        ("Python", str(machine["python"])),
         ("started", run.created),
     ]
     if run.seconds is not None:
