@@ -78,6 +78,17 @@ def test_a_weighted_batch_of_one_row_updates_nothing_but_the_count_of_batches():
 
 
 @unconverged
+def test_a_weighted_fit_updates_no_statistics_while_updates_are_paused(iris):
+    X, y = iris
+    classifier = BatchNormMLPClassifier((5,), max_iter=2, random_state=0).fit(X, y)
+    norm = classifier.network_.hidden[0].norm
+    before = copied_buffers(norm)
+    with bn.no_stat_updates(classifier.network_):
+        classifier.partial_fit(X, y, np.linspace(0.5, 4, len(X)))
+    assert all(torch.equal(norm.get_buffer(name), values) for name, values in before.items())
+
+
+@unconverged
 def test_frozen_statistics_are_used_and_kept_by_a_weighted_fit(iris):
     X, y = iris
     classifier = BatchNormMLPClassifier((5,), max_iter=2, random_state=0).fit(X, y)

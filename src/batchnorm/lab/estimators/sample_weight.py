@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import ops
-from batchnorm.kernels.records import BatchMoments, Running
+from batchnorm.kernels.records import BatchMoments
 from batchnorm.nn import BatchNorm1d
+from batchnorm.nn.step import decide_in_torch
 
 __all__ = ["SampleWeightedBatchNorm1d", "weighted_rows"]
 
@@ -27,7 +28,7 @@ class SampleWeightedBatchNorm1d(BatchNorm1d):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002 (torch's name for it)
         """Return y of input's shape (N, C), as `BatchNorm1d` unless there are weights."""
-        if self.sample_weight is None or not self.training or self.frozen_statistics:
+        if self.sample_weight is None or not self.trains():
             return super().forward(input, *args, **kwargs)
         total = self.sample_weight.sum()
         share = self.sample_weight / total
@@ -48,12 +49,13 @@ class SampleWeightedBatchNorm1d(BatchNorm1d):
         They are averaged with `torch.lerp`, and the rule (momentum 1) puts the result in their place: its own average
         rounds differently, and a fit shall give the same numbers in every version.
         """
-        mean, var, batches = self.running_statistics(self.active_domain)
-        assert mean is not None
-        assert var is not None
-        assert self.momentum is not None
-        new = BatchMoments(mean.lerp(batch.mean, self.momentum), var.lerp(batch.var, self.momentum), batch.count)
-        ops.running.update_(Running(mean, var, batches, 1.0, self.skipped_batches, unbiased=False), new)
+        running = decide_in_torch(self).running
+        assert running.mean is not None
+        assert running.var is not None
+        assert running.momentum is not None
+        mean, var = running.mean.lerp(batch.mean, running.momentum), running.var.lerp(batch.var, running.momentum)
+        replacing = running._replace(momentum=1.0, unbiased=False)
+        ops.running.update_(replacing, BatchMoments(mean, var, batch.count))
 
 
 @contextmanager
