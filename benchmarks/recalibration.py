@@ -1,10 +1,10 @@
-"""What recalibration costs beside the forward passes that it takes: python benchmarks/recalibration.py.
+"""Time recalibration against the forward passes that it needs: python benchmarks/recalibration.py.
 
-Writes benchmarks/results/recalibration.json and puts its table into docs/statistics.md. Three networks of three layers
-of batch normalization each, with our layers and with torch's. What is compared takes turns in one process; a number is
-the median, over the rounds, of the time of `recalibrate`, of all layers, over the time of the same forward passes in
-eval mode, without gradients: one through the whole network for all layers at once; layer by layer one through the whole
-network, and one up to each of the other layers.
+It writes benchmarks/results/recalibration.json and puts its table into docs/statistics.md. There are three networks,
+each with three layers of batch normalization, of ours or of torch's. The calls that are compared take turns in one
+process. A number is the median, over the rounds, of the time of `recalibrate` divided by the time of the same forward
+passes in eval mode without gradients: one through the whole network for ``mode="at_once"``; for ``mode="layerwise"``
+one through the whole network and one up to each of the other layers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PAGE = ROOT / "docs/statistics.md"
 SECONDS = 10.0
 CHANNELS, WIDTH = 64, 512
 LAYERS = ("ours", "torch")
-# Name, the shape of a batch, and how many samples there are.
+# Name, shape of a batch, and number of samples.
 NETWORKS = {
     "convolutions, 64 channels": ((32, 3, 32, 32), 1024),
     "512 wide, 256 rows": ((256, WIDTH), 8192),
@@ -39,7 +39,7 @@ NETWORKS = {
 
 
 def _network(shape: tuple[int, ...], layers: str) -> nn.Sequential:
-    """Training, as recalibration finds it."""
+    """Return a network in training mode."""
     blocks: list[nn.Module] = []
     for number in range(3):
         if len(shape) == 4:
@@ -53,7 +53,7 @@ def _network(shape: tuple[int, ...], layers: str) -> nn.Sequential:
 
 
 def _sides(shape: tuple[int, ...], layers: str, batches: list[Tensor]) -> dict[str, Callable[[], object]]:
-    """Both modes, and the forward passes that each takes."""
+    """Return calls of both modes, and calls of the forward passes that each needs."""
     evaluated, measured = _network(shape, layers).eval(), _network(shape, layers)
     norms = [i for i, module in enumerate(evaluated) if isinstance(module, _BatchNorm)]
     parts = [evaluated, *(evaluated[:i] for i in norms[1:])]
@@ -73,7 +73,7 @@ def _sides(shape: tuple[int, ...], layers: str, batches: list[Tensor]) -> dict[s
 
 
 def measure() -> dict[str, Any]:
-    """Times of both modes over those of their forward passes, by network and layers."""
+    """Return the times of both modes divided by those of their forward passes, by network and layers."""
     bn.tune_allocator()
     results = []
     for name, (shape, samples) in NETWORKS.items():
@@ -104,7 +104,7 @@ def measure() -> dict[str, Any]:
 
 
 def table(content: dict[str, Any]) -> str:
-    """The ratios as Markdown, with quartiles."""
+    """Return the ratios as Markdown, with quartiles."""
     lines = ["| network | layers | forward, ms | at once | layer by layer |", "| --- | --- | ---: | ---: | ---: |"]
     for row in content["results"]:
         cells = [f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" for ratio in row["ratios"].values()]

@@ -1,21 +1,21 @@
-"""Digits that have shifted: what adapting a network's statistics brings, and whether the shift is noticed.
+"""Measure on shifted digits how much adapting a network's statistics helps, and whether the shift is detected.
 
     python benchmarks/shift.py --out benchmarks/results/shift.json
 
-A small convolutional network is trained on half of scikit-learn's digits, a network a seed; its statistics are as
-training leaves them. The other half is never trained on, and is shifted in one of four ways at one of five severities,
-or not at all:
+For each seed, a small convolutional network is trained on half of scikit-learn's digits; its statistics are those that
+training leaves. The other half is never trained on, and is shifted in one of four ways at one of five severities, or
+not at all:
 
-- brightness: a part of the full range is added, and what goes beyond is cut off;
-- contrast: distances from the image's mean are multiplied;
-- blur: a Gaussian filter, its width in pixels;
-- noise: normal noise is added, and what goes beyond the range is cut off.
+- brightness: a fraction of the full range is added, and values are clipped to the range;
+- contrast: deviations from the image's mean are multiplied;
+- blur: a Gaussian filter, whose width is in pixels;
+- noise: normal noise is added, and values are clipped to the range.
 
-**Adaptation.** A number of unlabelled images, drawn at random, is what `batchnorm.adapt` is given; the accuracy is that
-on the images not drawn. Retrained is a network trained from the start on half of the test images, shifted, with their
-labels; its accuracy is that on the others. **Detection.** `batchnorm.detect_shift` is given a number of images, drawn
-at random, with its defaults (alpha = 0.05), by the stored statistics alone and compared with clean images, which are
-the ones not drawn, as they were. A draw of images that are not shifted and yet reported is a false alarm.
+**Adaptation.** `batchnorm.adapt` is given a number of unlabelled images, drawn at random; the accuracy is measured on
+the images not drawn. "Retrained" is a network trained from the start on half of the shifted images with their labels;
+its accuracy is measured on the other half. **Detection.** `batchnorm.detect_shift` is given a number of images, drawn
+at random, with its default options (alpha = 0.05). It compares them with the stored statistics alone, and with the
+original versions of the images not drawn. A draw of images without a shift that is reported is a false alarm.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ Images = tuple[Tensor, Tensor]
 
 
 def shifted(images: Tensor, kind: str, amount: float, generator: np.random.Generator) -> Tensor:
-    """Images (N, 1, 8, 8) with values from 0 to 1, shifted."""
+    """Shift images (N, 1, 8, 8), whose values are from 0 to 1."""
     values = images.numpy()
     if kind == "brightness":
         values = values + amount
@@ -78,7 +78,7 @@ def shifted(images: Tensor, kind: str, amount: float, generator: np.random.Gener
 
 
 def digits(seed: int) -> tuple[Images, Images]:
-    """Images and labels to train on, and the other half."""
+    """Return the images and labels to train on, and the other half."""
     X, y = load_digits(return_X_y=True)
     parts = train_test_split(X / 16, y, test_size=0.5, random_state=seed, stratify=y)
     x, x_test = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) for part in parts[:2])
@@ -86,7 +86,7 @@ def digits(seed: int) -> tuple[Images, Images]:
 
 
 def network() -> nn.Sequential:
-    """Three convolutions of 16, 32 and 32 channels, each with batch normalization and ReLU, then a linear map."""
+    """Return three convolutions (16, 32 and 32 channels) with batch normalization and ReLU, and a linear map."""
     blocks: list[nn.Module] = []
     for inputs, outputs, stride in ((1, 16, 1), (16, 32, 2), (32, 32, 1)):
         convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -95,7 +95,7 @@ def network() -> nn.Sequential:
 
 
 def trained(images: Images, seed: int) -> nn.Module:
-    """A network after gradient descent on random batches, in eval mode."""
+    """Train a network by gradient descent on random batches, and return it in eval mode."""
     torch.manual_seed(seed)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
@@ -110,7 +110,7 @@ def trained(images: Images, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of images whose label is found."""
+    """Return the share of images that are classified correctly."""
     return (model(images).argmax(1) == labels).float().mean().item()
 
 
@@ -119,7 +119,7 @@ def _order(count: int, generator: np.random.Generator) -> Tensor:
 
 
 def adaptation(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
-    """Accuracies as is, and adapted to some of the images, on the others."""
+    """Return the accuracy as is, and those after adapting to some of the images, measured on the others."""
     order = _order(len(images), np.random.default_rng(seed))
     found = {"as is": accuracy(model, images, labels)}
     for count in ADAPTED_TO:
@@ -130,14 +130,14 @@ def adaptation(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> d
 
 
 def retraining(images: Tensor, labels: Tensor, seed: int) -> float:
-    """Accuracy of a network trained on half of the shifted images, on the other half."""
+    """Return the accuracy of a network trained on half of the shifted images, on the other half."""
     order = _order(len(images), np.random.default_rng(seed))
     given, kept = order.tensor_split(2)
     return accuracy(trained((images[given], labels[given]), seed), images[kept], labels[kept])
 
 
 def detection(model: nn.Module, clean: Tensor, images: Tensor, repeats: int, seed: int) -> dict[str, dict[str, int]]:
-    """How often so many images are reported, by the stored statistics alone and compared with clean images."""
+    """Count the draws that are reported, against the stored statistics and against clean images."""
     generator = np.random.default_rng(seed)
     reported: dict[str, dict[str, int]] = {how: {str(count): 0 for count in TESTED_ON} for how in HOW}
     for count in TESTED_ON:
@@ -150,7 +150,7 @@ def detection(model: nn.Module, clean: Tensor, images: Tensor, repeats: int, see
 
 
 def of_seed(seed: int, repeats: int) -> list[dict[str, Any]]:
-    """What one network comes to, case by case."""
+    """Return the measurements of one network, case by case."""
     torch.set_num_threads(1)
     known, (clean, labels) = digits(seed)
     model = trained(known, seed)
@@ -163,7 +163,7 @@ def of_seed(seed: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def study(seeds: int, repeats: int, jobs: int) -> list[dict[str, Any]]:
-    """Of each case the median accuracies over seeds, the shares of draws that are reported, and each seed's."""
+    """Return for each case the median accuracies over seeds, the shares of draws reported, and all accuracies."""
     found = joblib.Parallel(n_jobs=jobs)(joblib.delayed(of_seed)(seed, repeats) for seed in range(seeds))
     cases = []
     for (kind, amount), of_seeds in zip(CASES, zip(*found, strict=True), strict=True):
@@ -188,7 +188,7 @@ def study(seeds: int, repeats: int, jobs: int) -> list[dict[str, Any]]:
 
 
 def table(content: dict[str, Any]) -> str:
-    """Markdown: accuracies, and the share of draws that are reported."""
+    """Return the accuracies and the shares of draws reported, as Markdown."""
     heads = ["shift", "severity", "as is", *(f"adapted, {count}" for count in ADAPTED_TO), "retrained"]
     heads += [f"noticed, {count}" for count in TESTED_ON]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
@@ -201,11 +201,11 @@ def table(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run the study and write what it came to."""
+    """Run the study and write its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=20, help="draws a seed, count and shift")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, of a thread each")
+    parser.add_argument("--repeats", type=int, default=20, help="draws per seed, count and shift")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, with one thread each")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     started = time.perf_counter()

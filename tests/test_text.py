@@ -18,7 +18,7 @@ def test_a_table_aligns_its_first_column_to_the_left_and_the_others_to_the_right
     assert format_table(["a", "b"], [["long", "x"], ["1", "22"]]) == ["  a       b", "  long    1", "  x      22"]
 
 
-def test_a_table_that_would_be_too_wide_has_smaller_gaps_and_then_a_shorter_first_column():
+def test_a_table_too_wide_gets_smaller_gaps_and_then_a_shorter_first_column():
     numbers = [["1" * 8, "22"] for _ in range(7)]
     assert max(map(len, format_table(["layer", *"abcdefg"], [["bn", "fc"], *numbers]))) == 2 + 5 + 7 * 9
     path = "module.backbone.layer4.2.downsample.1"

@@ -1,4 +1,4 @@
-"""What the results of this library have in common: a table, a short repr, plain values, a data frame and HTML."""
+"""The protocol of all reports: a table, a short repr, plain values, a data frame and HTML."""
 
 from __future__ import annotations
 

@@ -160,10 +160,10 @@ def test_one_batch_and_a_loader_of_that_batch_give_the_same_outputs():
 
 
 def test_training_updates_the_stored_statistics_and_is_not_adapted_to():
-    layer, plain = bn.BatchNorm1d(4).double(), bn.BatchNorm1d(4).double()
+    layer, other = bn.BatchNorm1d(4).double(), bn.BatchNorm1d(4).double()
     with bn.adapt(layer):
-        assert torch.equal(layer(rows()), plain(rows()))
-    assert_same_buffers(layer, copied_buffers(plain))
+        assert torch.equal(layer(rows()), other(rows()))
+    assert_same_buffers(layer, copied_buffers(other))
 
 
 def test_a_mask_leaves_padding_out_of_what_is_adapted_to():
@@ -206,12 +206,12 @@ def test_no_hook_stays_behind():
 def test_a_compiled_model_is_adapted_too():
     model, x = network().eval(), rows()
     compiled = torch.compile(model, backend="aot_eager")
-    plain = compiled(x)
+    expected = compiled(x)
     with bn.adapt(compiled):
         adapted = compiled(x)
     with bn.adapt(model):
         torch.testing.assert_close(adapted, model(x), **EXACT)
-    assert torch.equal(compiled(x), plain)
+    assert torch.equal(compiled(x), expected)
 
 
 # What is refused
@@ -224,17 +224,17 @@ def test_a_prior_must_be_a_number_of_samples(prior):
 
 
 @pytest.mark.parametrize(
-    ("loader", "error", "said"),
+    ("loader", "error", "message"),
     [
         ([], bn.InputError, "at least one sample"),
         (iter([rows()]), bn.InputError, "in 2 passes over the loader"),
         ([object()], bn.InputTypeError, "pass forward="),
     ],
 )
-def test_a_loader_that_cannot_be_used_changes_nothing(loader, error, said):
+def test_a_loader_that_cannot_be_used_changes_nothing(loader, error, message):
     model = network()
     before = copied_buffers(model)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         bn.adapt(model, loader)
     assert_same_buffers(model, before)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment: the model is what it was, and the loop of a user who waits is left at once."""
+"""Ctrl-C at any moment leaves the model unchanged, and ends a loader that waits at once."""
 
 import signal
 import sys
@@ -34,7 +34,7 @@ def state(model):
 
 
 def interrupted_at(line, act):
-    """Send this process SIGINT before so many lines of our statistics have run; whether there were as many."""
+    """Send this process SIGINT before the given line of batchnorm.statistics runs; return whether it was reached."""
     seen = 0
 
     def local(frame, event, _):
@@ -79,7 +79,7 @@ def test_an_interrupt_before_any_line_leaves_everything_as_it_was(name):
     assert line > 300
 
 
-def test_a_loader_that_waits_is_left_at_once():
+def test_an_interrupt_ends_a_loader_that_waits_at_once():
     def slow():
         yield BATCHES[0]
         main = threading.main_thread().ident
@@ -99,13 +99,13 @@ def interrupts():
     signal.raise_signal(signal.SIGINT)
 
 
-def test_held_back_it_is_raised_at_the_end_or_where_it_is_let_through():
+def test_a_deferred_interrupt_is_raised_at_the_end_or_where_it_is_allowed():
     done = []
 
     def work(*, waits):
         with defer_interrupts():
             interrupts()
-            done.append("held back")
+            done.append("deferred")
             if waits:
                 with allow_interrupts():
                     done.append("never")
@@ -113,10 +113,10 @@ def test_held_back_it_is_raised_at_the_end_or_where_it_is_let_through():
     for waits in (False, True):
         with pytest.raises(KeyboardInterrupt):
             work(waits=waits)
-    assert done == ["held back"] * 2
+    assert done == ["deferred"] * 2
 
 
-def test_a_second_one_does_not_interrupt_what_cleans_up_after_the_first():
+def test_a_second_interrupt_does_not_stop_the_cleaning_up_after_the_first():
     done = []
 
     def work():
@@ -133,7 +133,7 @@ def test_a_second_one_does_not_interrupt_what_cleans_up_after_the_first():
     assert done == ["cleaned"]
 
 
-def test_a_program_that_handles_it_itself_goes_on_doing_so():
+def test_the_handler_of_a_program_is_called_as_before():
     seen = []
     before = signal.signal(signal.SIGINT, lambda *_: seen.append("theirs"))
     try:
@@ -145,7 +145,7 @@ def test_a_program_that_handles_it_itself_goes_on_doing_so():
         signal.signal(signal.SIGINT, before)
 
 
-def test_in_another_thread_nothing_is_held_back():
+def test_in_another_thread_nothing_is_deferred():
     found = []
 
     def work():

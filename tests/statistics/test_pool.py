@@ -1,4 +1,4 @@
-"""Running statistics that ranks gathered each by itself, pooled under DistributedDataParallel."""
+"""Pooling of the running statistics that each rank has gathered by itself, under DistributedDataParallel."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from torch import nn
 
 import batchnorm as bn
 
-# Rank r trains on r + 1 batches of 8 rows about 10 r; the ranks' statistics are told before and after pooling.
+# Rank r trains on r + 1 batches of 8 rows about 10 r; the ranks' statistics are recorded before and after pooling.
 TRAINED = """
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(3, 4), bn.BatchNorm1d(4), nn.Tanh(), nn.BatchNorm1d(4), bn.BatchNorm1d(4))
@@ -52,23 +52,23 @@ def assert_pooled(after, before, weights, layer, suffix=""):
 @pytest.mark.parametrize("world", [2, 3])
 def test_pooled_statistics_are_weighted_by_batches_since_the_last_pooling(on_ranks, world):
     code = """
-    told = [statistics()]
+    steps = [statistics()]
     bn.pool_running_stats(wrapped)
-    told.append(statistics())
+    steps.append(statistics())
     bn.pool_running_stats(wrapped)
-    told.append(statistics())
+    steps.append(statistics())
     train(3 - rank, seed=100)
-    told.append(statistics())
+    steps.append(statistics())
     bn.pool_running_stats(wrapped)
-    told.append(statistics())
+    steps.append(statistics())
     model[1].running_mean[2] = torch.nan if rank == 1 else 0.0
     train(1)
     try:
         bn.pool_running_stats(wrapped)
-        told.append("nothing raised")
+        steps.append("no error")
     except bn.InputError as error:
-        told.append(str(error))
-    result = told
+        steps.append(str(error))
+    result = steps
     """
     ranks = on_ranks(TRAINED + unindented(code), world)
     before, after, again, trained, last, refused = zip(*ranks, strict=True)
@@ -76,11 +76,11 @@ def test_pooled_statistics_are_weighted_by_batches_since_the_last_pooling(on_ran
     for layer in (1, 3):
         assert_pooled(after, before, [rank + 1 for rank in range(world)], layer)
         assert_pooled(last, trained, [3 - rank for rank in range(world)], layer)
-    # only rank 1 has moved the domain's: it takes part with all its weight
+    # only rank 1 has updated the statistics of the domain, and so it has all the weight
     assert_pooled(after, before, [rank == 1 for rank in range(world)], 1, "_real")
     assert list(again) == list(after)
-    for told in (after, last):
-        assert [rank["4.running_mean"][0] for rank in told] == [7.0 * (rank == 1) for rank in range(world)]
+    for each in (after, last):
+        assert [rank["4.running_mean"][0] for rank in each] == [7.0 * (rank == 1) for rank in range(world)]
     assert [rank["1.num_batches_tracked"] for rank in after] == [rank + 1 for rank in range(world)]
     assert all("finite" in text and "rank 1, of 1" in text for text in refused)
 
@@ -89,24 +89,24 @@ def unindented(code):
     return "\n".join(line[4:] for line in code.splitlines())
 
 
-def test_samples_weigh_in_the_place_of_batches_and_broadcast_buffers_are_refused(on_ranks):
+def test_samples_replace_batches_as_weights_and_broadcast_buffers_are_refused(on_ranks):
     code = """
-    told = [statistics()]
+    steps = [statistics()]
     try:
         bn.pool_running_stats(DistributedDataParallel(model))
-        told.append("nothing raised")
+        steps.append("no error")
     except bn.InputError as error:
-        told.append(str(error))
-    model.load_state_dict({name: torch.tensor(values) for name, values in told[0].items()}, strict=False)
+        steps.append(str(error))
+    model.load_state_dict({name: torch.tensor(values) for name, values in steps[0].items()}, strict=False)
     try:
         bn.pool_running_stats(wrapped, samples=None if rank else 30)
-        told.append("nothing raised")
+        steps.append("no error")
     except bn.DistributedError as error:
-        told.append(str(error))
-    told.append(statistics())
+        steps.append(str(error))
+    steps.append(statistics())
     bn.pool_running_stats(wrapped, samples=[30, 10][rank])
-    told.append(statistics())
-    result = told
+    steps.append(statistics())
+    result = steps
     """
     before, broadcast, some, unchanged, after = zip(*on_ranks(TRAINED + unindented(code), 2), strict=True)
     assert all("broadcast_buffers=False" in text for text in broadcast)
@@ -128,29 +128,29 @@ def test_a_single_process_has_nothing_to_pool():
     ("model", "options", "rule"),
     [(nn.Linear(2, 2), {}, "Linear has none"), (bn.BatchNorm1d(2), {"samples": -1}, "at least 0; got -1")],
 )
-def test_what_can_not_be_pooled_is_refused(model, options, rule):
+def test_a_model_or_count_that_cannot_be_pooled_is_refused(model, options, rule):
     with pytest.raises(bn.InputError, match=rule):
         bn.pool_running_stats(model, **options)
 
 
 @pytest.mark.parametrize("odd", ["nn.BatchNorm1d(5)", "nn.Tanh()", "bn.freeze(bn.BatchNorm1d(4))"])
-def test_ranks_with_other_layers_are_told_which(on_ranks, odd):
+def test_ranks_with_different_layers_are_named(on_ranks, odd):
     code = f"""
     model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4) if rank == 0 else {odd})
     try:
         bn.pool_running_stats(model)
-        said = ""
+        message = ""
     except bn.DistributedError as error:
-        said = str(error)
-    result = {{"said": said, "mean": model[0].running_mean.tolist()}}
+        message = str(error)
+    result = {{"message": message, "mean": model[0].running_mean.tolist()}}
     """
     ranks = on_ranks(code, 2)
-    assert all("all ranks must have the same layers with statistics to pool" in rank["said"] for rank in ranks)
-    assert "this one ('1', 4)" in ranks[0]["said"]
+    assert all("all ranks must have the same layers with statistics to pool" in rank["message"] for rank in ranks)
+    assert "this one ('1', 4)" in ranks[0]["message"]
     assert all(rank["mean"] == [0] * 4 for rank in ranks)
 
 
-def test_a_rank_weighs_the_samples_that_it_has_trained_on_in_this_process(on_ranks):
+def test_a_rank_is_weighted_by_the_samples_it_trained_on_in_this_process(on_ranks):
     """Batches of 64 about 0 and of 4 about 10, and a count of batches that a checkpoint brought along."""
     code = """
     layer = bn.BatchNorm1d(1, momentum=None)
@@ -162,19 +162,19 @@ def test_a_rank_weighs_the_samples_that_it_has_trained_on_in_this_process(on_ran
     with torch.no_grad():
         for _ in range(10):
             model(torch.arange(float(size)).unsqueeze(1) / size - (size - 1) / 2 / size + mean)
-        told = [layer.samples_seen.item(), layer.running_mean.item()]
+        steps = [layer.samples_seen.item(), layer.running_mean.item()]
         bn.pool_running_stats(model)
-        told += [layer.running_mean.item(), layer.running_var.item(), layer.samples_seen.item()]
+        steps += [layer.running_mean.item(), layer.running_var.item(), layer.samples_seen.item()]
     own = "samples_seen" in layer.state_dict()
-    result = {"told": told, "own": own}
+    result = {"steps": steps, "own": own}
     """
     ranks = on_ranks(code, 2)
-    assert [rank["told"][0] for rank in ranks] == [640, 40]
-    means = [rank["told"][1] for rank in ranks]
+    assert [rank["steps"][0] for rank in ranks] == [640, 40]
+    means = [rank["steps"][1] for rank in ranks]
     expected = (640 * means[0] + 40 * means[1]) / 680
-    assert all(rank["told"][2] == pytest.approx(expected, abs=1e-5) for rank in ranks)
+    assert all(rank["steps"][2] == pytest.approx(expected, abs=1e-5) for rank in ranks)
     assert expected == pytest.approx(10 / 17, abs=0.01)
-    assert all(rank["told"][4] == 0 and not rank["own"] for rank in ranks)
+    assert all(rank["steps"][4] == 0 and not rank["own"] for rank in ranks)
 
 
 def test_a_domain_and_a_compiled_layer_count_their_own_samples(on_ranks):

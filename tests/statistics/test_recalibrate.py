@@ -86,7 +86,7 @@ def test_a_mean_far_above_the_deviation_keeps_the_variance(kind):
 
 
 class Bag:
-    """A batch of nobody's making."""
+    """A batch of a type that the library does not know."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -141,8 +141,8 @@ class Twice(nn.Module):
 def test_a_layer_used_twice_pools_both_uses(kind, mode):
     model, x = Twice(kind), data()
     report = bn.recalibrate(model, x.split(64), mode=mode)
-    normalise = nn.functional.batch_norm
-    both = [x, *(torch.tanh(normalise(part, None, None, training=True)) * 3 + 1 for part in x.split(64))]
+    normalize = nn.functional.batch_norm
+    both = [x, *(torch.tanh(normalize(part, None, None, training=True)) * 3 + 1 for part in x.split(64))]
     assert_holds(model.norm, torch.cat(both))
     assert report.layers[0].count == 2 * len(x)
 
@@ -376,7 +376,7 @@ def test_layers_in_contradictory_orders_are_measured_in_the_order_of_first_use()
 
 
 def test_tolerance_waits_for_the_variance_too():
-    """Means of zero in every batch, and a spread that differs from batch to batch."""
+    """All batches have means of 0, and variances that differ."""
     generator = torch.Generator().manual_seed(0)
     halves = [torch.randn(32, 4, generator=generator) * 10 ** torch.rand(1, generator=generator) for _ in range(400)]
     batches = [torch.cat([half, -half]) for half in halves]

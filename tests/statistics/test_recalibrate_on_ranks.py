@@ -1,4 +1,4 @@
-"""Each rank reads its share, and all end with the numbers of one process that reads everything."""
+"""Each rank reads its share, and all get the numbers of one process that reads everything."""
 
 import numpy as np
 
@@ -60,7 +60,7 @@ def test_layers_that_only_some_ranks_use_are_recalibrated_on_all(on_ranks):
             np.testing.assert_allclose(rank["buffers"][name], values, rtol=1e-12, atol=1e-12)
 
 
-def test_synchronised_layers_wait_for_no_other_rank(on_ranks):
+def test_synchronized_layers_do_not_wait_for_other_ranks(on_ranks):
     """Ranks have different numbers of batches, one of a single row, and a layer is used twice."""
     code = """
     layer = bn.BatchNorm1d(4, sync=True).double()
@@ -78,7 +78,7 @@ def test_synchronised_layers_wait_for_no_other_rank(on_ranks):
     assert all(rank["sync"] for rank in ranks)
 
 
-def test_where_the_loader_of_one_rank_fails_all_hear_of_it_and_change_nothing(on_ranks):
+def test_an_error_in_the_loader_of_one_rank_is_raised_on_all_and_changes_nothing(on_ranks):
     code = """
     import time
     def batches():
@@ -89,21 +89,21 @@ def test_where_the_loader_of_one_rank_fails_all_hear_of_it_and_change_nothing(on
     began = time.perf_counter()
     try:
         bn.recalibrate(layer, batches())
-        said = ""
+        message = ""
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-    result = {"said": said, "mean": layer.running_mean.tolist(), "seconds": time.perf_counter() - began}
+        message = f"{type(error).__name__}: {error}"
+    result = {"message": message, "mean": layer.running_mean.tolist(), "seconds": time.perf_counter() - began}
     """
     first, second = on_ranks(code, 2)
-    assert first["said"] == (
+    assert first["message"] == (
         "DistributedError: rank 1 of the group failed, so nothing was changed: OSError('disk gone')"
     )
-    assert second["said"] == "OSError: disk gone"
+    assert second["message"] == "OSError: disk gone"
     assert first["mean"] == second["mean"] == [0, 0, 0]
     assert first["seconds"] < 20  # the group's timeout is 30
 
 
-def test_a_rank_outside_of_the_group_keeps_to_its_own(on_ranks):
+def test_a_rank_outside_of_the_group_uses_its_own_data(on_ranks):
     code = """
     group = dist.new_group([0])
     x = torch.full((4, 2), float(rank)) + torch.arange(4.0).unsqueeze(1)

@@ -129,3 +129,18 @@ def test_progress_goes_to_stderr(capsys):
     assert output.out == ""
     bn.recalibrate(mixed_network(), endless, mode="at_once")
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_interrupt_in_a_layer_restores_its_buffers_themselves():
+    layer = bn.BatchNorm1d(4).double()
+    model, buffers = nn.Sequential(layer), dict(layer.named_buffers())
+    before = copied_buffers(layer)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    layer.register_forward_hook(interrupt)  # torch calls no further hook then
+    with pytest.raises(KeyboardInterrupt):
+        bn.recalibrate(model, [data()], mode="at_once")
+    assert all(layer.get_buffer(name) is values for name, values in buffers.items())
+    assert_same_buffers(layer, before)

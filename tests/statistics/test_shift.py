@@ -59,7 +59,7 @@ def test_a_shifted_mean_is_reported(amount):
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_a_changed_spread_about_the_same_mean_is_reported(factor):
+def test_a_changed_variance_about_the_same_mean_is_reported(factor):
     assert bn.detect_shift(standard(), [random(64, 5) * factor], reference_samples=10_000).shifted
 
 
@@ -76,7 +76,7 @@ def test_at_alpha_of_a_twentieth_at_most_that_share_of_clean_draws_is_reported(s
     assert max(report.p_value for report in reports) > 0.8
 
 
-def test_pixels_of_an_image_count_as_what_they_add_to_its_error_not_as_samples():
+def test_pixels_count_by_what_they_add_to_the_error_and_not_as_samples():
     layer = bn.BatchNorm2d(3).double().eval()
     same = random(64, 3, 1, 1).expand(64, 3, 7, 7)  # 49 equal pixels tell what one does
     (found,) = bn.detect_shift(layer, [same]).layers
@@ -90,13 +90,13 @@ def test_pixels_of_an_image_count_as_what_they_add_to_its_error_not_as_samples()
     assert sum(report.shifted for report in reports) <= 7  # 7 of 50: once in 250 times
 
 
-def test_differences_that_so_few_reference_samples_could_show_are_no_alarm():
+def test_differences_within_the_error_of_the_reference_samples_raise_no_alarm():
     layer, x = standard(), random(2000, 5) + 0.1
     assert bn.detect_shift(layer, [x], reference_samples=100_000).shifted
     assert not bn.detect_shift(layer, [x], reference_samples=50).shifted
 
 
-def test_with_clean_data_it_is_this_that_counts():
+def test_with_reference_data_the_stored_statistics_do_not_matter():
     layer = standard()
     layer.running_mean.fill_(3)  # stale
     x = random(128, 5)
@@ -138,7 +138,7 @@ def test_memory_is_bounded_and_all_rows_count():
     assert units.squared_error().mean().item() == pytest.approx(1 / 5000, rel=0.15)
 
 
-def test_batches_make_no_difference():
+def test_the_size_of_batches_does_not_matter():
     model, images = convolutional()
     whole, parts = (bn.detect_shift(model, images[:100].split(size)) for size in (100, 7))
     for one, other in zip(whole.layers, parts.layers, strict=True):
@@ -146,7 +146,7 @@ def test_batches_make_no_difference():
         assert one.p_value == pytest.approx(other.p_value, abs=0.01)
 
 
-def test_what_padding_holds_makes_no_difference_and_sequences_count_by_their_length():
+def test_padding_does_not_matter_and_sequences_count_by_their_length():
     layer = bn.BatchNorm1d(3, channel_dim=-1).double().eval()
     lengths = torch.randint(1, 8, (40,), generator=torch.Generator().manual_seed(0))
     mask, x = bn.lengths_to_mask(lengths, 7), random(40, 7, 3) + 0.3
@@ -163,7 +163,7 @@ def test_what_padding_holds_makes_no_difference_and_sequences_count_by_their_len
     assert found[0].layers[0].wasserstein == pytest.approx(expected.item(), rel=1e-4)  # eps
 
 
-def test_a_layer_used_twice_and_rows_made_of_samples_keep_to_the_samples():
+def test_a_layer_used_twice_and_rows_made_of_samples_stay_with_their_sample():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -180,7 +180,7 @@ def test_a_layer_used_twice_and_rows_made_of_samples_keep_to_the_samples():
     torch.testing.assert_close(found.sums[:, :4], 4 * x[:, 0] / math.sqrt(1 + 1e-5), rtol=1e-9, atol=1e-12)
 
 
-def test_nothing_of_the_model_is_changed():
+def test_the_model_is_left_unchanged():
     model, images = convolutional()
     model.train()
     before = {name: values.clone() for name, values in model.state_dict().items()}
@@ -214,15 +214,15 @@ def test_the_same_seed_gives_the_same_p_values():
 
 def test_the_report_prints_as_a_table_that_ends_in_the_verdict():
     model, images = convolutional()
-    said = str(bn.detect_shift(model, images.split(100))).splitlines()
-    assert said[0].split() == ["layer", "KL", "Wasserstein", "effective", "p"]
-    assert [line.split()[0] for line in said[1:3]] == ["1", "3"]
-    assert said[3].startswith("no shift shown: 300 samples against the stored statistics, p 0.")
-    said = str(bn.detect_shift(model, (images + 1).split(100), reference=images.split(100)))
-    assert said.endswith("shifted: 300 samples against 300 reference samples, p at most 0.001")
+    lines = str(bn.detect_shift(model, images.split(100))).splitlines()
+    assert lines[0].split() == ["layer", "KL", "Wasserstein", "effective", "p"]
+    assert [line.split()[0] for line in lines[1:3]] == ["1", "3"]
+    assert lines[3].startswith("no shift shown: 300 samples against the stored statistics, p 0.")
+    text = str(bn.detect_shift(model, (images + 1).split(100), reference=images.split(100)))
+    assert text.endswith("shifted: 300 samples against 300 reference samples, p at most 0.001")
 
 
-def test_a_channel_that_was_always_the_same_and_is_still_so_counts_for_nothing():
+def test_a_channel_that_is_still_constant_does_not_count():
     layer = standard(2)
     layer.running_mean.copy_(torch.tensor([7.0, 0.0]))
     layer.running_var.copy_(torch.tensor([0.0, 1.0]))
@@ -237,15 +237,15 @@ def test_a_channel_that_was_always_the_same_and_is_still_so_counts_for_nothing()
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"alpha": 0}, "alpha must be between 0 and 1; got 0"),
         ({"reference_samples": 0}, "reference_samples must be at least 1; got 0"),
         ({"max_samples": -1}, "max_samples must be at least 1; got -1"),
     ],
 )
-def test_a_setting_out_of_its_range_is_refused(options, said):
-    with pytest.raises(bn.InputError, match=said):
+def test_an_option_out_of_its_range_is_refused(options, message):
+    with pytest.raises(bn.InputError, match=message):
         bn.detect_shift(standard(), [random(64, 5)], **options)
 
 

@@ -1,1 +1,1 @@
-"""What a batch normalization layer does to a batch, shown in numbers."""
+"""Diagnostics: the numbers of a layer's calculation, and what the library runs on."""
