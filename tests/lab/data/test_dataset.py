@@ -1,4 +1,4 @@
-"""From a table to a data set: columns, missing values, the split."""
+"""Data sets made from tables: columns, missing values, the split."""
 
 import numpy as np
 import polars as pl
@@ -29,7 +29,7 @@ def dataset(target="y", /, *, options=None, **changes):
     return prepare(Table("homes", columns(**changes), target), **(options or {}))
 
 
-def test_numbers_are_standardised_on_the_training_rows_and_categories_one_hot():
+def test_numbers_are_standardized_on_the_training_rows_and_categories_one_hot():
     data = dataset()
     assert data.features == ["size", "rooms", "city=Lima", "city=Oslo", "city=Rome"]
     x, _ = data.part("train", standardized=True)
@@ -63,7 +63,7 @@ def test_missing_numbers_take_the_training_median_and_missing_texts_are_a_catego
     assert any("missing numbers are filled with the median" in note for note in data.notes)
 
 
-def test_numbers_far_from_0_are_standardised_before_they_are_rounded():
+def test_numbers_far_from_0_are_standardized_before_they_are_rounded():
     seconds = 1.7e9 + RANDOM.normal(0, 30, ROWS)
     data = dataset(size=seconds)
     x, _ = data.part("train", standardized=True)
@@ -73,7 +73,7 @@ def test_numbers_far_from_0_are_standardised_before_they_are_rounded():
     assert x[:, 0].std() == pytest.approx(1, abs=1e-5)
 
 
-def test_a_column_with_one_value_in_the_training_rows_is_not_divided_by_rounding_noise():
+def test_a_column_that_is_constant_in_training_is_not_divided_by_rounding_noise():
     size = np.full(ROWS, 0.1)
     y = columns()["y"]
     plain = prepare(Table("homes", columns(y=y), "y"))
@@ -88,7 +88,7 @@ def test_lists_are_left_out():
     assert data.left_out == [LeftOut("extra", "it holds List(Int64)")]
 
 
-def test_texts_that_are_nearly_all_numbers_are_said_to_be():
+def test_texts_that_are_nearly_all_numbers_are_reported_as_such():
     data = dataset(extra=[*(str(i / 7) for i in range(ROWS - 1)), "oops"])
     assert data.left_out == [LeftOut("extra", "its texts differ and are not all numbers, such as 'oops'")]
 
@@ -109,7 +109,7 @@ def test_infinite_numbers_count_as_missing():
         ({"extra": [None] * ROWS}, "no values"),
     ],
 )
-def test_columns_that_tell_nothing_are_pointed_out_and_left_out(change, reason):
+def test_columns_without_information_are_left_out_with_the_reason(change, reason):
     data = dataset(**change)
     assert [out.column for out in data.left_out] == ["extra"]
     assert reason in data.left_out[0].reason
@@ -190,7 +190,7 @@ def test_rows_without_a_target_are_not_used():
         ({"size": [None] * ROWS, "rooms": [1] * ROWS, "city": ["x"] * ROWS}, {}, "usable column .*size: it has no val"),
     ],
 )
-def test_what_cannot_be_used_is_refused_with_the_reason(changes, options, message):
+def test_unusable_data_are_refused_with_the_reason(changes, options, message):
     with pytest.raises(DataError, match=message) as error:
         dataset(options=options, **changes)
     assert "\n" not in str(error.value)

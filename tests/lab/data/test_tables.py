@@ -1,4 +1,4 @@
-"""Reading built-in data sets and files."""
+"""Built-in data sets, and files that are read as tables."""
 
 import numpy as np
 import polars as pl
@@ -24,7 +24,7 @@ def test_placement_is_the_same_for_a_seed_at_any_size():
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
-def test_a_csv_is_read_whatever_separates_it(tmp_path, separator):
+def test_a_csv_is_read_with_any_separator(tmp_path, separator):
     path = tmp_path / ("data.tsv" if separator == "\t" else "data.csv")
     FRAME.write_csv(path, separator=separator, null_value="NA")
     assert read_table(str(path), "y").frame.equals(FRAME)
@@ -88,7 +88,7 @@ def bad_files(folder):
         ("cube.npz", "a", "1 or 2 dimensions; a has 3"),
     ],
 )
-def test_what_is_not_a_table_is_refused_in_one_sentence(tmp_path, name, target, message):
+def test_a_file_that_is_not_a_table_is_refused_in_one_sentence(tmp_path, name, target, message):
     bad_files(tmp_path)
     with pytest.raises(DataError, match=message) as error:
         read_table(str(tmp_path / name), target)

@@ -44,7 +44,7 @@ def test_several_targets_are_regressed_together(three_targets):
 
 @unconverged
 @pytest.mark.parametrize("kind", [sparse.csr_array, sparse.csc_matrix])
-def test_sparse_rows_give_what_dense_rows_give(kind):
+def test_sparse_rows_give_the_same_fit_as_dense_rows(kind):
     X, y = make_classification(60, 12, random_state=0)
     X[np.abs(X) < 0.8] = 0
     classifier = BatchNormMLPClassifier((8,), batch_size=25, max_iter=5, random_state=0)

@@ -1,4 +1,4 @@
-"""The source of everything random."""
+"""random_state: the one source of initial weights, holdout and order of the rows."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ ONE_STEP = {"solver": "sgd", "momentum": 0.0, "learning_rate_init": 0.5, "random
 
 
 @unconverged
-def test_random_state_decides_everything_and_torchs_own_state_nothing(iris):
+def test_random_state_decides_everything_and_torchs_state_nothing(iris):
     X, y = iris
     classifier = BatchNormMLPClassifier((5,), batch_size=40, max_iter=3)
     first = clone(classifier).set_params(random_state=0).fit(X, y)

@@ -1,4 +1,4 @@
-"""When a fit stops, and what it says and keeps."""
+"""Stopping of a fit: by the loss, by a holdout, by max_iter and by Ctrl-C."""
 
 import contextlib
 import io
@@ -63,7 +63,7 @@ class InterruptingAtTheThirdLine(io.StringIO):
         return super().write(text)
 
 
-def test_an_interrupted_fit_warns_and_keeps_what_it_has_learned(iris):
+def test_an_interrupted_fit_warns_and_keeps_its_network(iris):
     classifier = BatchNormMLPClassifier((5,), verbose=True)
     with contextlib.redirect_stdout(InterruptingAtTheThirdLine()), pytest.warns(UserWarning, match="interrupted"):
         classifier.fit(*iris)

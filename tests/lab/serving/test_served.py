@@ -1,4 +1,4 @@
-"""Trained models by the name that Python imports them by."""
+"""Trained models, imported by name."""
 
 import sys
 
@@ -52,7 +52,7 @@ def module(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["mine:network", "mine:model", "mine:Holder.make"])
-def test_a_module_or_what_makes_one_is_found_in_the_working_directory(name):
+def test_a_module_or_a_function_that_makes_one_is_found_in_the_working_folder(name):
     served = load(name)
     assert not served.model.training
     assert served.estimator is None
@@ -101,7 +101,7 @@ def test_a_pickle_of_anything_but_weights_is_not_opened(module):
         ("mine:number", "'mine:number' is int"),
     ],
 )
-def test_what_is_no_model_is_refused_in_one_sentence(name, said):
+def test_a_name_without_a_model_is_refused_in_one_sentence(name, said):
     with pytest.raises(InputError, match=said) as refused:
         load(name)
     assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""A trained model given new rows: what is told of them, and what would mend it."""
+"""The test for a shift of the rows that a trained model is given, and the remedies."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_rows_like_those_it_was_trained_on_are_no_shift(served):
     assert found.scores.retrained is None
 
 
-def test_shifted_rows_are_told_and_adapting_mends_what_they_cost(served):
+def test_shifted_rows_are_noticed_and_adapting_restores_the_score(served):
     before = {name: values.clone() for name, values in served.model.state_dict().items()}
     found = examine(served, rows_of_two_classes(300, 1, shift=4.0), **LIMITS)
     assert found.shift.shifted

@@ -16,7 +16,7 @@ UNIT = 2.0**-53  # the rounding of one operation in float64
 
 
 def calculated(window, cases):
-    """What the page's function makes of the cases."""
+    """Return the results of the page's function for the cases."""
     return window.page.evaluate("(cases) => cases.map(calculate)", cases)
 
 
@@ -53,7 +53,7 @@ def within(value, wanted, bound):
 
 @pytest.mark.parametrize("placement", ["before", "after"])
 @torch.no_grad()
-def test_the_page_calculates_what_the_librarys_layer_does(window, placement):
+def test_the_page_calculates_the_same_as_the_librarys_layer(window, placement):
     cases = random_cases()
     for case, found in zip(cases, calculated(window, cases), strict=True):
         z = [neuron(case, row) for row in case["features"]]

@@ -1,3 +1,5 @@
+"""The worked example: its figures, recalculated by hand or by torch, and its text."""
+
 import json
 import math
 
@@ -18,7 +20,7 @@ TIGHT = 1e-12
 
 
 def normalized(values, eps=1e-5):
-    """Mean, biased variance and z_hat, by hand."""
+    """Calculate mean, biased variance and z_hat."""
     mean = sum(values) / len(values)
     var = sum((v - mean) ** 2 for v in values) / len(values)
     return mean, var, [(v - mean) / math.sqrt(var + eps) for v in values]
@@ -29,7 +31,7 @@ def sigmoid(v):
 
 
 def section(text, number):
-    """The lines of a numbered section, but for the blank ones."""
+    """Return the lines of a numbered section without blank ones."""
     lines = [line for line in text.splitlines() if line]
     start = next(i for i, line in enumerate(lines) if line.startswith(f"{number}. "))
     end = next((i for i, line in enumerate(lines) if line.startswith(f"{number + 1}. ")), len(lines))
@@ -276,7 +278,7 @@ def test_options_that_can_not_be_used_are_named(options, message):
 
 
 def keys_of(figures):
-    """Every key, at any depth."""
+    """Return every key, at any depth."""
     if isinstance(figures, dict):
         return set(figures).union(*map(keys_of, figures.values()))
     return set().union(*map(keys_of, figures)) if isinstance(figures, list) else set()

@@ -1,4 +1,4 @@
-"""The stacked networks: shapes, initial weights, and independence of the runs."""
+"""Stacked networks: their outputs, initial weights, and the independence of their runs."""
 
 import math
 
@@ -16,7 +16,7 @@ def generators(runs):
 
 @pytest.mark.parametrize("placement", [None, "before", "after"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_run_of_a_stack_computes_what_plain_torch_layers_do(placement, activation):
+def test_a_run_of_a_stack_computes_the_same_as_torch_layers(placement, activation):
     stack = MLP(5, (7, 4), 3, activation=activation, placement=placement, runs=3).double()
     stack.initialize(generators(3))
     layers = []
@@ -79,7 +79,7 @@ def test_an_unknown_rule_for_initial_weights_is_refused(init):
 
 
 @pytest.mark.parametrize(("rows", "size"), [(7, 3), (6, 3), (1, 3), (61, 60), (60, 60), (119, 60)])
-def test_mini_batches_cover_the_rows_once_and_none_of_several_has_a_single_row(rows, size):
+def test_mini_batches_cover_the_rows_once_and_have_more_than_one_row(rows, size):
     bounds = batch_bounds(rows, size)
     assert [row for start, end in bounds for row in range(start, end)] == list(range(rows))
     assert rows == 1 or all(end - start > 1 for start, end in bounds)

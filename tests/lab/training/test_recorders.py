@@ -1,3 +1,5 @@
+"""Recorders: their records are those of the networks, and recording changes nothing."""
+
 import copy
 import math
 
@@ -5,8 +7,6 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from batchnorm.lab.data.dataset import prepare
-from batchnorm.lab.data.tables import read_table
 from batchnorm.lab.training.recorders import noise_batch_sizes, probe_steps
 from batchnorm.lab.training.records import Records
 from batchnorm.lab.training.runs import evaluation_steps
@@ -19,18 +19,13 @@ SETTINGS = Settings(hidden=(7, 5), batch_size=40, steps=30, activation="tanh")
 EVERY = ("loss_change", "gap", "shift")
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return prepare(read_table("digits"))
-
-
 def trained(digits, arm, records, rates=(0.1, 0.5), settings=SETTINGS):
     stack = Stack("key", "phase", arm, rates, tuple(range(len(rates))), settings, test=True, records=records)
     return train(stack, digits, lambda _: None)
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_recording_changes_nothing_in_what_is_trained(digits, arm):
+def test_recording_changes_nothing_in_the_runs(digits, arm):
     plain, recorded = trained(digits, arm, ()), trained(digits, arm, EVERY)
     for one, other in zip(plain, recorded, strict=True):
         assert None not in (other.record.loss_change, other.record.gap, other.record.shift)
@@ -53,7 +48,7 @@ def test_the_gap_is_that_of_the_network_at_each_evaluation(digits):
             assert record.test_score[at] == pytest.approx(1 - float(errors[1].mean()), abs=1e-6)
 
 
-def test_the_change_of_the_loss_is_the_mean_over_the_steps_since_the_evaluation_before(digits):
+def test_the_change_of_the_loss_is_the_mean_since_the_previous_evaluation(digits):
     means = trained(digits, "none", ("loss_change",))[0].record.loss_change.mean
     trainer = Trainer(digits, "none", (0.1, 0.5), (0, 1), SETTINGS)
     losses = [float(trainer.step()[0]) for _ in range(30)]
@@ -67,7 +62,7 @@ def test_the_change_of_the_loss_is_the_mean_over_the_steps_since_the_evaluation_
 
 @pytest.fixture(scope="module")
 def probed(digits):
-    """Records of a stack, and the trainer as it was before and after its fifth step."""
+    """Records of a stack, and its networks before and after the fifth step."""
     record = trained(digits, "after", ("shift",))[1].record.shift
     trainer = Trainer(digits, "after", (0.1, 0.5), (0, 1), SETTINGS)
     for _ in range(4):
@@ -78,7 +73,7 @@ def probed(digits):
 
 
 def outputs_of(network, x):
-    """What each hidden layer hands on, with the batch's own statistics: (runs, N, units)."""
+    """Return the outputs of each hidden layer with the statistics of the batch, (runs, N, units)."""
     network = copy.deepcopy(network).train()
     seen = []
     for block in network.hidden:
@@ -128,12 +123,12 @@ def test_the_noise_of_a_batchs_mean_falls_with_the_root_of_its_size(digits):
         assert mean == pytest.approx(expected, rel=0.15)  # 200 draws of 5 units, which go together: sd about 0.05
 
 
-def test_a_run_that_diverges_changes_nothing_in_its_neighbours_record(digits):
+def test_a_run_that_diverges_changes_nothing_in_its_neighbors_record(digits):
     settings = Settings(hidden=(7, 5), batch_size=40, steps=30, activation="relu")
-    beside = trained(digits, "none", EVERY, (0.1, 1e6), settings)
+    together = trained(digits, "none", EVERY, (0.1, 1e6), settings)
     alone = trained(digits, "none", EVERY, (0.1,), settings)
-    assert beside[1].diverged_at is not None
-    drift, expected = (runs[0].record.shift.drift for runs in (beside, alone))
+    assert together[1].diverged_at is not None
+    drift, expected = (runs[0].record.shift.drift for runs in (together, alone))
     for one, other in zip(drift, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-2, abs=1e-9)
 

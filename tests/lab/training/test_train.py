@@ -1,14 +1,15 @@
-"""Training in stacks: a run's numbers do not depend on who trains beside it."""
+"""Training in stacks: the numbers of a run do not depend on the other runs of its stack."""
 
 import math
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from batchnorm.lab.data.dataset import prepare
-from batchnorm.lab.data.tables import Table, read_table
+from batchnorm.lab.data.tables import Table
 from batchnorm.lab.training.runs import Target
 from batchnorm.lab.training.settings import ARMS, PLACEMENTS, Settings
 from batchnorm.lab.training.stacks import Stack
@@ -16,16 +17,6 @@ from batchnorm.lab.training.train import seconds_per_step, train
 from batchnorm.lab.training.trainer import Trainer
 
 SETTINGS = Settings(hidden=(12, 12), steps=50)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return prepare(read_table("digits"))
-
-
-@pytest.fixture(scope="module")
-def wine():
-    return prepare(read_table("wine"))
 
 
 def stack(arm, rates, seeds, settings=SETTINGS, **options):
@@ -53,7 +44,7 @@ def test_a_run_has_the_same_numbers_in_a_stack_and_alone_in_float64(digits, arm,
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_run_is_what_plain_torch_trains(wine, arm, optimizer):
+def test_a_run_has_the_same_losses_as_training_in_torch(wine, arm, optimizer):
     data = in_float64(wine)
     settings = replace(SETTINGS, optimizer=optimizer, activation="tanh")
     ours = Trainer(data, arm, [0.01], [3], settings)
@@ -72,7 +63,7 @@ def test_a_run_is_what_plain_torch_trains(wine, arm, optimizer):
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_run_that_diverges_changes_nothing_in_its_neighbours(digits, arm):
+def test_a_run_that_diverges_changes_nothing_in_its_neighbors(digits, arm):
     settings = replace(SETTINGS, activation="relu", steps=40)
     calm = train(stack(arm, (0.1, 0.1, 0.01), (0, 1, 2), settings, test=True), digits, lambda _: None)
     wild = train(stack(arm, (0.1, 1e30, 0.01), (0, 1, 2), settings, test=True), digits, lambda _: None)
@@ -85,8 +76,6 @@ def test_a_run_that_diverges_changes_nothing_in_its_neighbours(digits, arm):
 def test_a_diverged_run_has_no_score_even_where_most_rows_are_of_class_0():
     rows = 400
     y = (np.arange(rows) % 20 == 0).astype(int)
-    import polars as pl
-
     frame = pl.DataFrame({"a": np.random.default_rng(0).normal(size=rows), "y": y})
     data = prepare(Table("rare", frame, "y"))
     settings = replace(SETTINGS, activation="relu")
@@ -98,7 +87,7 @@ def test_a_diverged_run_has_no_score_even_where_most_rows_are_of_class_0():
     with torch.no_grad():
         network.network.output.bias.fill_(math.nan)
     _, errors = network.errors("validation")
-    assert 1 - errors.mean() > 0.9  # what argmax of NaN would have scored
+    assert 1 - errors.mean() > 0.9  # the score that argmax of NaN would have given
 
 
 def test_arms_are_paired_in_weights_and_order_of_mini_batches(digits):
@@ -151,7 +140,7 @@ def test_progress_is_told_of_every_evaluation(digits):
     assert told == sorted(told)
 
 
-def test_the_percentiles_of_what_enters_the_last_nonlinearity_are_traced(digits):
+def test_percentiles_of_the_inputs_of_the_last_nonlinearity_are_traced(digits):
     runs = train(stack("before", (0.3, 0.3), (0, 1), trace=True), digits, lambda _: None)
     assert runs[1].trace is None
     trace = np.array(runs[0].trace)

@@ -56,7 +56,7 @@ def encode_columns(
     train : ndarray
         Numbers of the training rows, from which medians and categories are taken.
     numeric, categorical : sequences of str
-        Names of columns to take as numbers or as categories, whatever their values look like.
+        Names of columns to take as numbers or as categories, regardless of their values.
     """
     features = Features()
     filled = 0
@@ -160,5 +160,5 @@ def _add_one_hot(features: Features, column: pl.Series, train: NDArray[np.int64]
     if ranked.len() > len(kept):
         features.categories[f"{column.name}=(other)"] = (~texts.is_in(kept)).to_numpy().astype(np.float64)
         features.notes.append(
-            f"{column.name}: the {len(kept)} most frequent of {ranked.len()} categories are told apart"
+            f"{column.name}: the {len(kept)} most frequent of {ranked.len()} categories have a column each"
         )

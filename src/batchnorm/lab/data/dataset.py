@@ -165,7 +165,7 @@ def prepare(
     task : "classification" or "regression", optional
         Otherwise inferred: text, and whole numbers of at most 20 values, are classes.
     numeric, categorical : sequences of column names
-        Columns to take as numbers or as categories, whatever their values look like.
+        Columns to take as numbers or as categories, regardless of their values.
     seed : int
         Seed of the split.
 

@@ -57,11 +57,11 @@ def encode_target(column: pl.Series, task: Task | None) -> Target:
         y = as_numbers(column)
         if y.null_count():
             raise DataError(f"a regression target must be finite; {column.name!r} is not in {y.null_count()} rows")
-        why = "as asked" if task else f"{column.name} is a number with {column.n_unique()} values"
+        why = "as requested" if task else f"{column.name} is a number with {column.n_unique()} values"
         return Target(chosen, y.to_numpy(), [], f"regression: {why}")
     values = _classes(column)
     y = column.replace_strict(values, pl.Series(range(values.len())), return_dtype=pl.Int64)
-    why = "as asked" if task else f"{column.name} has {values.len()} {'values' if numeric else 'categories'}"
+    why = "as requested" if task else f"{column.name} has {values.len()} {'values' if numeric else 'categories'}"
     return Target(chosen, y.to_numpy(), [str(value) for value in values], f"classification: {why}")
 
 

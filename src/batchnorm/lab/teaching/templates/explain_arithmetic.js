@@ -25,7 +25,7 @@ function calculate(given) {
     const m = values.length;
     const near = sum(values) / m;
     const d = values.map((value) => value - near);
-    // One double can't hold the mean of values far from 0. The rest is kept beside it, so that a constant has variance 0.
+    // One double can't hold the mean of values far from 0. The rest is kept separately, so that a constant has variance 0.
     const rest = sum(d) / m;
     return { near, rest, mean: near + rest, var: sum(d.map((part) => part * part)) / m - rest * rest };
   }
