@@ -281,7 +281,7 @@ def test_a_resumed_run_needs_the_data_as_they_were(tmp_path):
     assert "'rows.csv' has changed" in usage_error("compare", "--resume", "run", cwd=tmp_path)
 
 
-def test_a_study_ends_with_a_verdict_for_each_claim_in_80_columns_and_a_resumed_one_has_the_same(tmp_path):
+def test_a_study_ends_with_a_verdict_per_claim_and_a_resumed_one_with_the_same(tmp_path):
     done = run_command("compare", "breast_cancer", *QUICK, "--study", "--quiet", "--out", "run", cwd=tmp_path)
     lines = done.stdout.splitlines()
     claims = [line for line in lines if line.split(":")[0] in CLAIMS]

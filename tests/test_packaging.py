@@ -1,4 +1,4 @@
-"""What is built and installed: source distribution, wheel, library; and what is left where it can't be built."""
+"""The source distribution, the wheel and the library, and an install where the library can't be built."""
 
 import os
 import platform
@@ -56,7 +56,7 @@ print(sorted(new), halved())
 
 
 def run(*command, cwd=ROOT, **environment):
-    """Run a command that must succeed; a name given as None is unset."""
+    """Run a command that must succeed; an environment variable given as None is unset."""
     names = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=names, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -64,7 +64,7 @@ def run(*command, cwd=ROOT, **environment):
 
 
 def pip(*arguments, **environment):
-    """Pip without network: what builds the package is installed here."""
+    """Run pip without network, with the build tools of this environment."""
     offline = ["--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir", "--disable-pip-version-check"]
     return run(sys.executable, "-m", "pip", arguments[0], *offline, *arguments[1:], **environment)
 
@@ -78,7 +78,7 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """Built from the source distribution, with every warning an error: then it holds _native.txt and no library."""
+    """The wheel, built from the source distribution with warnings as errors."""
     folder = tmp_path_factory.mktemp("wheel")
     pip("wheel", "-w", folder, sdist, CFLAGS=WARNINGS)
     return next(folder.glob("*.whl"))
@@ -88,13 +88,13 @@ def wheel(sdist, tmp_path_factory):
 def library(wheel, tmp_path_factory):
     """The library of the wheel."""
     if shutil.which("readelf") is None:
-        skip_or_fail("this test reads a library's ELF: apt-get install binutils")
+        skip_or_fail("this test needs readelf: apt-get install binutils")
     with zipfile.ZipFile(wheel) as opened:
         return opened.extract("batchnorm/kernels/_native.so", tmp_path_factory.mktemp("library"))
 
 
 def packaged():
-    """Every file of src/batchnorm that users get beside the library."""
+    """Return the files of src/batchnorm that users get besides the library."""
     for path in (ROOT / "src/batchnorm").rglob("*"):
         if path.is_file() and path.suffix not in (".cpp", ".h", ".pyc") and path.stem != "_native":
             yield path.relative_to(ROOT / "src").as_posix()
@@ -156,7 +156,7 @@ def test_an_install_without_a_compiler_runs_on_the_reference_and_says_why(sdist,
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a C++ compiler's options")
-def test_a_build_in_place_leaves_either_the_library_or_the_first_error_of_the_compiler(tmp_path):
+def test_a_build_in_place_leaves_the_library_or_the_compilers_first_error(tmp_path):
     kernels = tmp_path / "src/batchnorm/kernels"
     kernels.mkdir(parents=True)
     shutil.copy(ROOT / "setup.py", tmp_path)
@@ -171,12 +171,12 @@ def test_a_build_in_place_leaves_either_the_library_or_the_first_error_of_the_co
         assert left_by("int one;\nnonsense;\n") == ["_native.txt", "native.cpp"]
     (reason,) = (kernels / "_native.txt").read_text().splitlines()
     assert re.match(r"\S+ failed when batchnorm was installed: src/batchnorm/kernels/native.cpp:2:1: error: ", reason)
-    # What only libstdc++ has must not wait for the day the library is loaded.
+    # A symbol that only libstdc++ has must fail at build time, not when the library is loaded.
     assert left_by("int *one() { return new int; }\n") == ["_native.txt", "native.cpp"]
 
 
 def built(folder, **environment):
-    """The library built with these variables, every warning an error, and a program that holds it to plain loops."""
+    """Build the library, with warnings as errors, and a program that compares it with plain loops."""
     into = ["--build-lib", folder, "--build-temp", folder]
     run(sys.executable, "setup.py", "-q", "build_ext", *into, CC=None, CFLAGS=f"{WARNINGS} -O1", **environment)
     library = folder / "batchnorm/kernels/_native.so"

@@ -1,10 +1,8 @@
 """docs/scale.md shows the committed measurement, and its simulated figures are those of the model it states."""
 
 import importlib
-import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +11,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
+from support import ROOT, benchmark_results
 
-ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/scale.md").read_text()
 TEXT = " ".join(PAGE.split())
 RANKS = (2, 4, 8, 64)
@@ -29,7 +27,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def content():
-    return json.loads((ROOT / "benchmarks/results/collectives.json").read_text())
+    return benchmark_results("collectives")
 
 
 def ring_all_gather(ranks):

@@ -1,35 +1,20 @@
 """docs/statistics.md shows the committed measurements, and these keep what the page promises."""
 
-import importlib.util
-import json
-from pathlib import Path
-
 import pytest
 
 from batchnorm.lab.bench.markdown import replace_table
+from support import ROOT, benchmark_results, benchmark_script
 
-ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/statistics.md").read_text()
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def content(name):
-    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
-
-
 def cases(kind):
-    return [case for case in content("shift")["cases"] if case["shift"] == kind]
+    return [case for case in benchmark_results("shift")["cases"] if case["shift"] == kind]
 
 
 @pytest.mark.parametrize("name", ["recalibration", "shift"])
 def test_the_tables_of_the_page_are_those_of_the_committed_files(name):
-    assert replace_table(PAGE, f"{name}.json", script(name).table(content(name))) == PAGE
+    assert replace_table(PAGE, f"{name}.json", benchmark_script(name).table(benchmark_results(name))) == PAGE
 
 
 def test_on_clean_digits_adapting_costs_no_network_more_than_a_point_in_the_median():
@@ -46,7 +31,7 @@ def test_no_network_loses_more_than_a_point_on_clean_digits():
 
 
 def test_at_alpha_of_a_twentieth_at_most_a_twentieth_of_the_clean_draws_is_reported():
-    settings = content("shift")["settings"]
+    settings = benchmark_results("shift")["settings"]
     assert (settings["alpha"], settings["draws"]) == (0.05, 200)
     (clean,) = cases("none")
     assert all(share <= 0.05 for share in clean["reported"]["stored statistics"].values())
@@ -86,11 +71,11 @@ def test_adapting_nears_retraining_for_brightness_and_contrast_but_not_for_noise
 
 
 def test_a_small_study_measures_what_the_committed_one_does():
-    shift = script("shift")
+    shift = benchmark_script("shift")
     shift.STEPS = 100
     study = shift.study(seeds=1, repeats=1, jobs=1)
     assert [(case["shift"], case["severity"]) for case in study] == [
-        (case["shift"], case["severity"]) for case in content("shift")["cases"]
+        (case["shift"], case["severity"]) for case in benchmark_results("shift")["cases"]
     ]
     assert study[0]["accuracy"]["as is"] > 0.9
     assert study[5]["accuracy"]["128"] > study[5]["accuracy"]["as is"]
