@@ -9,20 +9,13 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
+from support import PassThroughMode, copied_buffers, norm_layers
 
 # Gradient-free sums of at most a few hundred numbers of size 10 or less: float32 errs by less than 1e-5 of them.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-class Passing(TorchDispatchMode):
-    """Does nothing, but is there: the layers then go through the operators."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 def micro_batches(*counts, channels=4, seed=0):
@@ -36,18 +29,10 @@ def network(**options):
     return nn.Sequential(nn.Linear(4, 5), norms[0], nn.Tanh(), nn.Linear(5, 3), norms[1], nn.Tanh())
 
 
-def norms_of(model):
-    return [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-
-
-def statistics(model):
-    return {name: value.clone() for name, value in model.named_buffers()}
-
-
 def watched(model):
     """What each layer will have seen: lists of inputs, in the layers' order."""
-    seen = [[] for _ in norms_of(model)]
-    for layer, inputs in zip(norms_of(model), seen, strict=True):
+    seen = [[] for _ in norm_layers(model)]
+    for layer, inputs in zip(norm_layers(model), seen, strict=True):
         layer.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0].detach()))
     return seen
 
@@ -74,7 +59,7 @@ def test_each_layer_moves_once_by_the_moments_of_all_it_saw(counts):
     with bn.accumulate(model):
         for x in micro_batches(*counts):
             model(x)
-    for layer, inputs in zip(norms_of(model), seen, strict=True):
+    for layer, inputs in zip(norm_layers(model), seen, strict=True):
         assert_moved_once(layer, torch.cat(inputs))
 
 
@@ -141,7 +126,7 @@ def test_virtual_batches_and_renorm_pool_what_the_layer_saw(options):
     with bn.accumulate(model):
         for x in micro_batches(7, 3, 6):
             model(x)
-    for layer, inputs in zip(norms_of(model), seen, strict=True):
+    for layer, inputs in zip(norm_layers(model), seen, strict=True):
         assert_moved_once(layer, torch.cat(inputs))
 
 
@@ -177,7 +162,7 @@ def test_a_non_finite_micro_batch_is_left_out_and_counted():
 def test_where_no_micro_batch_is_finite_nothing_moves_and_all_are_counted():
     layer = bn.BatchNorm1d(4)
     layer(*micro_batches(5))
-    before = statistics(layer)
+    before = copied_buffers(layer)
     with bn.accumulate(layer):
         for value in (torch.inf, torch.nan, -torch.inf):
             layer(torch.full((4, 4), value))
@@ -244,7 +229,7 @@ def test_outputs_and_gradients_stay_those_of_each_micro_batch():
 
 def test_until_the_end_nothing_moves():
     model = network()
-    before = statistics(model)
+    before = copied_buffers(model)
     with bn.accumulate(model):
         for x in micro_batches(4, 5):
             model(x)
@@ -276,7 +261,7 @@ def test_two_accumulations_are_two_updates_and_share_nothing():
 
 def test_an_exception_within_commits_nothing():
     model = network()
-    before = statistics(model)
+    before = copied_buffers(model)
 
     def fail():
         with bn.accumulate(model):
@@ -296,13 +281,13 @@ def test_a_layer_that_saw_nothing_stays_as_it_is():
     model = network()
     with bn.accumulate(model):
         model[:3](*micro_batches(4))
-    assert [int(layer.num_batches_tracked) for layer in norms_of(model)] == [1, 0]
+    assert [int(layer.num_batches_tracked) for layer in norm_layers(model)] == [1, 0]
 
 
 @pytest.mark.parametrize("hold", [nn.Module.eval, bn.freeze], ids=["eval", "frozen"])
 def test_layers_that_do_not_learn_are_not_moved(hold):
     model = hold(network())
-    before = statistics(model)
+    before = copied_buffers(model)
     with bn.accumulate(model):
         model(*micro_batches(4))
     for name, value in before.items():
@@ -338,7 +323,7 @@ def test_a_checkpoint_recomputed_after_the_end_moves_nothing_more(use_reentrant)
     model = network()
     with bn.accumulate(model):
         y = checkpoint(model, micro_batches(8)[0].requires_grad_(), use_reentrant=use_reentrant)
-    before = statistics(model)
+    before = copied_buffers(model)
     y.square().sum().backward()
     for name, value in before.items():
         assert torch.equal(model.get_buffer(name), value), name
@@ -356,7 +341,7 @@ def test_a_checkpoint_of_before_recomputed_within_is_not_pooled():
 
 def test_micro_batches_that_go_through_the_operators_are_pooled():
     layer, parts = bn.BatchNorm1d(4, virtual_batch_size=2), micro_batches(5, 4)
-    with bn.accumulate(layer), Passing():
+    with bn.accumulate(layer), PassThroughMode():
         for x in parts:
             layer(x)
     assert_moved_once(layer, torch.cat(parts))
@@ -414,10 +399,10 @@ def test_what_is_pending_is_in_no_copy(copied):
         twin = copied(model)
         with bn.accumulate(twin):
             pass
-        assert [int(layer.num_batches_tracked) for layer in norms_of(twin)] == [0, 0]
+        assert [int(layer.num_batches_tracked) for layer in norm_layers(twin)] == [0, 0]
         twin(*micro_batches(4))
-        assert [int(layer.num_batches_tracked) for layer in norms_of(twin)] == [1, 1]
-    assert [int(layer.num_batches_tracked) for layer in norms_of(model)] == [1, 1]
+        assert [int(layer.num_batches_tracked) for layer in norm_layers(twin)] == [1, 1]
+    assert [int(layer.num_batches_tracked) for layer in norm_layers(model)] == [1, 1]
 
 
 def test_what_is_pending_is_in_no_state_dict():
@@ -448,7 +433,7 @@ def test_nesting_raises_and_leaves_the_outer_at_work():
         with pytest.raises(bn.InputError, match="nested"), bn.accumulate(model[1]):
             pass
         model(x)
-    assert [int(layer.num_batches_tracked) for layer in norms_of(model)] == [1, 1]
+    assert [int(layer.num_batches_tracked) for layer in norm_layers(model)] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -467,7 +452,7 @@ def test_a_model_with_torchs_layers_too_raises_with_the_path_of_one():
         pass
 
 
-def test_each_domain_moves_by_the_micro_batches_seen_in_it():
+def test_each_domain_is_updated_by_its_own_micro_batches():
     layer = bn.add_domains(bn.BatchNorm1d(4), ["real", "drawn"])
     real, drawn, none = micro_batches(4, 5, 6)
     with bn.accumulate(layer):

@@ -98,12 +98,12 @@ def test_the_residual_is_added_before_the_activation(activation):
     torch.testing.assert_close(y, function(torch.nn.BatchNorm1d(3)(x) + residual), rtol=1e-5, atol=1e-6)
 
 
-def test_eval_normalises_a_single_row():
+def test_eval_normalizes_a_single_row():
     layer = bn.BatchNorm1d(3).eval()
     assert layer(torch.ones(1, 3)).shape == (1, 3)
 
 
-def test_a_training_step_between_an_eval_forward_and_its_backward_changes_no_gradient():
+def test_training_between_an_eval_forward_and_its_backward_changes_no_gradient():
     layer, x = bn.BatchNorm1d(3).eval(), torch.randn(8, 3, requires_grad=True)
     (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
     y = layer(x).square().sum()

@@ -1,4 +1,4 @@
-"""Training under torch.compile: one graph, no compilation but the first of each mode, eager's numbers."""
+"""Training under torch.compile: one graph, no compilation but the first of each mode, eager's randn."""
 
 import math
 import shutil
@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import batchnorm as bn
+from support import randn
 
 # torch.compile itself uses what torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -21,10 +22,6 @@ def nothing_compiled_before():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def numbers(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Block(torch.nn.Module):
@@ -68,11 +65,11 @@ def train(eager, twin, run, batches, **inputs):
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_twenty_steps_are_one_compilation_and_a_change_of_mode_one_more(momentum):
     eager, twin, run, counter = pair(momentum=momentum)
-    batches = [numbers(8, C, 3, seed=seed) + seed for seed in range(20)]
+    batches = [randn(8, C, 3, seed=seed) + seed for seed in range(20)]
     train(eager, twin, run, batches)
     assert counter.frame_count == 1
     assert twin.layer.num_batches_tracked == 20
-    x = numbers(8, C, 3, seed=30)
+    x = randn(8, C, 3, seed=30)
     for block in (eager, twin):
         block.eval()
     for _ in range(3):
@@ -88,7 +85,7 @@ def test_statistics_after_compiled_training_are_torchs():
     _, _, run, _ = pair(momentum=None)
     torchs = torch.nn.BatchNorm1d(C, momentum=None).double()
     for seed in range(5):
-        x = numbers(8, C, 3, seed=seed) + seed
+        x = randn(8, C, 3, seed=seed) + seed
         run(x)
         torchs(x.double() * 2 + 1)
     layer = run.layer
@@ -99,7 +96,7 @@ def test_statistics_after_compiled_training_are_torchs():
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_poisoned_batch_is_skipped_as_in_eager(momentum):
     eager, twin, run, counter = pair(momentum=momentum, nonfinite="skip")
-    batches = [numbers(8, C, 3, seed=seed) for seed in range(4)]
+    batches = [randn(8, C, 3, seed=seed) for seed in range(4)]
     batches[1][2, 3, 1] = math.inf
     batches[2][0, 0, 0] = math.nan
     train(eager, twin, run, batches)
@@ -110,7 +107,7 @@ def test_a_poisoned_batch_is_skipped_as_in_eager(momentum):
 
 def test_propagate_poisons_the_statistics_as_in_eager():
     eager, twin, run, counter = pair(nonfinite="propagate")
-    batches = [numbers(8, C, 3, seed=seed) for seed in range(3)]
+    batches = [randn(8, C, 3, seed=seed) for seed in range(3)]
     batches[1][2, 3, 1] = math.inf
     train(eager, twin, run, batches)
     assert not twin.layer.running_var[3].isfinite()
@@ -135,7 +132,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_an_option_trains_as_in_eager_in_one_compilation(options):
     eager, twin, run, counter = pair(**options)
-    train(eager, twin, run, [numbers(8, C, 3, seed=seed) + seed / 4 for seed in range(6)])
+    train(eager, twin, run, [randn(8, C, 3, seed=seed) + seed / 4 for seed in range(6)])
     assert counter.frame_count == 1
 
 
@@ -145,9 +142,9 @@ def test_mask_and_residual_train_as_in_eager_in_one_compilation(dim):
     mask = bn.lengths_to_mask(torch.tensor([3, 1, 0, 2, 3, 3, 1, 2]))
     batches = []
     for seed in range(4):
-        x = torch.where(mask.unsqueeze(1), numbers(8, C, 3, seed=seed) + seed, math.nan)
+        x = torch.where(mask.unsqueeze(1), randn(8, C, 3, seed=seed) + seed, math.nan)
         batches.append(x if dim == 1 else x.transpose(1, 2).contiguous())
-    residual = numbers(*batches[0].shape, seed=9)
+    residual = randn(*batches[0].shape, seed=9)
     train(eager, twin, run, batches, residual=residual, mask=mask)
     assert counter.frame_count == 1
     assert twin.layer.skipped_batches == 0
@@ -156,25 +153,25 @@ def test_mask_and_residual_train_as_in_eager_in_one_compilation(dim):
 def test_masks_of_other_values_are_no_new_compilation():
     eager, twin, run, counter = pair()
     for lengths in ([3, 3, 3, 3], [1, 0, 2, 3], [0, 0, 0, 0]):
-        train(eager, twin, run, [numbers(4, C, 3)], mask=bn.lengths_to_mask(torch.tensor(lengths), 3))
+        train(eager, twin, run, [randn(4, C, 3)], mask=bn.lengths_to_mask(torch.tensor(lengths), 3))
     assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
 def test_channels_in_the_last_dimension_train_as_in_eager_in_one_compilation(layout):
     eager, twin, run, counter = pair(channel_dim=-1, virtual_batch_size=3)
-    batches = [numbers(8, 3, C, seed=seed) for seed in range(4)]
+    batches = [randn(8, 3, C, seed=seed) for seed in range(4)]
     if layout == "permuted":
-        batches = [numbers(8, C, 3, seed=seed).transpose(1, 2) for seed in range(4)]
+        batches = [randn(8, C, 3, seed=seed).transpose(1, 2) for seed in range(4)]
     train(eager, twin, run, batches)
     assert counter.frame_count == 1
 
 
-def test_a_small_batch_is_normalised_with_the_running_statistics_in_a_compilation_of_its_own():
+def test_a_small_batch_with_running_statistics_has_a_compilation_of_its_own():
     eager, twin, run, counter = pair(small_batch="running")
-    train(eager, twin, run, [numbers(8, C, seed=seed) for seed in range(3)])
+    train(eager, twin, run, [randn(8, C, seed=seed) for seed in range(3)])
     before = twin.layer.running_mean.clone()
-    train(eager, twin, run, [numbers(1, C, seed=seed) for seed in range(3)])
+    train(eager, twin, run, [randn(1, C, seed=seed) for seed in range(3)])
     assert counter.frame_count == 2
     assert twin.layer.num_batches_tracked == 3
     assert torch.equal(twin.layer.running_mean, before)
@@ -182,11 +179,11 @@ def test_a_small_batch_is_normalised_with_the_running_statistics_in_a_compilatio
 
 def test_a_frozen_layer_moves_nothing_and_freezing_is_one_compilation():
     eager, twin, run, counter = pair()
-    train(eager, twin, run, [numbers(8, C, 3, seed=seed) for seed in range(3)])
+    train(eager, twin, run, [randn(8, C, 3, seed=seed) for seed in range(3)])
     before = [buffer.clone() for buffer in twin.buffers()]
     for block in (eager, twin):
         bn.freeze(block)
-    train(eager, twin, run, [numbers(8, C, 3, seed=seed) + 5 for seed in range(3)])
+    train(eager, twin, run, [randn(8, C, 3, seed=seed) + 5 for seed in range(3)])
     assert counter.frame_count == 2
     assert all(torch.equal(old, new) for old, new in zip(before, twin.buffers(), strict=True))
 
@@ -196,9 +193,9 @@ def test_all_options_together_train_as_in_eager():
         channel_dim=-1, virtual_batch_size=3, renorm=bn.Renorm(1.5, 0.5), activation="silu", momentum=None
     )
     mask = bn.lengths_to_mask(torch.tensor([3, 1, 2, 2, 3, 3, 1, 2]))
-    batches = [numbers(8, 3, C, seed=seed) + seed / 4 for seed in range(4)]
+    batches = [randn(8, 3, C, seed=seed) + seed / 4 for seed in range(4)]
     batches[2][4, 0, 1] = math.inf
-    train(eager, twin, run, batches, residual=numbers(8, 3, C, seed=9), mask=mask)
+    train(eager, twin, run, batches, residual=randn(8, 3, C, seed=9), mask=mask)
     assert counter.frame_count == 1
     assert (int(twin.layer.skipped_batches), int(twin.layer.num_batches_tracked)) == (1, 3)
 
@@ -207,4 +204,4 @@ def test_all_options_together_train_as_in_eager():
 def test_inductor_trains_as_eager():
     eager, twin = Block(activation="relu"), Block(activation="relu")
     run = torch.compile(twin, backend="inductor", fullgraph=True)
-    train(eager, twin, run, [numbers(8, C, 3, seed=seed) for seed in range(3)])
+    train(eager, twin, run, [randn(8, C, 3, seed=seed) for seed in range(3)])

@@ -116,7 +116,7 @@ def test_a_poisoned_batch_leaves_the_domain_as_it_was():
     assert int(layer.skipped_batches) == 1
 
 
-def test_the_domain_is_of_all_layers_of_the_model():
+def test_a_domain_applies_to_all_layers_of_the_model():
     model = network()
     with bn.use_domain(model, "real"):
         model(torch.randn(8, 4))
@@ -162,7 +162,7 @@ def test_an_unknown_domain_is_named_with_the_known_ones_and_no_layer_enters_it()
 
 
 @pytest.mark.parametrize("names", ["real", [], ["a b"], ["a.b"], [3], [""]], ids=repr)
-def test_names_that_can_be_no_buffers_are_refused(names):
+def test_names_that_are_no_identifiers_are_refused(names):
     with pytest.raises(bn.InputError, match="name"):
         bn.add_domains(bn.BatchNorm1d(3), names)
 

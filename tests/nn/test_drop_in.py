@@ -1,7 +1,6 @@
 """The layers where models are copied, moved, saved, built without memory, traced and averaged, as torch's are."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import batchnorm as bn
+from support import assert_same_state, saved_and_loaded
 
 SHAPES = {bn.BatchNorm1d: (6, 3, 4), bn.BatchNorm2d: (6, 3, 4, 2), bn.BatchNorm3d: (6, 3, 2, 4, 2)}
 
@@ -30,19 +30,6 @@ def trained(layer, shape=(8, 3, 4, 2)):
     return layer
 
 
-def assert_same_states(one, other):
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
-
-
-def saved_and_loaded(value, **options):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, **options)
-
-
 # Saving and loading.
 
 
@@ -52,20 +39,20 @@ def test_a_saved_state_dict_loads_with_weights_only_into_ours_and_torchs(kind):
     state = saved_and_loaded(layer.state_dict(), weights_only=True)
     fresh = kind(3)
     fresh.load_state_dict(state, strict=True)
-    assert_same_states(fresh.state_dict(), layer.state_dict())
+    assert_same_state(fresh.state_dict(), layer.state_dict())
 
 
 def test_a_saved_state_dict_of_torchs_loads_with_weights_only_into_ours():
     theirs, ours = trained(nn.BatchNorm2d(3)), bn.BatchNorm2d(3)
     ours.load_state_dict(saved_and_loaded(theirs.state_dict(), weights_only=True), strict=True)
-    assert_same_states(ours.state_dict(), theirs.state_dict())
+    assert_same_state(ours.state_dict(), theirs.state_dict())
 
 
 def test_a_whole_saved_layer_goes_on_as_the_layer_does():
     layer = trained(bn.BatchNorm2d(3, activation="gelu", momentum=0.3))
     twin, x = saved_and_loaded(layer, weights_only=False), torch.randn(4, 3, 2, 2)
     assert torch.equal(twin(x), layer(x))
-    assert_same_states(twin.state_dict(), layer.state_dict())
+    assert_same_state(twin.state_dict(), layer.state_dict())
 
 
 def test_a_model_nested_deep_loads_torchs_state_strictly():
@@ -75,7 +62,7 @@ def test_a_model_nested_deep_loads_torchs_state_strictly():
     theirs, ours = model(nn), model(bn)
     trained(theirs[1][0]["norm"])
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    assert_same_states(ours.state_dict(), theirs.state_dict())
+    assert_same_state(ours.state_dict(), theirs.state_dict())
 
 
 def test_assign_takes_the_tensors_of_the_state_dict_themselves():
@@ -136,7 +123,7 @@ def test_an_empty_layer_that_loads_a_state_goes_on_as_the_one_it_is_of(made):
     source, layer, x = trained(bn.BatchNorm2d(3)), made(), torch.randn(4, 3, 2, 2)
     layer.load_state_dict(source.state_dict())
     assert torch.equal(layer(x), source(x))
-    assert_same_states(layer.state_dict(), source.state_dict())
+    assert_same_state(layer.state_dict(), source.state_dict())
 
 
 @pytest.mark.parametrize("made", [made_on_meta, made_by_skip_init, made_and_emptied])
@@ -151,7 +138,7 @@ def test_a_meta_layer_trains_on_after_a_state_is_assigned():
     source, layer, x = trained(bn.BatchNorm2d(3)), bn.BatchNorm2d(3, device="meta"), torch.randn(4, 3, 2, 2)
     layer.load_state_dict(copy.deepcopy(source.state_dict()), assign=True)
     assert torch.equal(layer(x), source(x))
-    assert_same_states(layer.state_dict(), source.state_dict())
+    assert_same_state(layer.state_dict(), source.state_dict())
     assert int(layer.skipped_batches) == 0
 
 
@@ -160,7 +147,7 @@ def test_skip_init_takes_the_options_and_resets_to_a_new_layer():
     layer = nn.utils.skip_init(bn.BatchNorm2d, 3, activation="relu")
     layer.reset_parameters()
     assert layer.activation == "relu"
-    assert_same_states(layer.state_dict(), nn.BatchNorm2d(3).state_dict())
+    assert_same_state(layer.state_dict(), nn.BatchNorm2d(3).state_dict())
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -180,7 +167,7 @@ def test_a_fake_batch_leaves_the_real_statistics_as_they_were():
     before = copy.deepcopy(layer.state_dict())
     with FakeTensorMode(allow_non_fake_inputs=True):
         layer(torch.randn(4, 3, 2, 2))
-    assert_same_states(layer.state_dict(), before)
+    assert_same_state(layer.state_dict(), before)
 
 
 # Moving.
@@ -250,7 +237,7 @@ def test_the_stock_tracers_graph_equals_the_model(mode):
     for _ in range(2):
         x = torch.randn(4, 3, 5) * 2 + 1
         assert torch.equal(traced(x, mask), model(x, mask))
-    assert_same_states(traced.state_dict(), model.state_dict())
+    assert_same_state(traced.state_dict(), model.state_dict())
 
 
 def test_the_stock_tracer_makes_each_call_of_a_layer_one_node():
@@ -268,11 +255,11 @@ def test_a_trace_in_training_gives_the_models_gradients():
     traced(x, mask).square().sum().backward()
     model(x, mask).square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in traced.named_parameters()}
-    assert_same_states(gradients, {name: parameter.grad for name, parameter in model.named_parameters()})
+    assert_same_state(gradients, {name: parameter.grad for name, parameter in model.named_parameters()})
 
 
-def test_neither_a_tensor_nor_a_proxy_is_an_input_error():
-    with pytest.raises(bn.InputError, match="input must be a tensor; got list"):
+def test_neither_a_tensor_nor_a_proxy_is_an_input_type_error():
+    with pytest.raises(bn.InputTypeError, match="input must be a tensor; got list"):
         bn.BatchNorm1d(2)([[1.0, 2.0], [3.0, 4.0]])
 
 

@@ -308,7 +308,7 @@ def test_trace_in_training_gives_the_layers_outputs_and_statistics():
 @pytest.mark.parametrize(
     "layer", [bn.BatchNorm1d(3), bn.BatchNorm1d(3, track_running_stats=False).eval()], ids=["train", "eval"]
 )
-def test_trace_refuses_a_mask_that_would_not_keep_padding_out_of_the_batchs_statistics(layer):
+def test_trace_refuses_a_mask_that_would_not_keep_padding_out_of_the_statistics(layer):
     x, mask = torch.randn(4, 3), torch.tensor([True, True, True, False])
     with pytest.raises(ValueError, match=r"takes no mask; got a mask"):
         torch.jit.trace(layer, (x, x, mask))

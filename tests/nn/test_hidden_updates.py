@@ -7,21 +7,14 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
 import batchnorm as bn
+from support import PassThroughMode, copied_buffers
 
 MODES = [True, False]
 # Its own use of what torch deprecates is torch's affair.
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-class Passing(TorchDispatchMode):
-    """Does nothing, but is there: the layers then go through the operators."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 def network(norm=bn.BatchNorm1d):
@@ -33,10 +26,6 @@ def network(norm=bn.BatchNorm1d):
 def rows(seed=0, count=8):
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(count, 4, generator=generator, dtype=torch.float64) * 2 + 1).requires_grad_()
-
-
-def statistics(model):
-    return {name: value.clone() for name, value in model.named_buffers()}
 
 
 def counts(model):
@@ -95,7 +84,7 @@ def test_a_checkpointed_step_leaves_statistics_and_gradients_as_a_step_without_d
         backward(plain(x))
         backward(wrapped(checkpointed, other, mode))
     assert counts(checkpointed) == [3, 3]
-    for name, value in statistics(plain).items():
+    for name, value in copied_buffers(plain).items():
         assert torch.equal(checkpointed.get_buffer(name), value), name
     # The same operations on the same numbers, up to the order in which three gradients are added.
     torch.testing.assert_close(other.grad, x.grad, rtol=1e-13, atol=1e-13)
@@ -110,14 +99,14 @@ def test_a_layer_with_an_option_is_counted_once_under_checkpointing(options, mod
     for seed in range(3):
         plain(rows(seed))
         backward(checkpoint(checkpointed, rows(seed), use_reentrant=mode))
-    for name, value in statistics(plain).items():
+    for name, value in copied_buffers(plain).items():
         assert torch.equal(checkpointed.get_buffer(name), value), name
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_recomputation_through_the_operators_counts_once(mode):
     model, x = network(), rows()
-    with Passing():
+    with PassThroughMode():
         backward(checkpoint(model, x, use_reentrant=mode))
     assert counts(model) == [1, 1]
 
@@ -151,7 +140,7 @@ def test_a_non_finite_batch_is_counted_as_skipped_once_under_checkpointing(mode)
 @pytest.mark.parametrize("mode", MODES)
 def test_eval_under_checkpointing_moves_nothing(mode):
     model = network().eval()
-    before = statistics(model)
+    before = copied_buffers(model)
     backward(checkpoint(model, rows(), use_reentrant=mode))
     for name, value in before.items():
         assert torch.equal(model.get_buffer(name), value), name
@@ -210,7 +199,7 @@ def test_recomputation_inside_a_compiled_function_counts_once(mode, backend):
         expected = gradients(plain, x, lambda f, z: f(z).sin())
     assert counts(model) == [2, 2]
     # the same formulas on the same float64 numbers
-    for name, value in statistics(plain).items():
+    for name, value in copied_buffers(plain).items():
         torch.testing.assert_close(model.get_buffer(name), value, rtol=1e-12, atol=1e-12)
     for one, another in zip(found, expected, strict=True):
         torch.testing.assert_close(one, another, rtol=1e-12, atol=1e-12)
@@ -230,11 +219,11 @@ def mixed():
 
 
 def test_no_stat_updates_leaves_every_statistic_bitwise_as_it_was(mixed):
-    before = statistics(mixed)
+    before = copied_buffers(mixed)
     with bn.no_stat_updates(mixed):
         mixed(rows())
         backward(checkpoint(mixed, rows(), use_reentrant=False))
-    assert before.keys() == statistics(mixed).keys()
+    assert before.keys() == copied_buffers(mixed).keys()
     for name, value in before.items():
         assert torch.equal(mixed.get_buffer(name), value), name
 
@@ -262,7 +251,7 @@ def test_after_no_stat_updates_statistics_move_again(mixed):
         mixed(rows(1))
     mixed(rows(2))
     twin(rows(2))
-    for name, value in statistics(twin).items():
+    for name, value in copied_buffers(twin).items():
         assert torch.equal(mixed.get_buffer(name), value), name
 
 
@@ -276,7 +265,7 @@ def test_after_an_exception_within_no_stat_updates_statistics_move_again(mixed):
 
 
 def test_the_inner_of_two_no_stat_updates_leaves_the_outer_at_work(mixed):
-    before = statistics(mixed)
+    before = copied_buffers(mixed)
     with bn.no_stat_updates(mixed):
         with bn.no_stat_updates(mixed[0]):
             pass

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
+from support import PassThroughMode
 
 C = 5
 # Shape of the input, dimension of the channels, memory format.
@@ -27,15 +27,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 6e-5}, torch.bfloat16: {"rtol": 2**-8, "atol": 6e-5}}
 
 
-class Watched(TorchDispatchMode):
-    """Lets every operation pass; its presence alone keeps the layer off the direct way to the native kernels."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
 # "reference": a residual of another dtype than the input, which the native kernels don't take.
-WAYS = {"native": contextlib.nullcontext, "dispatched": Watched, "reference": contextlib.nullcontext}
+WAYS = {"native": contextlib.nullcontext, "dispatched": PassThroughMode, "reference": contextlib.nullcontext}
 
 
 def numbers(*shape, seed=0):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
 from batchnorm.kernels.chosen import cpu_kernel
+from support import PassThroughMode
 
 LAYOUTS = {
     "(N, C)": (bn.BatchNorm1d, nn.BatchNorm1d, (6, 5), torch.contiguous_format),
@@ -21,20 +21,13 @@ LAYOUTS = {
 POISONS = {"inf": math.inf, "-inf": -math.inf, "NaN": math.nan}
 
 
-class Through(TorchDispatchMode):
-    """Changes nothing, and keeps the layer off the native kernels' direct path."""
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        return function(*arguments, **(named or {}))
-
-
 def directly(layer, x):
     assert cpu_kernel() == "native"
     return layer(x)
 
 
 def dispatched(layer, x):
-    with Through():
+    with PassThroughMode():
         return layer(x)
 
 

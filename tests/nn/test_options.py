@@ -3,18 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
 from batchnorm.kernels.chosen import cpu_kernel
-
-
-class Through(TorchDispatchMode):
-    """Changes nothing, and keeps the layer off the native kernels' direct path."""
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        return function(*arguments, **(named or {}))
-
+from support import PassThroughMode
 
 REFUSED = {
     "small_batch": ({"small_batch": "skip"}, r"small_batch must be 'raise' or 'running'; got 'skip'"),
@@ -273,14 +265,14 @@ def test_the_repr_shows_what_is_no_default_and_only_that(words, options):
 @pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 3}, {"renorm": bn.Renorm(3.0, 5.0)}], ids=str)
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("shape", [(7, 3), (4, 3, 5), (4, 3, 5, 2)], ids=str)
-def test_the_kept_variance_is_the_one_asked_for(shape, unbiased, options, direct):
+def test_the_running_variance_is_unbiased_or_biased_as_the_option_says(shape, unbiased, options, direct):
     assert cpu_kernel() == "native"
     layer = bn.BatchNorm(3, unbiased=unbiased, momentum=0.25, **options)
     x = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 1
     if direct:
         layer(x)
     else:
-        with Through():
+        with PassThroughMode():
             layer(x)
     axes = tuple(d for d in range(x.dim()) if d != 1)
     expected = 0.75 + 0.25 * x.double().numpy().var(axis=axes, ddof=int(unbiased))

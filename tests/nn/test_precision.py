@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
+from support import PassThroughMode
 
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CASTS = {
@@ -120,7 +120,7 @@ def test_2000_bfloat16_steps_at_momentum_0_01_end_within_1_percent_of_the_mean()
 
 @pytest.mark.parametrize("shape", [(16, 3), (8, 3, 5), (4, 3, 5, 2)], ids=str)
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
-def test_half_precision_input_is_normalised_and_learned_from_as_its_float64_values(dtype, shape):
+def test_half_precision_input_is_normalized_and_learned_from_as_its_float64_values(dtype, shape):
     layer = bn.BatchNorm(3).to(dtype)
     x = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 2).to(dtype)
     y = layer(x)
@@ -212,13 +212,6 @@ def test_float32_input_to_a_float64_layer_keeps_its_dtype():
     assert dtypes(layer) == (torch.float64, torch.float64)
 
 
-class Passing(TorchDispatchMode):
-    """Does nothing, but is there: the layers then go through the operators."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_statistics_of_a_float64_layer_have_its_precision_through_the_operators(momentum, masked):
@@ -227,7 +220,7 @@ def test_statistics_of_a_float64_layer_have_its_precision_through_the_operators(
         x = torch.randn(7, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 5
         mask = torch.arange(7) < 6 if masked else None
         direct(x, mask=mask)
-        with Passing():
+        with PassThroughMode():
             dispatched(x, mask=mask)
     # some roundings of numbers of order 10
     torch.testing.assert_close(dispatched.state_dict(), direct.state_dict(), rtol=1e-14, atol=1e-14)

@@ -1,22 +1,15 @@
 """Batch renormalization: r and d, their schedule, and what they do to the disagreement of training and eval."""
 
-import functools
-import importlib.util
-import json
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import batchnorm as bn
+from support import PassThroughMode, benchmark_results, benchmark_script, compiles, randn
 
-ROOT = Path(__file__).parent.parent.parent
-RESULTS = ROOT / "benchmarks/results/renorm_agreement.json"
 EPS = 1e-5
 LAST = torch.channels_last
 # Class, shape, memory format, dimension of the channels.
@@ -33,19 +26,10 @@ RUNNING_MEAN = (0.3, 5.0, -6.0, 0.0, 0.1)
 RUNNING_VAR = (4.5, 3.0, 5.0, 100.0, 0.05)
 LIMITS = (1.5, 0.75)
 MODES = [True, False]
-# Its own use of what torch deprecates is torch's affair.
-compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-class Passing(TorchDispatchMode):
-    """Does nothing, but is there: the layers then go through the operators."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 def normal(shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return randn(*shape, seed=seed, dtype=torch.float64)
 
 
 def batch(shape, seed, layout=None, dtype=torch.float64):
@@ -122,7 +106,7 @@ def assert_equal(found, wanted, dtype):
         torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=limit)
 
 
-def test_the_cases_reach_every_limit_and_the_room_between_them():
+def test_the_cases_reach_every_limit_and_the_range_between_them():
     for _, shape, _, dim in CASES.values():
         r, d, *_ = r_and_d(
             batch(shape, 1).movedim(dim, 1), torch.tensor(RUNNING_MEAN), torch.tensor(RUNNING_VAR), *LIMITS
@@ -179,7 +163,7 @@ def test_within_wide_limits_training_computes_what_eval_does(chunk):
     assert_equal([layer.train()(x)], [of_eval], torch.float64)
 
 
-@pytest.mark.parametrize("path", [None, Passing], ids=["native", "operators"])
+@pytest.mark.parametrize("path", [None, PassThroughMode], ids=["native", "operators"])
 @pytest.mark.parametrize("chunk", [None, 3], ids=["", "virtual"])
 def test_limits_of_1_and_0_are_plain_batch_normalization(case, chunk, path):
     kind, shape, layout, dim = case
@@ -195,8 +179,8 @@ def test_limits_of_1_and_0_are_plain_batch_normalization(case, chunk, path):
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"unbiased": False}], ids=str)
-@pytest.mark.parametrize("path", [None, Passing], ids=["native", "operators"])
-def test_statistics_move_as_in_the_plain_layer(options, path):
+@pytest.mark.parametrize("path", [None, PassThroughMode], ids=["native", "operators"])
+def test_statistics_are_updated_as_without_renormalization(options, path):
     layer, plain = (ready(bn.BatchNorm1d, limits, **options) for limits in (LIMITS, None))
     for seed in range(3):
         for one in (layer, plain):
@@ -210,7 +194,7 @@ def test_statistics_move_as_in_the_plain_layer(options, path):
         torch.testing.assert_close(layer.get_buffer(name), value, rtol=1e-14, atol=1e-14)
 
 
-def test_a_batch_that_is_not_finite_moves_nothing():
+def test_a_batch_that_is_not_finite_updates_nothing():
     layer, x = ready(bn.BatchNorm1d), batch((6, 5), 1).detach()
     before = layer.running_mean.clone()
     x[2, 3] = torch.inf
@@ -219,7 +203,7 @@ def test_a_batch_that_is_not_finite_moves_nothing():
     assert (int(layer.num_batches_tracked), int(layer.skipped_batches)) == (0, 1)
 
 
-def test_under_no_stat_updates_r_and_d_are_found_and_nothing_moves():
+def test_under_no_stat_updates_r_and_d_are_computed_and_nothing_is_updated():
     layer, x = ready(bn.BatchNorm1d), batch((6, 5), 1)
     wanted, before = expected(layer, x, None), layer.running_mean.clone()
     with bn.no_stat_updates(layer):
@@ -227,7 +211,7 @@ def test_under_no_stat_updates_r_and_d_are_found_and_nothing_moves():
     assert torch.equal(layer.running_mean, before)
 
 
-def test_eval_is_that_of_the_plain_layer():
+def test_eval_is_the_same_without_renormalization():
     layer, plain, x = ready(bn.BatchNorm1d), ready(bn.BatchNorm1d, None), batch((6, 5), 1)
     assert torch.equal(layer.eval()(x), plain.eval()(x))
 
@@ -249,201 +233,6 @@ def test_second_derivatives_are_those_of_the_formula(chunk):
     assert_equal(second(layer(x), [x, *layer.parameters()]), wanted, torch.float64)
 
 
-# Recomputed by activation checkpointing.
-
-
-class Network(nn.Module):
-    """A layer shared by two segments, another, and between them what makes a wrong r or d show in every gradient."""
-
-    def __init__(self, renorm, **options):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.third = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
-        self.shared = bn.BatchNorm1d(5, momentum=0.5, renorm=renorm, **options)
-        self.last = bn.BatchNorm1d(3, momentum=0.5, renorm=renorm, **options)
-        self.double()
-
-    def lower(self, x):
-        return torch.sin(self.shared(self.first(x)))
-
-    def upper(self, x):
-        return torch.cos(self.last(self.third(torch.sin(self.shared(self.second(x))))))
-
-    def forward(self, x):
-        return self.upper(self.lower(x))
-
-
-def segmented(mode):
-    def forward(model, x):
-        return checkpoint(model.upper, checkpoint(model.lower, x, use_reentrant=mode), use_reentrant=mode)
-
-    return forward
-
-
-def whole(mode):
-    return lambda model, x: checkpoint(model, x, use_reentrant=mode)
-
-
-def steps(model, forward, count=3):
-    """Gradients and statistics after some steps."""
-    found = []
-    for seed in range(count):
-        x = (normal((7, 4), seed) * (seed + 1) + seed).requires_grad_()
-        model.zero_grad()
-        y = forward(model, x)
-        (y * torch.linspace(-1, 2, y.numel()).double().view_as(y)).sum().backward()
-        found += [x.grad, *(p.grad.clone() for p in model.parameters())]
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter -= 0.1 * parameter.grad
-    return [*found, *(value.clone() for value in model.buffers())]
-
-
-def assert_same(found, wanted):
-    for one, other in zip(found, wanted, strict=True):
-        # the same float64 operations; only sums of gradients have another order
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
-
-
-RENORMS = {
-    "fixed": bn.Renorm(1.5, 0.5),
-    "wide": bn.Renorm(100.0, 100.0),
-    "a schedule": bn.RenormSchedule(3.0, 5.0, start=1, r_end=8, d_end=6),
-}
-
-
-@pytest.mark.parametrize("mode", MODES, ids=["reentrant", ""])
-@pytest.mark.parametrize("wrapped", [whole, segmented], ids=["one segment", "two segments"])
-@pytest.mark.parametrize("chunk", [None, 3], ids=["", "virtual"])
-@pytest.mark.parametrize("renorm", RENORMS.values(), ids=RENORMS)
-def test_a_recomputed_forward_uses_the_r_and_d_of_its_first_run(renorm, chunk, wrapped, mode):
-    wanted = steps(Network(renorm, virtual_batch_size=chunk), nn.Module.__call__)
-    assert_same(steps(Network(renorm, virtual_batch_size=chunk), wrapped(mode)), wanted)
-
-
-def test_after_its_own_update_the_gradient_of_gamma_would_be_another():
-    """So that the test above can fail."""
-    model, x = Network(RENORMS["wide"]), normal((7, 4), 0)
-    first, again = (torch.autograd.grad(model(x).square().sum(), model.shared.weight)[0] for _ in range(2))
-    assert (first - again).abs().max() > 1e-3
-
-
-def gradient_of_gamma(forwards):
-    """Of a layer that is called by each of the forwards, on the same batch."""
-    layer = bn.BatchNorm1d(4, momentum=0.5, renorm=RENORMS["wide"]).double()
-    x = (normal((7, 4), 0) * 2 + 1).requires_grad_()
-    losses = [(forward(layer, x) * normal((7, 4), i)).sum() for i, forward in enumerate(forwards)]
-    sum(loss for loss in losses if loss.requires_grad).backward()
-    return layer.weight.grad
-
-
-def sine(layer, x):
-    return torch.sin(torch.sin(layer(x)))
-
-
-def checkpointed_sine(mode):
-    return lambda layer, x: torch.sin(checkpoint(lambda z: torch.sin(layer(z)), x, use_reentrant=mode))
-
-
-@pytest.mark.parametrize("mode", MODES, ids=["reentrant", ""])
-def test_two_segments_that_get_the_same_batch_each_use_their_own(mode):
-    assert_same([gradient_of_gamma([checkpointed_sine(mode)] * 2)], [gradient_of_gamma([sine] * 2)])
-
-
-@pytest.mark.parametrize("mode", MODES, ids=["reentrant", ""])
-def test_a_forward_without_a_gradient_on_the_same_batch_is_no_first_run(mode):
-    found, wanted = (
-        gradient_of_gamma([torch.no_grad()(forward), forward]) for forward in (checkpointed_sine(mode), sine)
-    )
-    assert_same([found], [wanted])
-
-
-@pytest.mark.parametrize("mode", MODES, ids=["reentrant", ""])
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first in, first out", "last in, first out"])
-def test_two_forwards_before_their_backwards_each_use_their_own(order, mode):
-    found = []
-    for forward in (nn.Module.__call__, segmented(mode)):
-        model = Network(RENORMS["wide"])
-        losses = [forward(model, (normal((7, 4), seed) + seed).requires_grad_()).square().sum() for seed in (0, 1)]
-        for i in order:
-            losses[i].backward()
-        found.append([p.grad for p in model.parameters()])
-    assert_same(*found)
-
-
-@pytest.mark.parametrize("mode", MODES, ids=["reentrant", ""])
-def test_a_forward_between_two_backwards_leaves_the_first_run_known(mode):
-    found = []
-    for forward in (nn.Module.__call__, segmented(mode)):
-        model = Network(RENORMS["wide"])
-        xs = [(normal((7, 4), seed) + seed).requires_grad_() for seed in range(3)]
-        late, early = (forward(model, x).square().sum() for x in xs[:2])
-        early.backward()
-        another = forward(model, xs[2]).square().sum()
-        late.backward()
-        another.backward()
-        found.append([p.grad for p in model.parameters()])
-    assert_same(*found)
-
-
-def test_a_graph_that_is_kept_is_recomputed_alike_at_its_second_backward():
-    found = []
-    for forward in (nn.Module.__call__, segmented(False)):
-        model = Network(RENORMS["wide"])
-        loss = forward(model, normal((7, 4), 0).requires_grad_()).square().sum()
-        loss.backward(retain_graph=True)
-        loss.backward()
-        found.append([p.grad for p in model.parameters()])
-    assert_same(*found)
-
-
-@pytest.mark.parametrize("mode", MODES, ids=["reentrant", ""])
-def test_while_accumulating_a_recomputed_forward_uses_its_first_runs(mode):
-    def accumulating(forward):
-        def step(model, x):
-            with bn.accumulate(model):
-                return torch.cat([forward(model, part) for part in x.split([3, 4])])
-
-        return step
-
-    wanted = steps(Network(RENORMS["wide"]), accumulating(nn.Module.__call__))
-    assert_same(steps(Network(RENORMS["wide"]), accumulating(segmented(mode))), wanted)
-
-
-def selective(model, x):
-    """A checkpoint that keeps the outputs of linear layers alone."""
-
-    def policy(_, operator, *args, **kwargs):
-        kept = operator == torch.ops.aten.addmm.default
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    context = functools.partial(create_selective_checkpoint_contexts, policy)
-    return checkpoint(model, x, use_reentrant=False, context_fn=context)
-
-
-@pytest.mark.parametrize("chunk", [None, 3], ids=["", "virtual"])
-def test_recomputation_in_a_selective_checkpoint_uses_the_first_run(chunk):
-    wanted = steps(Network(RENORMS["wide"], virtual_batch_size=chunk), nn.Module.__call__)
-    assert_same(steps(Network(RENORMS["wide"], virtual_batch_size=chunk), selective), wanted)
-
-
-@pytest.mark.parametrize("mode", MODES, ids=["reentrant", ""])
-def test_recomputation_through_the_operators_uses_the_first_run(mode):
-    wanted = steps(Network(RENORMS["fixed"]), nn.Module.__call__)
-    with Passing():
-        found = steps(Network(RENORMS["fixed"]), segmented(mode))
-    assert_same(found, wanted)
-
-
-@compiles
-def test_recomputation_inside_a_compiled_function_is_refused_by_torch_since_the_statistics_have_moved():
-    torch._dynamo.reset()
-    model = Network(RENORMS["wide"])
-    compiled = torch.compile(lambda x: whole(False)(model, x).sin(), backend="aot_eager_decomp_partition")
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        steps(model, lambda _, x: compiled(x), count=1)
-
-
 # Limits.
 
 
@@ -461,8 +250,8 @@ def test_the_schedules_ramps_go_up_in_a_straight_line_to_their_own_ends():
     assert d_maxs == pytest.approx((0, 0, 0.2, 1, 2, 3, 4, 4), rel=1e-12)
 
 
-@pytest.mark.parametrize("path", [None, Passing], ids=["native", "operators"])
-def test_a_layer_goes_by_its_own_count_of_batches(path):
+@pytest.mark.parametrize("path", [None, PassThroughMode], ids=["native", "operators"])
+def test_a_layer_uses_its_own_count_of_batches(path):
     layer = ready(bn.BatchNorm1d, None)
     layer.renorm = bn.RenormSchedule(3.0, 5.0, start=2, r_end=6, d_end=4)
     for batches in range(8):
@@ -479,7 +268,7 @@ def test_a_layer_goes_by_its_own_count_of_batches(path):
         assert_equal([y], [wanted], torch.float64)
 
 
-def test_a_loaded_count_is_where_the_schedule_goes_on():
+def test_the_schedule_continues_at_a_loaded_count():
     schedule = bn.RenormSchedule(3.0, 5.0, start=0, r_end=4, d_end=4)
     trained, fresh = (bn.BatchNorm1d(5, renorm=schedule).double() for _ in range(2))
     for seed in range(2):
@@ -517,7 +306,7 @@ def test_a_schedule_that_ends_before_it_starts_raises(ends):
 
 
 @pytest.mark.parametrize("name", ["start", "r_end", "d_end"])
-def test_a_schedule_by_parts_of_batches_raises(name):
+def test_a_schedule_with_fractional_batches_raises(name):
     given = {"start": 1, "r_end": 5, "d_end": 6} | {name: 2.5}
     with pytest.raises(bn.InputError, match=rf"{name} must be a whole number of batches; got 2\.5"):
         bn.RenormSchedule(**given)
@@ -545,17 +334,19 @@ def test_the_operators_give_the_same_as_the_direct_call(case, chunk, activation)
     native, operators = ready(kind, **options), ready(kind, **options)
     x, residual = batch(shape, 1, layout), batch(shape, 2, layout)
     wanted = run(native, x, residual=residual)
-    with Passing():
+    with PassThroughMode():
         found = run(operators, x, residual=residual)
     assert_equal(found, wanted, torch.float64)
 
 
 @compiles
 @pytest.mark.parametrize("chunk", [None, 3], ids=["", "virtual"])
-@pytest.mark.parametrize("renorm", ["fixed", "a schedule"])
+@pytest.mark.parametrize(
+    "renorm", [bn.Renorm(1.5, 0.5), bn.RenormSchedule(3.0, 5.0, start=1, r_end=8, d_end=6)], ids=["fixed", "a schedule"]
+)
 def test_a_compiled_layer_equals_eager_and_is_compiled_once_for_all_steps(renorm, chunk):
     torch._dynamo.reset()
-    options = {"renorm": RENORMS[renorm], "activation": "relu", "virtual_batch_size": chunk}
+    options = {"renorm": renorm, "activation": "relu", "virtual_batch_size": chunk}
     layer, eager = (bn.BatchNorm1d(5, **options).double() for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
@@ -574,16 +365,8 @@ def test_a_compiled_layer_equals_eager_and_is_compiled_once_for_all_steps(renorm
 # What it is for: benchmarks/renorm_agreement.py.
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("renorm_agreement", ROOT / "benchmarks/renorm_agreement.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_in_the_committed_study_training_and_eval_agree_better_than_plain():
-    content = json.loads(RESULTS.read_text())
+    content = benchmark_results("renorm_agreement")
     found = {arm: [row[arm]["disagreement"] for row in content["seeds"]] for arm in ("plain", "renorm")}
     assert len(found["renorm"]) >= 10
     medians = {arm: statistics.median(values) for arm, values in found.items()}
@@ -591,6 +374,6 @@ def test_in_the_committed_study_training_and_eval_agree_better_than_plain():
     assert medians["renorm"] < medians["plain"]
 
 
-def test_in_a_small_study_training_and_eval_agree_better_than_plain(script):
-    medians = script.study(seeds=2, steps=320)["medians"]
+def test_in_a_small_study_training_and_eval_agree_better_than_plain():
+    medians = benchmark_script("renorm_agreement").study(seeds=2, steps=320)["medians"]
     assert medians["renorm"]["disagreement"] < medians["plain"]["disagreement"]

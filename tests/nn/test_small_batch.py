@@ -10,6 +10,7 @@ import torch._dynamo
 from torch import nn
 
 import batchnorm as bn
+from support import copied_state
 
 # Its own use of what torch deprecates is torch's affair.
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -56,14 +57,10 @@ def unmoved(before, layer):
     return all(torch.equal(value, layer.state_dict()[name]) for name, value in before.items())
 
 
-def state(layer):
-    return {name: value.clone() for name, value in layer.state_dict().items()}
-
-
 # A single value a channel.
 
 
-def test_the_last_of_101_rows_in_tens_raises_and_names_the_path_the_shape_and_the_ways_out():
+def test_a_last_batch_of_one_row_raises_with_the_path_the_shape_and_the_ways_out():
     with pytest.raises(bn.InputError, match=r"^body\.first\.1: .*more than 1 value per channel") as caught:
         epoch(Network(bn.BatchNorm1d(3)), batches())
     for part in ("(1, 3)", "drop_last=True", "small_batch='running'"):
@@ -113,13 +110,13 @@ def test_the_path_is_the_one_in_the_outermost_model():
     ids=str,
 )
 def test_one_value_a_channel_raises_in_every_shape(layer, shape):
-    before = state(layer)
+    before = copied_state(layer)
     with pytest.raises(ValueError, match=re.escape(f"more than 1 value per channel; got input of shape {shape}")):
         layer(torch.randn(shape))
     assert unmoved(before, layer)
 
 
-def test_without_running_statistics_one_value_raises_in_eval_too_and_does_not_offer_what_there_is_not():
+def test_one_value_in_eval_raises_without_offering_statistics_that_do_not_exist():
     layer = bn.BatchNorm1d(3, track_running_stats=False).eval()
     with pytest.raises(bn.InputError, match="drop_last=True") as caught:
         layer(torch.randn(1, 3))
@@ -142,7 +139,7 @@ def test_with_running_the_statistics_are_those_of_the_epoch_without_its_last_row
             model(x)
         for x in whole[:100].split(10):
             twin(x)
-    assert unmoved(state(twin), model)
+    assert unmoved(copied_state(twin), model)
 
 
 OPTIONS = {
@@ -157,7 +154,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_with_running_the_small_batch_moves_no_bit(options):
     layer = used(small_batch="running", **options)
-    before, skipped = state(layer), int(layer.skipped_batches)
+    before, skipped = copied_state(layer), int(layer.skipped_batches)
     layer(torch.randn(1, 3))
     assert unmoved(before, layer)
     assert int(layer.skipped_batches) == skipped
@@ -199,7 +196,7 @@ def test_with_running_larger_batches_still_use_their_own_statistics():
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1), (1, 3, 4)], ids=str)
 def test_eval_takes_one_sample(shape, small_batch):
     layer = used(small_batch=small_batch).eval()
-    before = state(layer)
+    before = copied_state(layer)
     x = torch.randn(shape)
     y = layer(x).double()
     for i in range(3):

@@ -1,12 +1,12 @@
-"""virtual_batch_size: each chunk of a training batch is normalised by itself, and statistics move once by them all."""
+"""virtual_batch_size: each chunk of a training batch is normalized by itself, and statistics move once by them all."""
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
+from support import PassThroughMode, randn
 
 EPS = 1e-5
 LAST, LAST_3D = torch.channels_last, torch.channels_last_3d
@@ -24,13 +24,6 @@ CASES = {
 }
 SIZES = {11: [3, 3, 3, 2], 7: [3, 3, 1], 5: [3, 2]}  # chunks of 3, the last ragged
 ACTIVATIONS = {None: lambda z: z, "relu": torch.relu, "gelu": nn.functional.gelu}
-
-
-class Passing(TorchDispatchMode):
-    """Does nothing, but is there: the layers then go through the operators."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 def formula(x, weight, bias, *, residual=None, mask=None, activation=None):
@@ -58,7 +51,7 @@ def chunk_by_chunk(x, weight, bias, sizes, *, residual=None, mask=None, activati
 
 
 def normal(shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return randn(*shape, seed=seed, dtype=torch.float64)
 
 
 def laid_out(values, layout, dtype):
@@ -194,7 +187,7 @@ def test_a_chunk_in_which_nothing_counts_is_zero_and_moves_nothing():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("path", [None, Passing], ids=["native", "operators"])
+@pytest.mark.parametrize("path", [None, PassThroughMode], ids=["native", "operators"])
 def test_a_last_chunk_of_one_value_a_channel_joins_the_one_before_and_no_other_does(kind, shape, size, sizes, path):
     layer, x = ready(kind, 3, torch.float64, size), normal(shape, 1)
     # No two neighbours are close, which would divide roundings by a small deviation.
@@ -253,8 +246,8 @@ def test_the_one_update_is_that_of_a_layer_without_virtual_batches(options):
     torch.testing.assert_close(layer.running_var, plain.running_var, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("path", [None, Passing], ids=["native", "operators"])
-def test_one_chunk_that_is_not_finite_skips_the_update_and_leaves_the_other_chunks_outputs(path):
+@pytest.mark.parametrize("path", [None, PassThroughMode], ids=["native", "operators"])
+def test_a_chunk_that_is_not_finite_skips_the_update_but_no_other_chunks_output(path):
     layer, x = ready(bn.BatchNorm1d, 3, torch.float64, 4), normal((12, 3), 1)
     x[5, 1] = torch.inf
     if path is None:
@@ -353,7 +346,7 @@ def test_the_operators_give_the_same_as_the_direct_call(case, dtype, activation)
     native, operators = (ready(kind, 3, dtype, 3, activation=activation, channel_dim=dim) for _ in range(2))
     x, residual = (laid_out(normal(shape, seed), layout, dtype) for seed in (1, 2))
     found = run(native, x, residual=residual)
-    with Passing():
+    with PassThroughMode():
         other = run(operators, x, residual=residual)
     # the chunks' parts of dgamma and dbeta are added in another order, and rounded before that
     assert_equal(other, [value.double() for value in found], dtype)

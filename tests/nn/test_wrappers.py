@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map
 import batchnorm as bn
 from batchnorm.kernels import library
 from batchnorm.kernels.chosen import cpu_kernel
+from support import randn
 
 CHANNELS = 6
 
@@ -17,10 +18,6 @@ CHANNELS = 6
 def native_kernels():
     """CPU tensors take the native kernels here."""
     assert cpu_kernel() == "native"
-
-
-def numbers(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Wrapped(torch.Tensor):
@@ -78,9 +75,9 @@ def layer(request):
     if request.param:
         for training in (False, True):
             layer.train(training)
-            for x in (numbers(4, CHANNELS), numbers(4, CHANNELS).requires_grad_()):
+            for x in (randn(4, CHANNELS), randn(4, CHANNELS).requires_grad_()):
                 layer(x)
-                layer(x, numbers(4, CHANNELS))
+                layer(x, randn(4, CHANNELS))
     layer.eval()
     return layer
 
@@ -89,8 +86,8 @@ def layer(request):
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_the_layer_s_own_may_be_wrapped(layer, wrapper, name, training):
-    x, other = numbers(4, CHANNELS), copy.deepcopy(layer).train(training)
-    values = numbers(CHANNELS, seed=1).abs() + 1
+    x, other = randn(4, CHANNELS), copy.deepcopy(layer).train(training)
+    values = randn(CHANNELS, seed=1).abs() + 1
     for each, given in ((layer.train(training), WRAPPERS[wrapper](values)), (other, values.clone())):
         held = each._parameters if name in each._parameters else each._buffers
         held[name] = given
@@ -103,7 +100,7 @@ def test_the_layer_s_own_may_be_wrapped(layer, wrapper, name, training):
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_an_input_or_residual_may_be_wrapped(layer, wrapper):
-    x, residual = numbers(4, CHANNELS), numbers(4, CHANNELS, seed=1)
+    x, residual = randn(4, CHANNELS), randn(4, CHANNELS, seed=1)
     expected = layer(x, residual).detach()
     wrap = WRAPPERS[wrapper]
     for given in ((wrap(x), residual), (x, wrap(residual)), (wrap(x), wrap(residual))):
@@ -112,8 +109,8 @@ def test_an_input_or_residual_may_be_wrapped(layer, wrapper):
 
 @pytest.mark.parametrize("wrapper", ["subclass", "leaked"])
 def test_a_gradient_may_be_wrapped(layer, wrapper):
-    dy, other = numbers(4, CHANNELS, seed=2), copy.deepcopy(layer)
-    x, same = numbers(4, CHANNELS).requires_grad_(), numbers(4, CHANNELS).requires_grad_()
+    dy, other = randn(4, CHANNELS, seed=2), copy.deepcopy(layer)
+    x, same = randn(4, CHANNELS).requires_grad_(), randn(4, CHANNELS).requires_grad_()
     for _ in range(2):
         (found,) = torch.autograd.grad(layer(x), x, WRAPPERS[wrapper](dy))
         (expected,) = torch.autograd.grad(other(same), same, dy)
@@ -121,7 +118,7 @@ def test_a_gradient_may_be_wrapped(layer, wrapper):
 
 
 def test_the_gradient_of_a_wrapped_weight_is_wrapped(layer):
-    x, other = numbers(4, CHANNELS), copy.deepcopy(layer)
+    x, other = randn(4, CHANNELS), copy.deepcopy(layer)
     layer.weight = torch.nn.Parameter(Wrapped(layer.weight.detach()))
     for each in (layer, other):
         each(x).sum().backward()
@@ -147,7 +144,7 @@ def freed_view(values):
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var", "num_batches_tracked", "x"])
 def test_memory_that_was_freed_is_not_read(layer, name, free, training):
     layer.train(training)
-    x = free(numbers(4, CHANNELS)) if name == "x" else numbers(4, CHANNELS)
+    x = free(randn(4, CHANNELS)) if name == "x" else randn(4, CHANNELS)
     if name != "x":
         held = layer._parameters if name in layer._parameters else layer._buffers
         held[name] = free(held[name].detach().clone())
@@ -157,7 +154,7 @@ def test_memory_that_was_freed_is_not_read(layer, name, free, training):
 
 @pytest.mark.parametrize("name", ["x", "weight", "bias", "dy"])
 def test_memory_that_is_freed_before_the_backward_is_not_read(layer, name):
-    tensors = {"x": numbers(4, CHANNELS).requires_grad_(), "dy": numbers(4, CHANNELS), **layer._parameters}
+    tensors = {"x": randn(4, CHANNELS).requires_grad_(), "dy": randn(4, CHANNELS), **layer._parameters}
     y = layer.train()(tensors["x"])
     freed(tensors[name])
     with pytest.raises(bn.InputError, match="was freed"):
@@ -165,7 +162,7 @@ def test_memory_that_is_freed_before_the_backward_is_not_read(layer, name):
 
 
 def test_where_memory_begins_lower_than_was_thought_it_is_read_all_the_same(layer):
-    x, other, handle = numbers(4, CHANNELS).requires_grad_(), copy.deepcopy(layer), library.library().handle
+    x, other, handle = randn(4, CHANNELS).requires_grad_(), copy.deepcopy(layer), library.library().handle
     expected = torch.autograd.grad(other(x), x, x)
     try:
         handle.bn_set_min_address(1 << 62)
@@ -186,10 +183,10 @@ def test_no_values_need_no_memory():
 def test_in_inference_mode_no_gradient_is_kept_though_gradients_are_enabled(layer):
     with torch.inference_mode(), torch.enable_grad():
         for _ in range(2):
-            assert not layer(numbers(4, CHANNELS)).requires_grad
+            assert not layer(randn(4, CHANNELS)).requires_grad
 
 
 def test_any_number_of_dimensions_may_lie_in_any_order():
-    x = numbers(2, CHANNELS, 2, 3, 2, 2)
+    x = randn(2, CHANNELS, 2, 3, 2, 2)
     shuffled = x.permute(5, 4, 3, 2, 1, 0).contiguous().permute(5, 4, 3, 2, 1, 0)
     torch.testing.assert_close(bn.BatchNorm(CHANNELS)(shuffled), bn.BatchNorm(CHANNELS)(x))
