@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from batchnorm.lab.comparison.measures import Bounds, PairSummary, ratio_bounds, summarize_pairs
-from batchnorm.lab.comparison.verdict import bounds_text, ratio_text, steps_text
+from batchnorm.lab.comparison.verdict import factor_text, ratio_text, steps_text
 from batchnorm.lab.report.figures.controls import SCALES, Control
 from batchnorm.lab.report.figures.evidence import Evidence
 from batchnorm.lab.report.figures.figure import (
@@ -119,7 +119,7 @@ def _ratio_position(bounds: Bounds) -> tuple[Value, Mark]:
 def _ratio_series(arm: str, x: list[float], ratios: list[PairSummary], top: float) -> list[Series]:
     """Return a line through the known medians in the band of their intervals, and marks at the bounds of others."""
     positions = [_ratio_position(ratio.median) for ratio in ratios]
-    texts = [f"{ratio_text(ratio)} times fewer steps {PHRASES[arm]}" for ratio in ratios]
+    texts = [f"ratio of steps {ratio_text(ratio)} {PHRASES[arm]}" for ratio in ratios]
     line = Series(
         arm,
         x,
@@ -168,7 +168,7 @@ def moving_target(evidence: Evidence) -> Figure | None:
     here = min(range(len(levels)), key=lambda i: abs(levels[i] - target.value))
     chosen = sorted({here // 3, here * 2 // 3, here})
     changes = [
-        f"{listed([bounds_text(rows[i].median) for i in chosen])} times fewer steps {PHRASES[arm]}"
+        f"{listed([factor_text(rows[i].median) for i in chosen])} fewer steps {PHRASES[arm]}"
         for arm, rows in ratios.items()
     ]
     where = listed([f"{levels[i]:.3g}" for i in chosen])
@@ -182,7 +182,7 @@ def moving_target(evidence: Evidence) -> Figure | None:
         ),
         plots=[
             Plot(
-                "Times fewer steps than without batch norm",
+                "Ratio of steps, without batch norm over with it",
                 _axis(evidence, target.measure, levels, f"target: validation {name}"),
                 Axis("", "log", range=_range(ends)),
                 [series for arm, rows in ratios.items() for series in _ratio_series(arm, x, rows, top)],
