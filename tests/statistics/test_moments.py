@@ -101,13 +101,13 @@ def test_without_torch_distributed_there_is_one_rank():
 @pytest.mark.parametrize(
     ("x", "options", "rule"),
     [
-        (torch.ones(3), {}, "dimension of x"),
+        (torch.ones(3), {}, "x must have at least 2 dimensions"),
         (torch.ones(3, 2), {"channel_dim": 2}, "channel_dim=2"),
         (torch.ones(3, 2, dtype=torch.int64), {}, "floating"),
         (torch.ones(3, 2), {"mask": torch.ones(2, dtype=torch.bool)}, "mask"),
     ],
 )
-def test_what_has_no_channels_is_refused(x, options, rule):
+def test_a_batch_without_channels_is_refused(x, options, rule):
     with pytest.raises(bn.InputError, match=rule):
         bn.Moments.of(x, **options)
 
