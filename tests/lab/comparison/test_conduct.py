@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 
@@ -16,6 +16,7 @@ from batchnorm.lab.data.tables import read_table
 from batchnorm.lab.report.terminal import Silence
 from batchnorm.lab.training.runs import evaluation_steps, steps_to
 from batchnorm.lab.training.settings import ARMS, Settings
+from batchnorm.lab.training.stacks import cut
 
 SETTINGS = Settings(hidden=(8,), steps=40, search_seeds=2, seeds=3, learning_rates=(0.1, 0.3, 1.0))
 
@@ -196,3 +197,33 @@ def test_a_variant_differs_from_the_set_up_in_one_thing():
         before, after = asdict(SETTINGS), asdict(varied)
         assert after.pop("steps") == before.pop("steps") // 2
         assert sum(before[name] != after[name] for name in before) == 1
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An extension that is no claim: one further run, and its last score."""
+
+    records = ("loss_change",)
+
+    def stacks(self, study):
+        return cut("extra", "extra", "none", [(study.chosen["none"], 9)], study.settings)
+
+    def judge(self, study):
+        (run,) = study.run.runs("extra")
+        return Extra.Judgment(run.seed, run.validation_score[-1])
+
+    @dataclass(frozen=True)
+    class Judgment:
+        seed: int
+        last_score: float
+
+
+def test_an_extension_trains_records_and_judges_more(tmp_path, digits):
+    settings = replace(SETTINGS, seeds=1, search_seeds=1, learning_rates=(0.3,))
+    run = new_run(tmp_path / "run", settings, digits)
+    compare(digits, run, jobs=1, progress=Silence(), extension=Extra())
+    read = read_run(run.folder)
+    (extra,) = read.runs("extra", "none")
+    assert read.extension == {"seed": 9, "last_score": extra.validation_score[-1]}
+    assert read.result == run.result
+    assert all(confirming.record.loss_change is not None for confirming in read.runs("confirm"))
