@@ -50,7 +50,7 @@ def from_json(kind: type[T], value: Any) -> T:
     """Return the value of this type that `to_json` was given.
 
     ``kind`` is a dataclass, or any type hint of lists, tuples, dictionaries, unions with None, and dataclasses. A
-    field that is missing takes its default. A class with a method ``from_json`` is converted by it.
+    field that is missing takes its default.
 
     Raises
     ------
@@ -76,8 +76,6 @@ def _reader(kind: Any) -> Reader:
     if origin is dict:
         item = _reader(arguments[1])
         return lambda values: {key: item(value) for key, value in _of_type(values, dict).items()}
-    if hasattr(kind, "from_json"):
-        return cast("Reader", kind.from_json)
     if dataclasses.is_dataclass(kind):
         return functools.partial(_record, kind)
     if origin is Literal:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 from batchnorm.errors import InputError
 
@@ -124,18 +124,6 @@ class Settings:
     def variant_steps(self) -> int:
         """Steps per run of a variant of the set-up: half."""
         return max(self.steps // 2, 1)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings as run.json holds them."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Settings:
-        """Make settings from their form in run.json."""
-        values = dict(values, hidden=tuple(values["hidden"]))
-        if values["learning_rates"] is not None:
-            values["learning_rates"] = tuple(values["learning_rates"])
-        return cls(**values)
 
 
 def neighboring_rate(rate: float, steps: int) -> float:
