@@ -32,7 +32,7 @@ coverage: $(VENV)/axe
 # The tests of the core, on another version of torch, in an environment of its own. torch 2.14 deprecates torch.jit.
 test-torch: $(TORCH_VENV)/installed
 	$(TORCH_VENV)/bin/python -m pytest -n auto --maxprocesses 2 --dist loadfile \
-	    -W 'ignore:`torch.jit:DeprecationWarning' $(wildcard $(TORCH_TESTS))
+	    -W 'ignore:`torch.jit' $(wildcard $(TORCH_TESTS))
 
 $(TORCH_VENV)/installed: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(TORCH_VENV)
