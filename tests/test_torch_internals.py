@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm import torch_internals
+from batchnorm.torch_internals import autograd, lookup, transforms
 from support import compiles
 
 NAMES = sorted({path for paths in torch_internals.PATHS.values() for path in paths})
@@ -37,8 +38,8 @@ def test_numbers_are_right_where_a_private_name_is_broken(failures, name, way):
 def test_importing_the_library_looks_no_private_name_up():
     code = """
 import batchnorm
-from batchnorm import torch_internals
-print(torch_internals._FOUND)
+from batchnorm.torch_internals import lookup
+print(lookup.FOUND)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
@@ -48,12 +49,12 @@ print(torch_internals._FOUND)
 def test_this_torch_has_every_private_name_as_known(name):
     """Where one fails the library is slower on this torch; the numbers are right all the same."""
     if name == "fast_apply":
-        assert torch_internals._shortcuts() == (True, True)
+        assert autograd._shortcuts() == (True, True)
         return
     x = torch.zeros(1)
     arguments = (x,) if name.startswith("is_") or name == "has_storage" else ()
     getattr(torch_internals, name)(*arguments)
-    assert name in torch_internals._FOUND
+    assert name in lookup.FOUND
 
 
 @compiles
@@ -80,9 +81,10 @@ def define(monkeypatch):
         def unknown():
             return "unknown"
 
+        unknown.__module__ = torch_internals.__name__
         monkeypatch.setattr(torch_internals, "unknown", None, raising=False)
         monkeypatch.setitem(torch_internals.PATHS, "unknown", ())
-        return torch_internals.accessor(*paths, **options)(unknown)
+        return lookup.accessor(*paths, **options)(unknown)
 
     return define
 
@@ -147,8 +149,8 @@ def test_transforms_and_forward_mode_are_noticed():
 
 
 def test_where_torch_does_not_tell_of_transforms_both_answers_are_safe(monkeypatch):
-    monkeypatch.setattr(torch_internals, "transforms_are_active", lambda: True)
-    monkeypatch.setattr(torch_internals, "_FOUND", set())
+    monkeypatch.setattr(transforms, "transforms_are_active", lambda: True)
+    monkeypatch.setattr(transforms, "FOUND", set())
     assert torch_internals.may_be_transformed()
     assert not torch_internals.is_transformed()
 
@@ -199,12 +201,12 @@ def test_a_shortcut_that_does_not_work_is_not_taken(monkeypatch, name):
             function._backward_cls.apply = lambda ctx, dy: (dy * 0, None, None)
         return lambda *arguments: arguments[0].detach()
 
-    torch_internals._shortcuts.cache_clear()
-    monkeypatch.setattr(torch_internals, name, changed)
+    autograd._shortcuts.cache_clear()
+    monkeypatch.setattr(autograd, name, changed)
     function = squares()
     before = function._backward_cls.apply
     apply = torch_internals.fast_apply(function)
-    torch_internals._shortcuts.cache_clear()
+    autograd._shortcuts.cache_clear()
     assert (apply == function.apply) == (name == "_raw_apply")
     assert (function._backward_cls.apply == before) == (name == "_shorten_backward")
     assert_it_squares(apply)
