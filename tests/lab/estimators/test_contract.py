@@ -21,6 +21,7 @@ from support import ROOT, unconverged
 PLACEMENTS = ("before", "after", None)
 
 
+@pytest.mark.slow
 @unconverged
 @pytest.mark.parametrize(
     "estimator",
