@@ -1,9 +1,9 @@
-"""What synchronised statistics cost, measured and simulated: python benchmarks/collectives.py.
+"""Cost of synchronized statistics, measured and simulated: python benchmarks/collectives.py.
 
-Times all_gather and all_reduce between 2, 4 and 8 gloo processes on this machine, one thread each, for vectors of the
-sizes that a synchronised layer sends; fits the alpha-beta model; and simulates 2 to 4096 ranks with the parameters
-measured and with assumed ones. Writes benchmarks/results/collectives.json, prints its tables as Markdown, and puts them
-into docs/scale.md. Two minutes.
+The script times all_gather and all_reduce between 2, 4 and 8 gloo processes on this machine, one thread each, for
+vectors of the sizes that a synchronized layer sends. It fits the alpha-beta model, and simulates 2 to 4096 ranks with
+the measured parameters and with assumed ones. It writes benchmarks/results/collectives.json, prints its tables as
+Markdown, and puts them into docs/scale.md. This takes two minutes.
 """
 
 from __future__ import annotations
@@ -61,22 +61,22 @@ def _mobilenetv2() -> list[int]:
 
 
 ASSUMED = {"5 µs, 10 GB/s": (5e-6, 1 / 10e9), "25 µs, 25 Gbit/s": (25e-6, 8 / 25e9)}
-"""Alpha and beta of networks that nobody measured here."""
+"""Alpha and beta of networks that were not measured."""
 
 NETWORKS = {"ResNet-50": _resnet50(), "MobileNetV2": _mobilenetv2()}
-"""Channels of each batch normalization layer."""
+"""Channels of each batch normalization layer, by model."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a collective costs: its algorithm, and the seconds of a message (alpha) and of a byte (beta)."""
+    """The cost of a collective: its algorithm, the seconds per message (alpha) and the seconds per byte (beta)."""
 
     algorithm: str
     alpha: float
     beta: float
 
     def seconds(self, collective: str, ranks: int, size: int) -> float:
-        """Of one call, each rank giving a vector of ``size`` bytes."""
+        """Return the seconds of one call in which each rank sends a vector of ``size`` bytes."""
         messages, vectors = factors(collective, self.algorithm, ranks)
         return messages * self.alpha + vectors * size * self.beta
 
@@ -86,9 +86,9 @@ Costs = dict[str, Cost]
 
 
 def factors(collective: str, algorithm: str, ranks: int) -> tuple[float, float]:
-    """Messages that follow each other, and vectors that pass through a rank: the factors of alpha and of size x beta.
+    """Return the factors of alpha and of size x beta: successive messages, and vectors that pass through a rank.
 
-    Thakur, Rabenseifner & Gropp (2005); ranks are a power of two.
+    Thakur, Rabenseifner & Gropp (2005); the number of ranks is a power of two.
     """
     rounds = math.log2(ranks)
     return {
@@ -100,31 +100,31 @@ def factors(collective: str, algorithm: str, ranks: int) -> tuple[float, float]:
 
 
 def message(collective: str, channels: int) -> int:
-    """Bytes that a rank gives for a layer, float64.
+    """Return the bytes that a rank sends for a layer, in float64.
 
-    To the all_gather mean, variance and two counts, to the all_reduce the sums of dz and of dz * x_hat.
+    The all_gather takes the mean, the variance and two counts, the all_reduce the sums of dz and of dz * x_hat.
     """
     return 8 * (2 * channels + 2 if collective == "all_gather" else 2 * channels)
 
 
 def received(layers: Iterable[int], ranks: int) -> float:
-    """Bytes that a rank receives in a step, of a ring."""
+    """Return the bytes that a rank receives per step in a ring."""
     return sum(factors(name, "ring", ranks)[1] * message(name, channels) for channels in layers for name in COLLECTIVES)
 
 
 def simulate(layers: Iterable[int], ranks: int, costs: Costs) -> float:
-    """Seconds that the statistics of a step wait, all layers one after the other, forward and backward."""
+    """Return the seconds per step for the statistics of all layers, one after the other, forward and backward."""
     return sum(costs[name].seconds(name, ranks, message(name, channels)) for channels in layers for name in COLLECTIVES)
 
 
 def largest(layers: Iterable[int], budget: float, costs: Costs) -> int:
-    """The largest of the simulated numbers of ranks whose statistics take at most so many seconds a step; 1 if none."""
+    """Return the largest simulated number of ranks whose statistics stay within a budget per step; 1 if none does."""
     layers = list(layers)
     return max((ranks for ranks in SIMULATED if simulate(layers, ranks, costs) <= budget), default=1)
 
 
 def fit(collective: str, algorithm: str, samples: list[dict[str, Any]]) -> tuple[Cost, list[float]]:
-    """The cost that is nearest to the samples, and the relative error of each: least squares of relative errors."""
+    """Return the cost fitted to the samples by least squares of relative errors, and the relative error of each."""
     seconds = np.array([sample["microseconds"]["median"] / 1e6 for sample in samples])
     rows = [
         (messages, vectors * sample["bytes"])
@@ -139,7 +139,7 @@ def fit(collective: str, algorithm: str, samples: list[dict[str, Any]]) -> tuple
 
 
 def _calls(ranks: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """What is timed, by name, and how often in a round; the collectives are those that the layer calls."""
+    """Return the calls to time, by name, and their number per round; the collectives are those of the layer."""
     group = dist.group.WORLD.group_name
     collectives = torch.ops._c10d_functional
 
@@ -164,7 +164,7 @@ def _calls(ranks: int) -> dict[str, tuple[Callable[[], object], int]]:
 
 
 def _rank(rank: int, ranks: int, folder: str, seconds: float) -> None:
-    """One process: makes the calls until the time is used up, and rank 0 writes how long each took."""
+    """Make the calls in one process until the time is used up; rank 0 writes their durations."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=PATIENCE))
@@ -192,7 +192,7 @@ def _rank(rank: int, ranks: int, folder: str, seconds: float) -> None:
 
 
 def _spans(times: torch.Tensor, ranks: int) -> list[float]:
-    """Seconds of each call, from when the last rank came to when the last had left; their clock is the system's."""
+    """Return the seconds of each call, from the arrival of the last rank to the end of the last, by the system's clock."""
     of_all = [torch.empty_like(times) for _ in range(ranks)]
     dist.all_gather(of_all, times)
     started, ended = torch.stack(of_all).amax(0).unbind(1)
@@ -200,12 +200,12 @@ def _spans(times: torch.Tensor, ranks: int) -> list[float]:
 
 
 def timed(ranks: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call between so many processes.
+    """Return the seconds of each call between a number of processes.
 
     Raises
     ------
     RunError
-        They did not come to an end.
+        A process did not end in time.
     """
     with TemporaryDirectory() as folder:
         processes = multiprocessing.spawn(_rank, (ranks, folder, seconds), ranks, join=False, daemon=True)
@@ -237,7 +237,7 @@ def _samples(spans: dict[int, dict[str, list[float]]]) -> Iterator[dict[str, Any
 
 
 def _fits(samples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Of each count of processes alone, and of all together by either algorithm."""
+    """Fit each number of processes by itself, and all of them together by either algorithm."""
     counts = sorted({sample["ranks"] for sample in samples})
     for collective in COLLECTIVES:
         for kept, algorithm in [*(([ranks], "ring") for ranks in counts), *((counts, name) for name in ALGORITHMS)]:
@@ -248,7 +248,7 @@ def _fits(samples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def measured_costs(content: dict[str, Any], ranks: int) -> Costs:
-    """The fitted costs of so many processes."""
+    """Return the costs fitted for a number of processes."""
     return {
         row["collective"]: Cost(row["algorithm"], row["alpha"], row["beta"])
         for row in content["fits"]
@@ -257,7 +257,7 @@ def measured_costs(content: dict[str, Any], ranks: int) -> Costs:
 
 
 def columns(content: dict[str, Any]) -> dict[str, Costs]:
-    """The costs that are simulated, by name: those measured with 2 processes, then the assumed ones."""
+    """Return the costs to simulate, by name: those measured with 2 processes, then the assumed ones."""
     assumed = {
         f"{name}, {algorithm}": dict.fromkeys(COLLECTIVES, Cost(algorithm, alpha, beta))
         for name, (alpha, beta) in content["assumed"].items()
@@ -279,7 +279,7 @@ def _steps(spans: dict[int, dict[str, list[float]]]) -> Iterator[dict[str, Any]]
 
 
 def measure(seconds: dict[int, float]) -> dict[str, Any]:
-    """Everything, for each count of processes the seconds of measuring given."""
+    """Measure with each number of processes for the seconds given, fit and simulate."""
     machine = asdict(describe(allocator="as it is"))  # before its own processes are the load
     spans = {ranks: timed(ranks, limit) for ranks, limit in seconds.items()}
     samples = list(_samples(spans))
@@ -296,7 +296,7 @@ def measure(seconds: dict[int, float]) -> dict[str, Any]:
 
 
 def simulated(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Milliseconds a step of each network, number of ranks and column: the model's, of no measurement."""
+    """Return the milliseconds per step that the model gives for each network, number of ranks and column."""
     return [
         {
             "network": network,
@@ -310,7 +310,7 @@ def simulated(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _figure(value: float) -> str:
-    """Three digits, no exponent."""
+    """Format a number with three digits and no exponent."""
     return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}" if value else "0"
 
 
@@ -319,7 +319,7 @@ def _spread(values: dict[str, float]) -> str:
 
 
 def _table(head: list[str], rows: Iterable[list[str]], words: int = 1) -> str:
-    """Markdown; the first columns are words, the others numbers."""
+    """Return a table in Markdown, whose first columns are words and whose others are numbers."""
     rule = ["---"] * words + ["---:"] * (len(head) - words)
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows]) + "\n"
 
@@ -379,7 +379,7 @@ def _largest_table(content: dict[str, Any]) -> str:
 
 
 def tables(content: dict[str, Any]) -> dict[str, str]:
-    """The page's tables by name, as Markdown."""
+    """Return the tables of the page by name, as Markdown."""
     return {
         "measured": _measured_table(content),
         "fits": _fits_table(content),
@@ -390,7 +390,7 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
 
 
 def fill_page(page: str, content: dict[str, Any]) -> str:
-    """The page with each table between its marks."""
+    """Return the page with each table between its marks."""
     for name, table in tables(content).items():
         page = replace_table(page, name, table)
     return page

@@ -1,10 +1,10 @@
-"""How far training and eval disagree at batch 4, plain and with batch renormalization: digits, a small network.
+"""Disagreement of training and eval at batch size 4, with and without batch renormalization, on the digits.
 
     python benchmarks/renorm_agreement.py --seeds 10 --steps 3000 --out benchmarks/results/renorm_agreement.json
 
-Both arms see the same rows in the same order and begin with the same weights. Disagreement is the mean absolute
-difference between the logits of validation rows in training mode, in batches of 4, and in eval, in units of the
-standard deviation of the latter. Accuracy is that of eval.
+Both arms see the same rows in the same order and start from the same weights. The disagreement is the mean absolute
+difference between the logits of validation rows in training mode, in batches of 4, and in eval, divided by the standard
+deviation of the latter. The accuracy is that of eval.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ Rows = tuple[Tensor, Tensor]
 
 
 def arms(steps: int) -> dict[str, bn.RenormSchedule | None]:
-    """What each arm gives its layer; the ramps of Ioffe (2017), in the same proportions, end at half of the steps."""
+    """Return the renormalization of each arm; the ramps of Ioffe (2017), scaled so that they end at half of the steps."""
     schedule = bn.RenormSchedule(R_MAX, D_MAX, start=steps // 16, r_end=steps // 2, d_end=steps * 5 // 16)
     return {"plain": None, "renorm": schedule}
 
 
 def digits(seed: int) -> tuple[Rows, Rows]:
-    """Training and validation rows, each pixel standardised by the training rows; one that is constant stays 0."""
+    """Return training and validation rows, each pixel standardized by the training rows; a constant pixel stays 0."""
     X, y = load_digits(return_X_y=True)
     parts = train_test_split(X, y, test_size=0.25, random_state=seed, stratify=y)
     x, x_validation = (torch.tensor(part, dtype=torch.float32) for part in parts[:2])
@@ -50,7 +50,7 @@ def digits(seed: int) -> tuple[Rows, Rows]:
 
 
 def trained(renorm: bn.RenormSchedule | None, rows: Rows, seed: int, steps: int) -> nn.Module:
-    """The network after so many steps of gradient descent on batches of 4."""
+    """Return the network after a number of steps of gradient descent on batches of 4."""
     torch.manual_seed(seed)
     norm = bn.BatchNorm1d(HIDDEN, momentum=MOMENTUM, renorm=renorm, activation="relu")
     model = nn.Sequential(nn.Linear(64, HIDDEN, bias=False), norm, nn.Linear(HIDDEN, 10))
@@ -66,7 +66,7 @@ def trained(renorm: bn.RenormSchedule | None, rows: Rows, seed: int, steps: int)
 
 @torch.no_grad()
 def measure(model: nn.Module, rows: Rows) -> dict[str, float]:
-    """Disagreement of training and eval, and eval's accuracy."""
+    """Return the disagreement of training and eval, and the accuracy of eval."""
     x, labels = rows
     x, labels = x[: len(x) // BATCH * BATCH], labels[: len(x) // BATCH * BATCH]
     model.train()
@@ -81,7 +81,7 @@ def measure(model: nn.Module, rows: Rows) -> dict[str, float]:
 
 
 def study(seeds: int, steps: int) -> dict[str, Any]:
-    """Every seed of both arms, and the medians."""
+    """Return the measurements of both arms for every seed, and their medians."""
     found: list[dict[str, Any]] = []
     for seed in range(seeds):
         training, validation = digits(seed)
@@ -97,7 +97,7 @@ def study(seeds: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the study and write what it came to."""
+    """Run the study and write its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=3000)

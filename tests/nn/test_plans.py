@@ -14,15 +14,10 @@ from torch.nn.utils import parametrize
 import batchnorm as bn
 from batchnorm import torch_internals
 from batchnorm.kernels import plan
-from batchnorm.kernels.chosen import cpu_kernel
 from planned import CHANNELS, assert_same, laid_out, refuse_checks, step, twins, without_plans
 from support import randn
 
-
-@pytest.fixture(autouse=True)
-def native_kernels():
-    """Only the native kernels have plans."""
-    assert cpu_kernel() == "native"
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
 OPTIONS = {

@@ -11,15 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import batchnorm as bn
-from batchnorm.kernels.chosen import cpu_kernel
 from planned import CHANNELS, assert_same, laid_out, step, twins, without_plans
 from support import randn
 
-
-@pytest.fixture(autouse=True)
-def native_kernels():
-    """Only the native kernels have plans."""
-    assert cpu_kernel() == "native"
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
 class Seen(TorchDispatchMode):

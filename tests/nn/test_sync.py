@@ -22,8 +22,6 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 TOLERANCES = {torch.float32: CLOSE, torch.float64: {"rtol": 1e-12, "atol": 1e-12}}
 TOLERANCES[torch.bfloat16] = {"rtol": 2**-7, "atol": 2**-7}
 C = 3
-
-pytestmark = pytest.mark.distributed
 # One batch through one layer.
 
 

@@ -20,8 +20,6 @@ from support import randn
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 C = 3
 
-pytestmark = pytest.mark.distributed
-
 
 class Collectives(TorchDispatchMode):
     """Keeps the names of the collectives that run."""

@@ -8,16 +8,12 @@ from torch.utils._pytree import tree_map
 
 import batchnorm as bn
 from batchnorm.kernels import library
-from batchnorm.kernels.chosen import cpu_kernel
 from support import randn
 
 CHANNELS = 6
 
 
-@pytest.fixture(autouse=True)
-def native_kernels():
-    """CPU tensors take the native kernels here."""
-    assert cpu_kernel() == "native"
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
 class Wrapped(torch.Tensor):
