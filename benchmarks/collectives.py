@@ -192,7 +192,7 @@ def _rank(rank: int, ranks: int, folder: str, seconds: float) -> None:
 
 
 def _spans(times: torch.Tensor, ranks: int) -> list[float]:
-    """Return the seconds of each call, from the arrival of the last rank to the end of the last, by the system's clock."""
+    """Return the seconds of each call, from the arrival of the last rank to the end of the last (system clock)."""
     of_all = [torch.empty_like(times) for _ in range(ranks)]
     dist.all_gather(of_all, times)
     started, ended = torch.stack(of_all).amax(0).unbind(1)

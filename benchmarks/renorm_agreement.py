@@ -33,7 +33,7 @@ Rows = tuple[Tensor, Tensor]
 
 
 def arms(steps: int) -> dict[str, bn.RenormSchedule | None]:
-    """Return the renormalization of each arm; the ramps of Ioffe (2017), scaled so that they end at half of the steps."""
+    """Return the renormalization of each arm; the ramps of Ioffe (2017), scaled to end at half of the steps."""
     schedule = bn.RenormSchedule(R_MAX, D_MAX, start=steps // 16, r_end=steps // 2, d_end=steps * 5 // 16)
     return {"plain": None, "renorm": schedule}
 

@@ -30,7 +30,7 @@ def network(**options):
 
 
 def watched(model):
-    """What each layer will have seen: lists of inputs, in the layers' order."""
+    """Return a list per layer, to which the inputs of later forwards are added."""
     seen = [[] for _ in norm_layers(model)]
     for layer, inputs in zip(norm_layers(model), seen, strict=True):
         layer.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0].detach()))
@@ -38,7 +38,7 @@ def watched(model):
 
 
 def moved(old_mean, old_var, values, share, *, unbiased=True):
-    """The running statistics after one update by the values (M, C), in float64."""
+    """Return the running statistics after one update by the values (M, C), in float64."""
     values = values.double()
     mean = values.mean(0)
     var = ((values - mean) ** 2).sum(0) / (len(values) - unbiased)
@@ -272,7 +272,7 @@ def test_an_exception_within_commits_nothing():
         fail()
     for name, value in before.items():
         assert torch.equal(model.get_buffer(name), value), name
-    with bn.accumulate(model):  # and what was pooled is gone
+    with bn.accumulate(model):  # the pooled moments are dropped
         pass
     assert int(model[1].num_batches_tracked) == 0
 
@@ -347,7 +347,7 @@ def test_micro_batches_that_go_through_the_operators_are_pooled():
     assert_moved_once(layer, torch.cat(parts))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own use of what torch deprecates is torch's affair
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch itself uses deprecated functions
 def test_micro_batches_of_a_compiled_layer_are_pooled():
     torch._dynamo.reset()
     layer, parts = bn.BatchNorm1d(4), micro_batches(5, 5)

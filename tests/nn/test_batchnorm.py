@@ -1,4 +1,4 @@
-"""The layers in the place of torch's own."""
+"""The layers give the results of torch's own."""
 
 import copy
 import pickle
@@ -27,7 +27,7 @@ OPTIONS = {
 
 
 def train(layer, shape):
-    """50 steps of gradient descent on a loss of the layer's output; what came out of each."""
+    """Train for 50 steps of gradient descent on a loss of the layer's output, and return the output of each step."""
     generator = torch.Generator().manual_seed(1)
     outputs = []
     for _ in range(50):

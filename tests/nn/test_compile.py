@@ -1,4 +1,4 @@
-"""Training under torch.compile: one graph, no compilation but the first of each mode, eager's randn."""
+"""Training under torch.compile: one graph, one compilation per mode, eager's numbers."""
 
 import math
 import shutil
@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import batchnorm as bn
 from support import randn
 
-# torch.compile itself uses what torch deprecates.
+# torch.compile itself uses deprecated functions of torch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 C = 5
 # The same float32 sums in another order: 100 products of size 10 are off by 100 x 10 x 2**-24 = 6e-5 at most.
@@ -37,14 +37,14 @@ class Block(torch.nn.Module):
 
 
 def pair(**options):
-    """A block for eager, its twin compiled, and the counter of compilations."""
+    """Return a block for eager mode, its compiled twin, and the counter of compilations."""
     eager, twin = Block(**options), Block(**options)
     counter = CompileCounterWithBackend("aot_eager")
     return eager, twin, torch.compile(twin, backend=counter, fullgraph=True), counter
 
 
 def step(run, block, x, residual=None, mask=None):
-    """y and the gradients of a training step."""
+    """Return y and the gradients of a training step."""
     leaves = [values.clone().requires_grad_() for values in (x, residual) if values is not None]
     y = run(*leaves, mask=mask) if residual is not None else run(leaves[0], mask=mask)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [*leaves, *block.parameters()], allow_unused=True)]

@@ -1,4 +1,4 @@
-"""Running statistics of their own for each domain."""
+"""Separate running statistics for each domain."""
 
 import copy
 import io
@@ -83,7 +83,7 @@ def test_eval_in_a_domain_is_the_formula_with_its_statistics():
     mean, var = layer.running_mean_drawn.double(), layer.running_var_drawn.double()
     # Values below 16 in float32: a few roundings of 6e-8 times 16.
     torch.testing.assert_close(y.double(), (x.double() - mean) / torch.sqrt(var + 1e-5), rtol=0, atol=4e-6)
-    # Here those of the layer: 0 and 1.
+    # Here the statistics of the layer: 0 and 1.
     torch.testing.assert_close(layer(x).double(), x.double() / (1 + 1e-5) ** 0.5, rtol=0, atol=4e-6)
 
 

@@ -17,7 +17,7 @@ SHAPES = {bn.BatchNorm1d: (6, 3, 4), bn.BatchNorm2d: (6, 3, 4, 2), bn.BatchNorm3
 
 @pytest.fixture
 def filled_empties():
-    """New memory holds NaN, or the greatest whole number, so that what nobody fills shows."""
+    """Let new memory hold NaN, or the greatest integer, so that values that are never written show."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -267,7 +267,7 @@ def test_neither_a_tensor_nor_a_proxy_is_an_input_type_error():
 
 
 def averaged(of):
-    """A small network trained for 5 steps, and the average of what it was after each."""
+    """Return a small network trained for 5 steps, and the average of its states after each step."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 3), of.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 1))
     average = AveragedModel(model, use_buffers=True)
@@ -297,7 +297,7 @@ def test_update_bn_finds_the_statistics_that_torchs_layers_would_have():
     assert ours.module[1].momentum == 0.1
 
 
-# Tools that put something else in the place of gamma.
+# Tools that replace gamma.
 
 
 class Exponential(nn.Module):

@@ -15,7 +15,7 @@ import batchnorm as bn
 from batchnorm.nn.running import COUNTS
 
 pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{message}")  # torch's word to those who call what is tested here
+    pytest.mark.filterwarnings(f"ignore:{message}")  # torch's warning about the functions tested here
     for message in (
         r".*torch\.jit\.\w+. is deprecated:DeprecationWarning",
         "You are using the legacy TorchScript-based ONNX export:DeprecationWarning",
@@ -25,7 +25,7 @@ pytestmark = [
     )
 ]
 ACTIVATIONS = ["relu", "leaky_relu", "silu", "gelu", "tanh", "sigmoid"]
-# Torch's kernel and ours round otherwise: some 10 roundings of 6e-8 in values up to about 8.
+# Torch's kernel and ours round differently: some 10 roundings of 6e-8 in values up to about 8.
 CLOSE = {"rtol": 1e-6, "atol": 5e-6}
 
 
@@ -66,7 +66,7 @@ CASES = {
 
 
 def trained(model, shape):
-    """With statistics, gamma and beta that are not those of a new layer; in eval."""
+    """Return the model in eval mode, with statistics, gamma and beta other than those of a new layer."""
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in model.parameters():

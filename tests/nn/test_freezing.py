@@ -1,4 +1,4 @@
-"""Frozen layers: what stays as it is, for how long, and how it is undone."""
+"""Frozen layers: what does not change, for how long, and how to undo it."""
 
 import copy
 
@@ -22,7 +22,7 @@ def network(norm=bn.BatchNorm1d, **options):
 
 
 def step(model, optimizer, seed):
-    """One step of training on random rows, far from the running statistics."""
+    """Do one training step on random rows, far from the running statistics."""
     generator = torch.Generator().manual_seed(seed)
     x = 3 * torch.randn(8, 5, generator=generator) + 2
     model.train()
@@ -32,7 +32,7 @@ def step(model, optimizer, seed):
 
 
 def trained(name="SGD", steps=3):
-    """A model that has been trained, its gradients still there, and its optimizer."""
+    """Return a trained model that still has its gradients, and its optimizer."""
     model = network()
     optimizer = OPTIMIZERS[name](model.parameters())
     for seed in range(steps):
@@ -41,7 +41,7 @@ def trained(name="SGD", steps=3):
 
 
 def bits(layer, *names):
-    """Copies of the layer's state, all of it or what is named."""
+    """Return copies of the layer's state, or of the tensors that are named."""
     return {name: value.clone() for name, value in layer.state_dict().items() if not names or name in names}
 
 
@@ -49,7 +49,7 @@ def flags(layer):
     return layer.frozen_statistics, layer.frozen_affine
 
 
-# What stays as it is.
+# What does not change.
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -173,7 +173,7 @@ def test_layers_without_gamma_or_beta_are_frozen_too():
         assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
-# It shows, and is undone.
+# It is visible, and can be undone.
 
 
 def test_the_repr_says_what_is_frozen():
@@ -220,7 +220,7 @@ def test_unfreezing_what_was_not_frozen_leaves_gradients_that_the_user_turned_of
     assert not layer.weight.requires_grad
 
 
-# It goes where the model goes.
+# Copies and state dicts keep it.
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_gamma_and_beta_of_a_lazy_layer_can_be_frozen_before_its_first_batch():
     assert all(parameter.requires_grad for parameter in bn.unfreeze(layer).parameters())
 
 
-# What is refused.
+# Errors.
 
 
 def test_a_model_without_batch_normalization_is_refused():

@@ -1,4 +1,4 @@
-"""Running statistics move once for each use of a layer: not again when it is recomputed, nor where held still."""
+"""Running statistics are updated once per use of a layer: not when it is recomputed, nor while updates are paused."""
 
 import copy
 import functools
@@ -13,7 +13,7 @@ import batchnorm as bn
 from support import PassThroughMode, copied_buffers
 
 MODES = [True, False]
-# Its own use of what torch deprecates is torch's affair.
+# Torch itself uses deprecated functions.
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -33,19 +33,19 @@ def counts(model):
 
 
 def gradients(model, x, forward):
-    """Gradients of a loss by the input and the parameters, after one step of ``forward(model, x)``."""
+    """Return the gradients of a loss for the input and the parameters, after one step of ``forward(model, x)``."""
     y = forward(model, x)
     weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
     return torch.autograd.grad((y * weights).sum(), [x, *model.parameters()])
 
 
 def backward(y):
-    """A backward that accumulates, which is all that reentrant checkpoints know."""
+    """Run a backward that accumulates gradients, the only kind that reentrant checkpoints support."""
     (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
 
 
 class Twice(nn.Module):
-    """One layer at two places, on different inputs."""
+    """A model that uses one layer twice, on different inputs."""
 
     def __init__(self):
         super().__init__()
@@ -205,12 +205,12 @@ def test_recomputation_inside_a_compiled_function_counts_once(mode, backend):
         torch.testing.assert_close(one, another, rtol=1e-12, atol=1e-12)
 
 
-# Held still by hand.
+# Updates paused by no_stat_updates.
 
 
 @pytest.fixture
 def mixed():
-    """Our layers, torch's, one that keeps no statistics, and one with a cumulative mean."""
+    """Return a model with layers of ours and torch's, one of them without statistics, one with a cumulative mean."""
     torch.manual_seed(0)
     norms = bn.BatchNorm1d(4), nn.BatchNorm1d(4), bn.BatchNorm1d(4, track_running_stats=False), nn.BatchNorm1d(4)
     model = nn.Sequential(*norms, bn.BatchNorm1d(4, momentum=None)).double()

@@ -1,4 +1,4 @@
-"""Layers that learn the number of channels from their first batch, as torch's lazy ones."""
+"""Lazy layers infer the number of channels from their first batch, as torch's do."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Padded batches: a layer with a mask is the layer of the values that count alone."""
+"""Padded batches: a layer with a mask equals a layer that sees only the values that count."""
 
 import contextlib
 import itertools
@@ -27,7 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 6e-5}, torch.bfloat16: {"rtol": 2**-8, "atol": 6e-5}}
 
 
-# "reference": a residual of another dtype than the input, which the native kernels don't take.
+# "reference": a residual of another dtype than the input, which the native kernels do not support.
 WAYS = {"native": contextlib.nullcontext, "dispatched": PassThroughMode, "reference": contextlib.nullcontext}
 
 
@@ -56,7 +56,7 @@ def mask_of(shape, dim, seed=7):
 
 
 def prepared(layer):
-    """The layer with gamma, beta and running statistics that are not where they begin."""
+    """Return the layer with gamma, beta and running statistics other than the initial ones."""
     with torch.no_grad():
         for values, seed in ((layer.weight, 1), (layer.bias, 2), (layer.running_mean, 3)):
             values.copy_(numbers(C, seed=seed))
@@ -65,7 +65,7 @@ def prepared(layer):
 
 
 def step(layer, x, residual, mask, dy):
-    """y, its gradients, and the running statistics after it."""
+    """Return y, its gradients, and the running statistics afterwards."""
     leaves = [values.detach().requires_grad_() for values in (x, residual)]
     y = layer(*leaves, mask)
     gradients = torch.autograd.grad(y, [*leaves, layer.weight, layer.bias], dy.to(y.dtype))
@@ -75,7 +75,7 @@ def step(layer, x, residual, mask, dy):
 
 
 def compacted_step(layer, x, residual, mask, dy, dim, activation):
-    """The same by torch's own layer in float64, of the values that count gathered into (M, C)."""
+    """Do the same with torch's own layer in float64, on the values that count, gathered into (M, C)."""
     twin = torch.nn.BatchNorm1d(C, momentum=layer.momentum).double().train(layer.training)
     twin.load_state_dict(layer.state_dict())
     rows = [channels_last(values, dim)[mask].double() for values in (x, residual, dy)]

@@ -1,4 +1,4 @@
-"""Batches with an infinity or a NaN: what they leave alone, and what comes out of them."""
+"""Batches with an infinity or a NaN: they do not change the statistics, and give torch's outputs."""
 
 import math
 
@@ -50,7 +50,7 @@ def batch(shape, kind=torch.contiguous_format, seed=0):
 
 
 def poisoned(shape, kind=torch.contiguous_format, value=math.nan, channel=3):
-    """A batch in which one value of one channel is bad."""
+    """Return a batch in which one value of one channel is infinite or NaN."""
     x = batch(shape, kind, seed=9)
     x[(1, channel, *(-1 for _ in shape[2:]))] = value
     return x
@@ -181,7 +181,7 @@ def test_virtual_batches_and_renormalization_skip_too(options, path):
     assert int(layer.skipped_batches) == 1
 
 
-# Variances that float32 does not hold.
+# Variances beyond the range of float32.
 
 
 @pytest.mark.parametrize("scale", [1e25, 1e30], ids=str)
@@ -279,7 +279,7 @@ def test_an_overflow_of_the_loss_scale_alone_is_no_bad_batch():
     assert (int(model[1].skipped_batches), int(model[1].num_batches_tracked)) == (0, 1)
 
 
-# Nothing waits for the device: what a batch does is decided without reading a value of it.
+# Nothing waits for the device: the decision is taken without reading a value.
 
 
 @pytest.mark.parametrize("momentum", [0.1, None], ids=str)
@@ -293,7 +293,9 @@ def test_no_value_is_read_under_fake_tensors(layout, nonfinite, momentum):
         assert x.grad.shape == shape
 
 
-@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning")  # torch's own doing
+@pytest.mark.filterwarnings(
+    "ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning"
+)  # torch itself reads it
 @pytest.mark.parametrize(
     "options",
     [{}, {"momentum": None}, {"nonfinite": "propagate"}, {"renorm": bn.RenormSchedule(start=1, r_end=5, d_end=5)}],

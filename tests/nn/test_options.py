@@ -1,4 +1,4 @@
-"""What a layer may be asked for and given: clear words where it may not, and what its repr says of it."""
+"""Options and inputs of a layer: clear errors for wrong ones, and the repr."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def test_other_momenta_do_not_warn(momentum):
     assert bn.BatchNorm1d(3, momentum=momentum).momentum == momentum
 
 
-# By which kernels.
+# Kernels.
 
 NATIVE = {
     "plain": {},
@@ -100,7 +100,7 @@ def test_options_and_masks_run_on_the_native_kernels_directly(options, channel_d
     assert node is not None
 
 
-# What NumPy has counted or calculated.
+# Numbers of NumPy.
 
 
 def test_numbers_of_numpy_are_taken_as_those_of_python():
@@ -118,7 +118,7 @@ def test_a_number_of_features_that_is_none_is_refused(given):
         bn.BatchNorm1d(given)
 
 
-# What is set later.
+# Options set later.
 
 
 # eps and momentum are torch's, whose own tools set them.
@@ -151,7 +151,7 @@ def test_what_becomes_of_batches_that_are_not_finite_may_be_set_later():
     assert not layer.running_mean.isfinite().any()
 
 
-# What forward is given.
+# Inputs of forward.
 
 
 @pytest.mark.parametrize("channel_dim", [1, 0, -1])
@@ -231,7 +231,7 @@ def test_a_wrong_number_of_dimensions_is_refused_as_torch_does(layer, shape):
         layer(3)(torch.randn(shape))
 
 
-# What the repr says.
+# The repr.
 
 SHOWN = {
     "activation='gelu'": {"activation": "gelu"},
@@ -258,7 +258,7 @@ def test_the_repr_shows_what_is_no_default_and_only_that(words, options):
     )
 
 
-# The variance that is kept.
+# The running variance.
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["native", "dispatched"])

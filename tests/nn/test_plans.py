@@ -94,7 +94,7 @@ def test_a_torch_with_other_guards_has_no_plans(monkeypatch, theirs):
     assert not layer.step_state.plans
 
 
-# What differs from the plan.
+# Calls that differ from the plan.
 
 
 def set_option(name, value):
@@ -176,7 +176,7 @@ def test_a_changed_layer_uses_no_old_plan(change):
 def test_setting_an_attribute_to_its_old_value_keeps_the_plans():
     layer, _ = twins(randn(5, CHANNELS, 3))
     kept = layer.step_state.plans
-    layer.train()  # as many do before each step
+    layer.train()  # as many training loops do before each step
     layer.eps = layer.eps
     assert layer.step_state.plans is kept
     layer.eval()
@@ -257,7 +257,7 @@ def test_planned_layers_obey_no_stat_updates_accumulate_and_domains():
     assert int(fresh.num_batches_tracked_other) == int(layer.num_batches_tracked) == 3
 
 
-# What becomes of plans.
+# Lifetime of plans.
 
 
 def test_plans_are_neither_copied_nor_pickled():

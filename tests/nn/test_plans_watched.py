@@ -110,7 +110,7 @@ def test_a_selective_checkpoint_keeps_the_output_of_a_planned_layer():
     assert_same(layer.buffers(), fresh.buffers())
 
 
-# Torch's own rules for dual randn are written so.
+# Torch's own rules for dual numbers use torch.jit.script.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_transforms_and_forward_mode_use_no_plan():
     x, tangent = randn(4, CHANNELS), randn(4, CHANNELS, seed=1)

@@ -1,4 +1,4 @@
-"""What holds of every batch: random shapes, dtypes, layouts and options of the layers."""
+"""Properties of every batch: random shapes, dtypes, layouts and options of the layers."""
 
 import contextlib
 
@@ -31,7 +31,7 @@ def examples(count):
 
 @st.composite
 def shapes(draw, least=2):
-    """(N, C, *) of 2 to 4 dimensions, with so many samples at least."""
+    """Draw a shape (N, C, *) of 2 to 4 dimensions, with at least a given number of samples."""
     shape = [draw(SIZES) for _ in range(draw(st.integers(2, 4)))]
     shape[0] = max(shape[0], least)
     return shape
@@ -39,7 +39,7 @@ def shapes(draw, least=2):
 
 @st.composite
 def batches(draw, least=2):
-    """A batch and the layer's channel_dim: contiguous, channels last in memory or in dimensions, or permuted."""
+    """Draw a batch and a channel_dim: contiguous, channels last in memory or in dimensions, or permuted."""
     shape = draw(shapes(least))
     generator = torch.Generator().manual_seed(draw(SEEDS))
     dim = draw(st.sampled_from([1, -1]))
@@ -58,7 +58,7 @@ def batches(draw, least=2):
 
 
 def exact(x, dim):
-    """The values of each channel, in float64: (C, M)."""
+    """Return the values of each channel in float64, (C, M)."""
     return x.detach().double().movedim(dim, 0).flatten(1)
 
 
@@ -164,7 +164,7 @@ def by_channel(values, x):
 
 
 def divided(samples, positions, size):
-    """Where the virtual batches end; a last one with one value a channel joins the one before."""
+    """Return the ends of the virtual batches; a last one with one value per channel joins the one before."""
     if size is None:
         return [slice(0, samples)]
     starts = list(range(0, samples, size))
@@ -181,7 +181,7 @@ def masked_moments(x, inside):
 
 
 def formula(x, residual, weight, bias, mask, dy, running, options):
-    """y and z in float64, chunk by chunk, and how large what y and dx are made of is."""
+    """Return y and z in float64, chunk by chunk, and the size of the terms of y and dx."""
     eps, renorm = 1e-5, options["renorm"]
     inside = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.unsqueeze(1).expand_as(x)
     running_mean, running_var = (by_channel(values.double(), x) for values in running)
@@ -216,7 +216,7 @@ def formula(x, residual, weight, bias, mask, dy, running, options):
 
 
 def hold(name, ours, theirs, bound):
-    """The error is within the bound and the rounding of the dtype that the result is stored in."""
+    """Check that the error is within the bound and the rounding of the dtype in which the result is stored."""
     allowed = bound + torch.finfo(ours.dtype).eps * theirs.abs() + 1e-30
     wrong = ~((ours.detach().double() - theirs.detach()).abs() <= allowed)
     assert not wrong.any(), (name, ours[wrong][:3], theirs[wrong][:3])

@@ -1,4 +1,4 @@
-"""Batch renormalization: r and d, their schedule, and what they do to the disagreement of training and eval."""
+"""Batch renormalization: r and d, their schedule, and the disagreement of training and eval."""
 
 import statistics
 
@@ -38,7 +38,7 @@ def batch(shape, seed, layout=None, dtype=torch.float64):
 
 
 def ready(kind, limits=LIMITS, dtype=torch.float64, **options):
-    """A layer of five channels with statistics, gamma and beta of its own."""
+    """Return a layer of five channels with statistics, gamma and beta other than the initial ones."""
     layer = kind(5, renorm=limits if limits is None else bn.Renorm(*limits), **options)
     layer = layer.double() if dtype == torch.float64 else layer
     with torch.no_grad():
@@ -50,7 +50,7 @@ def ready(kind, limits=LIMITS, dtype=torch.float64, **options):
 
 
 def r_and_d(x, mean, var, r_max, d_max, mask=None):
-    """Ioffe (2017), algorithm 1, over x (N, C, *) and its mask (N, *); with the batch's mean and deviation."""
+    """Return r, d, the batch's mean and deviation for x (N, C, *) and mask (N, *); Ioffe (2017), algorithm 1."""
     counts = torch.ones_like(x) if mask is None else mask.unsqueeze(1).expand_as(x).to(x.dtype)
     dims = [d for d in range(x.dim()) if d != 1]
     batch_mean = (x * counts).sum(dims) / counts.sum(dims)
@@ -71,14 +71,14 @@ def formula(x, weight, bias, mean, var, limits, *, residual=None, mask=None, act
 
 
 def run(layer, x, **given):
-    """y, then the gradients by x, gamma, beta and the residual, of a sum with weights of its own."""
+    """Return y, then the gradients of a weighted sum of it for x, gamma, beta and the residual."""
     y = layer(x, **given)
     wanted = [x, *layer.parameters(), *([given["residual"]] if given.get("residual") is not None else [])]
     return [y, *torch.autograd.grad(y, wanted, normal(y.shape, 9).to(y.dtype))]
 
 
 def expected(layer, x, chunks, *, residual=None, mask=None):
-    """The same in float64 from the formula, chunk by chunk, with the statistics that the layer has now."""
+    """Return the same in float64 by the formula, chunk by chunk, with the layer's current statistics."""
     dim, samples = layer.channel_dim, x.movedim(layer.channel_dim, 1).shape[0]
     leaves = [v.detach().double().requires_grad_() for v in (x, *layer.parameters(), residual) if v is not None]
     held = layer.running_mean.double().clone(), layer.running_var.double().clone()
@@ -96,7 +96,7 @@ def expected(layer, x, chunks, *, residual=None, mask=None):
 
 
 def assert_equal(found, wanted, dtype):
-    """Within some roundings of the largest number.
+    """Compare within some roundings of the largest number.
 
     A sum of M <= 30 terms errs by up to sqrt(M) < 6 roundings; float32's scale, the mean and gamma round too. In
     bfloat16 y, and with gelu its argument, are rounded before dz is made of them: 8 again.
@@ -323,7 +323,7 @@ def test_a_renorm_of_another_kind_raises(renorm):
         bn.BatchNorm1d(3, renorm=renorm)
 
 
-# Other ways through.
+# Operators and compiled graphs.
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -362,7 +362,7 @@ def test_a_compiled_layer_equals_eager_and_is_compiled_once_for_all_steps(renorm
         torch.testing.assert_close(layer.get_buffer(name), value, rtol=1e-13, atol=1e-13)
 
 
-# What it is for: benchmarks/renorm_agreement.py.
+# The study of benchmarks/renorm_agreement.py.
 
 
 def test_in_the_committed_study_training_and_eval_agree_better_than_plain():

@@ -18,7 +18,7 @@ def normal(shape, seed):
 
 
 class Network(nn.Module):
-    """A layer shared by two segments, another, and between them what makes a wrong r or d show in every gradient."""
+    """A layer shared by two segments, another layer, and functions by which a wrong r or d shows in every gradient."""
 
     def __init__(self, renorm, **options):
         super().__init__()
@@ -50,7 +50,7 @@ def whole(mode):
 
 
 def steps(model, forward, count=3):
-    """Gradients and statistics after some steps."""
+    """Return the gradients and statistics of some steps."""
     found = []
     for seed in range(count):
         x = (normal((7, 4), seed) * (seed + 1) + seed).requires_grad_()
@@ -87,14 +87,14 @@ def test_a_recomputed_forward_uses_the_r_and_d_of_its_first_run(renorm, chunk, w
 
 
 def test_after_its_own_update_the_gradient_of_gamma_would_be_another():
-    """So that the test above can fail."""
+    """Make sure that the test above can fail."""
     model, x = Network(RENORMS["wide"]), normal((7, 4), 0)
     first, again = (torch.autograd.grad(model(x).square().sum(), model.shared.weight)[0] for _ in range(2))
     assert (first - again).abs().max() > 1e-3
 
 
 def gradient_of_gamma(forwards):
-    """Of a layer that is called by each of the forwards, on the same batch."""
+    """Return the gradient of gamma for a layer that each of the forwards calls on the same batch."""
     layer = bn.BatchNorm1d(4, momentum=0.5, renorm=RENORMS["wide"]).double()
     x = (normal((7, 4), 0) * 2 + 1).requires_grad_()
     losses = [(forward(layer, x) * normal((7, 4), i)).sum() for i, forward in enumerate(forwards)]
@@ -176,7 +176,7 @@ def test_while_accumulating_a_recomputed_forward_uses_its_first_runs(mode):
 
 
 def selective(model, x):
-    """A checkpoint that keeps the outputs of linear layers alone."""
+    """Run the model in a checkpoint that keeps only the outputs of linear layers."""
 
     def policy(_, operator, *args, **kwargs):
         kept = operator == torch.ops.aten.addmm.default

@@ -1,4 +1,4 @@
-"""Training batches with too little in them for statistics of their own: refused, helped, or warned of."""
+"""Training batches with too few values for statistics: errors, running statistics instead, and warnings."""
 
 import copy
 import re
@@ -12,12 +12,12 @@ from torch import nn
 import batchnorm as bn
 from support import copied_state
 
-# Its own use of what torch deprecates is torch's affair.
+# Torch itself uses deprecated functions.
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class Network(nn.Module):
-    """A batch norm with a path of several names."""
+    """A network whose batch norm layers have a path of several names."""
 
     def __init__(self, norm):
         super().__init__()
@@ -42,7 +42,7 @@ def epoch(model, loader):
 
 
 def used(layer_class=bn.BatchNorm1d, shape=(8, 3), **options):
-    """A layer whose running statistics are of batches far from 0 and 1."""
+    """Return a layer whose running statistics are far from 0 and 1."""
     torch.manual_seed(0)
     layer = layer_class(shape[1], **options)
     for _ in range(5):
@@ -57,7 +57,7 @@ def unmoved(before, layer):
     return all(torch.equal(value, layer.state_dict()[name]) for name, value in before.items())
 
 
-# A single value a channel.
+# A single value per channel.
 
 
 def test_a_last_batch_of_one_row_raises_with_the_path_the_shape_and_the_ways_out():

@@ -50,7 +50,7 @@ SETTINGS = {
 def batch_of(
     counts, shape=(C, 4), dtype=torch.float32, masked=False, with_residual=False, channels_last=False, **options
 ):
-    """A layer, the whole batch and the gradient of its output, given the counts of samples on the ranks."""
+    """Return a layer, the whole batch and the gradient of its output, given the counts of samples on the ranks."""
     layer = bn.BatchNorm(C, dtype=dtype, **options)
     for i, parameter in enumerate(layer.parameters()):
         parameter.data.copy_(doubles(C, seed=i + 1) + 1)
@@ -64,13 +64,15 @@ def batch_of(
 
 
 def step(layer, x, residual, mask, dy):
-    """What a training step of the layer gives."""
+    """Return the output, the gradients and the buffers of a training step."""
     leaves = [None if values is None else values.clone().requires_grad_() for values in (x, residual)]
     y = layer(*leaves, mask=mask)
     y.backward(dy)
     found = {"y": y.detach(), "dx": leaves[0].grad, "dresidual": None if residual is None else leaves[1].grad}
     found |= {f"d{name}": parameter.grad for name, parameter in layer.named_parameters()}
-    return found | {name: values for name, values in layer.named_buffers() if name != "samples_seen"}  # each rank's own
+    return found | {
+        name: values for name, values in layer.named_buffers() if name != "samples_seen"
+    }  # it counts the local samples
 
 
 def part_of(whole, counts, rank):
@@ -81,7 +83,7 @@ def one_batch(rank, setting, counts):
     layer, *whole = batch_of(counts, **setting)
     layer.sync = True
     part = part_of(whole, counts, rank)
-    step(copy.deepcopy(layer), *part)  # of which the copy alone knows
+    step(copy.deepcopy(layer), *part)  # which the layer itself must not notice
     return step(layer, *part)
 
 
@@ -142,7 +144,7 @@ def network(dtype=torch.float32, **options):
 
 
 def batches(world, steps):
-    """Ragged parts of a batch at each step: inputs and targets on every rank, of 0 samples and 1 too."""
+    """Yield the inputs and targets of every rank for each step; parts differ in size, down to 0 samples."""
     for i in range(steps):
         counts = [(3 * rank + i) % 7 + (rank == i % world) * 2 for rank in range(world)]
         x = doubles(sum(counts), 4, seed=i) * 2 + 1
@@ -154,7 +156,7 @@ def optimizer_of(model):
 
 
 def train(model, run, parts, whole, weight=1.0):
-    """Steps of momentum SGD; whole is called before the optimizer's step, to add up gradients."""
+    """Train by momentum SGD; ``whole`` is called before each step of the optimizer, to add up gradients."""
     optimizer = optimizer_of(model)
     dtype = next(model.parameters()).dtype
     for x, target, count in parts:
@@ -198,13 +200,13 @@ def test_under_torchrun_a_hundred_steps_on_ragged_parts_train_as_one_process_doe
     expected = on_one_process(world, 100, torch.float64)
     for rank in range(world):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        # In float32 training itself makes 1e-5 of a rounding in 100 steps, 100 times the rounding: here 1e-14.
+        # In float32, training amplifies a rounding to 1e-5 in 100 steps, 100 times the rounding; in float64 to 1e-14.
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
 def data_parallel(rank, world):
     model = network(sync=True)
-    # It takes the mean of the ranks' gradients, so that each weighs the world's size.
+    # DistributedDataParallel averages the gradients, so each rank's loss is multiplied by the world size.
     train(model, nn.parallel.DistributedDataParallel(model), own_parts(rank, world, 10), lambda _: None, world)
     return model.state_dict()
 
@@ -225,7 +227,7 @@ def compiled(rank, world):
     model = network(sync=True)
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.compile itself uses what torch deprecates
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.compile itself uses deprecated functions of torch
         train(model, run, own_parts(rank, world, 3), add_up)
     return model.state_dict()
 
@@ -239,7 +241,7 @@ def test_it_trains_as_one_process_does_in_torchs_wrappers(case, steps, tmp_path)
 
 def recomputed(rank, use_reentrant, renorm):
     model = network(sync=True, renorm=renorm)
-    # The first batch has on rank 0 the mean that the second has on both together.
+    # The first batch on rank 0 has the same mean as the second on both ranks together.
     inputs = [
         (doubles(4 + rank, 4, seed=i).float() + means[rank]).requires_grad_()
         for i, means in enumerate([(10, -10), (0, 20)])

@@ -22,7 +22,7 @@ C = 3
 
 
 class Collectives(TorchDispatchMode):
-    """Keeps the names of the collectives that run."""
+    """A mode that records the names of the collectives that run."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +140,7 @@ def test_a_rank_with_one_layer_more_gets_an_error_after_the_timeout(tmp_path):
 
 
 def eager_after_compiled(rank):
-    warnings.simplefilter("ignore", DeprecationWarning)  # torch.compile itself uses what torch deprecates
+    warnings.simplefilter("ignore", DeprecationWarning)  # torch.compile itself uses deprecated functions of torch
     layer = bn.BatchNorm1d(C, sync=True)
     compiled = torch.compile(layer, backend="aot_eager", dynamic=False)
     x = randn(4, C)

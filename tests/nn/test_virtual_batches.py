@@ -1,4 +1,4 @@
-"""virtual_batch_size: each chunk of a training batch is normalized by itself, and statistics move once by them all."""
+"""virtual_batch_size: each chunk of a training batch is normalized by itself, and statistics are updated once."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ ACTIVATIONS = {None: lambda z: z, "relu": torch.relu, "gelu": nn.functional.gelu
 
 
 def formula(x, weight, bias, *, residual=None, mask=None, activation=None):
-    """Batch normalization of x (N, C, *) by its own statistics, as the paper writes it."""
+    """Normalize x (N, C, *) by its own statistics, as the paper writes it."""
     dims = [d for d in range(x.dim()) if d != 1]
     shape = [1, -1] + [1] * (x.dim() - 2)
     counts = torch.ones_like(x) if mask is None else mask.unsqueeze(1).expand_as(x).to(x.dtype)
@@ -39,7 +39,7 @@ def formula(x, weight, bias, *, residual=None, mask=None, activation=None):
 
 
 def chunk_by_chunk(x, weight, bias, sizes, *, residual=None, mask=None, activation=None):
-    """The formula on chunks of so many samples."""
+    """The formula on chunks of a given number of samples."""
     masks = [mask] * len(sizes) if mask is None or len(mask) == 1 else mask.split(sizes)
     residuals = [None] * len(sizes) if residual is None else residual.split(sizes)
     return torch.cat(
@@ -68,7 +68,7 @@ def ready(kind, channels, dtype, size, **options):
 
 
 def run(layer, x, **given):
-    """y, then the gradients by x, gamma, beta and the residual, of a sum with weights of its own."""
+    """Return y, then the gradients of a weighted sum of it for x, gamma, beta and the residual."""
     y = layer(x, **given)
     dy = normal(y.shape, 9).to(y.dtype)
     wanted = [x, *layer.parameters(), *([given["residual"]] if given.get("residual") is not None else [])]
@@ -76,7 +76,7 @@ def run(layer, x, **given):
 
 
 def expected(layer, x, sizes, *, residual=None, mask=None):
-    """The same in float64, from the formula."""
+    """Return the same in float64 by the formula."""
     dim = layer.channel_dim
     leaves = [v.detach().double().requires_grad_() for v in (x, *layer.parameters(), residual) if v is not None]
     moved = None if residual is None else leaves[3].movedim(dim, 1)
@@ -87,7 +87,7 @@ def expected(layer, x, sizes, *, residual=None, mask=None):
 
 
 def assert_equal(found, wanted, dtype):
-    """Within some roundings of the largest number.
+    """Compare within some roundings of the largest number.
 
     A sum of M <= 60 terms errs by up to sqrt(M) < 8 roundings; float32's scale, the mean and gamma round too. In
     bfloat16 y, and with gelu its argument, are rounded before dz is made of them: 8 again.
@@ -98,7 +98,7 @@ def assert_equal(found, wanted, dtype):
 
 
 def unbiased(x, dim=1, mask=None):
-    """Mean and unbiased variance of each channel, over what counts, in float64."""
+    """Return the mean and unbiased variance of each channel over the values that count, in float64."""
     rows = x.detach().double().movedim(dim, -1)
     rows = rows.reshape(-1, rows.shape[-1]) if mask is None else rows[mask.expand(rows.shape[:-1])]
     mean = rows.mean(0)
@@ -108,7 +108,7 @@ def unbiased(x, dim=1, mask=None):
 def assert_moved_once_by(layer, x, mask=None, momentum=0.1):
     mean, var = unbiased(x, layer.channel_dim, mask)
     old_mean, old_var = (1 - momentum) * torch.zeros_like(mean), (1 - momentum) * torch.ones_like(var)
-    # moments are float64; what is kept is rounded to the buffer's dtype, thrice at most
+    # moments are float64; the result is rounded to the buffer's dtype, at most three times
     limit = 4 * torch.finfo(layer.running_mean.dtype).eps
     torch.testing.assert_close(layer.running_mean.double(), old_mean + momentum * mean, rtol=limit, atol=limit)
     torch.testing.assert_close(layer.running_var.double(), old_var + momentum * var, rtol=limit, atol=limit)
@@ -356,7 +356,7 @@ def test_the_operators_give_the_same_as_the_direct_call(case, dtype, activation)
     assert int(operators.num_batches_tracked) == 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own use of what torch deprecates is torch's affair
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch itself uses deprecated functions
 @pytest.mark.parametrize(
     ("shape", "channel_dim", "masked"), [((7, 3, 2, 3), 1, False), ((10, 3), 1, True), ((7, 5, 3), -1, True)], ids=str
 )
@@ -379,7 +379,7 @@ def test_a_compiled_layer_in_one_graph_gives_the_same(shape, channel_dim, masked
 @pytest.mark.parametrize("options", [{}, {"renorm": bn.Renorm(2.0, 1.0)}], ids=str)
 @pytest.mark.parametrize("shape", [(3,), (3, 5)], ids=str)
 def test_batches_of_all_sizes_are_five_compilations_at_most(shape, options, masked):
-    """The first, one of open size, and one each for a batch of one chunk, two of them, and a last one that joins."""
+    """Compile for the first size, an open size, and batches of one chunk, of two, and with a last one that joins."""
     torch._dynamo.reset()
     counter = CompileCounter()
     layer, twin = (ready(bn.BatchNorm1d, 3, torch.float64, 4, **options) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Tensors that do not hold their values themselves: wrappers of others, and such whose memory was freed."""
+"""Tensors that do not hold their values: wrappers of other tensors, and tensors whose memory was freed."""
 
 import copy
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
 class Wrapped(torch.Tensor):
-    """A tensor that has another."""
+    """A tensor that wraps another."""
 
     @staticmethod
     def __new__(cls, values):
@@ -37,7 +37,7 @@ def functional(values):
 
 
 def leaked(values):
-    """A tensor of torch.func.grad that has outlived it."""
+    """Return a tensor of torch.func.grad that outlives it."""
     kept = []
 
     def keep(given):
@@ -64,7 +64,7 @@ WRAPPERS = {"subclass": Wrapped, "functional": functional, "leaked": leaked}
 
 @pytest.fixture(params=[True, False], ids=["planned", "fresh"])
 def layer(request):
-    """A layer that has or has no plans for such input as here."""
+    """A layer with plans for the inputs of this file, or without."""
     layer = bn.BatchNorm1d(CHANNELS, activation="relu")
     with torch.no_grad():
         layer.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(3))
@@ -128,7 +128,7 @@ def freed(values):
 
 
 def freed_view(values):
-    """A part of something longer, as of the parameters of a model in one tensor."""
+    """Return a part of a longer tensor, as when the parameters of a model share one."""
     whole = torch.cat((values.reshape(-1),) * 2)
     part = whole[values.numel() :].view(values.shape)
     whole.untyped_storage().resize_(0)
