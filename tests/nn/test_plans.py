@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 import batchnorm as bn
 from batchnorm import torch_internals
 from batchnorm.kernels import plan
+from batchnorm.torch_internals import lookup, tensors
 from planned import CHANNELS, assert_same, laid_out, refuse_checks, step, twins, without_plans
 from support import randn
 
@@ -83,7 +84,7 @@ def test_a_torch_with_other_guards_has_no_plans(monkeypatch, theirs):
         monkeypatch.delattr(guards, "TensorGuards")
     else:
         monkeypatch.setattr(guards, "TensorGuards", theirs)
-    found = torch_internals._find(torch_internals.PATHS["tensor_guards"], lambda kind: kind, torch_internals._compares)
+    found = lookup.find(torch_internals.PATHS["tensor_guards"], lookup.itself, tensors._compares)
     monkeypatch.setattr(torch_internals, "tensor_guards", lambda: found)
     assert not plan.can_plan()
     x = randn(8, CHANNELS)
