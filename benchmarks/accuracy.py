@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm.kernels import library, reference
+from batchnorm.kernels.records import Operands, Rule
 from batchnorm.lab.bench.markdown import replace_table
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +33,9 @@ Sides = dict[str, Callable[[Tensor, float], Tensor]]
 def _sides() -> Sides:
     return {
         "native": lambda x, eps: bn.batch_norm(x, None, None, training=True, eps=eps),
-        "reference": lambda x, eps: reference.forward(x, reference.moments(x), None, None, eps),
+        "reference": lambda x, eps: reference.forward(
+            Operands(x), reference.moments(x), Rule(eps, None, training=True)
+        ),
         "torch": lambda x, eps: F.batch_norm(x, None, None, training=True, eps=eps),
     }
 

@@ -113,9 +113,9 @@ def test_outputs_gradients_and_running_statistics_are_those_of_float64(case):
     t = 1e-13 if x.dtype == torch.float64 else 1e-5
     mean, var = torch.zeros(channels), torch.ones(channels)
     used = reference.moments(exact[0], mask) if training else BatchMoments(mean.double(), var.double(), 0)
-    args = (exact[0], used, exact[1], exact[2], eps)
-    expected = reference.forward(*args, activation, exact[3], mask)
-    z = reference.forward(*args, None, exact[3], mask)
+    operands, rule = Operands(*exact, mask), Rule(eps, activation, training)
+    expected = reference.forward(operands, used, rule)
+    z = reference.forward(operands, used, rule._replace(activation=None))
     size = 1 + ((exact[0] - by_channel(used.mean, x)) / torch.sqrt(by_channel(used.var, x) + eps)).abs()
     if x.dtype == torch.float64:  # the oracle's own mean is rounded, too
         size = size + by_channel(used.mean.abs() / torch.sqrt(used.var + eps), x)
@@ -124,14 +124,14 @@ def test_outputs_gradients_and_running_statistics_are_those_of_float64(case):
     for values in (None if bias is None else by_channel(exact[2], x), exact[3]):
         scale = scale if values is None else scale + values.abs()
     dy = torch.where(z.abs() <= t * scale + torch.finfo(x.dtype).smallest_normal, 0.0, dy) if activation else dy
-    wanted = reference.backward(dy.double(), *args, activation, exact[3], mask, batch_statistics=training)
+    wanted = reference.backward(dy.double(), operands, used, rule)
 
     leaves = [None if values is None else values.detach().requires_grad_() for values in (x, weight, bias, residual)]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         running = Running(mean, var, None, 0.5)
-        y = ops.batch_norm(Operands(*leaves, mask), running, Rule(eps, activation, training))
+        y = ops.batch_norm(Operands(*leaves, mask), running, rule)
         found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
     finally:
         torch.set_num_threads(before)

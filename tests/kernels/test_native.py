@@ -465,8 +465,9 @@ def test_what_is_not_finite_gives_what_the_reference_gives(bad, activation, trai
     y = bn.batch_norm(x, *statistics, training=training, activation=activation)
     dy = numbers(4, 5, 6, 7, seed=1, dtype=dtype)
     (dx,) = torch.autograd.grad(y, x, dy)
-    expected = reference.forward(exact, used, None, None, 1e-5, activation)
-    wanted, *_ = reference.backward(dy.double(), exact, used, None, None, 1e-5, activation, batch_statistics=training)
+    rule = Rule(1e-5, activation, training)
+    expected = reference.forward(Operands(exact), used, rule)
+    wanted, *_ = reference.backward(dy.double(), Operands(exact), used, rule)
     for mine, theirs in ((y.detach(), expected), (dx, wanted)):
         assert torch.equal(mine.isnan(), theirs.isnan())
         assert torch.equal(mine.isinf(), theirs.isinf())

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import batchnorm as bn
 from batchnorm import ops
 from batchnorm.kernels import library, reference
+from batchnorm.kernels.records import Operands, Rule
 
 ACTIVATIONS = [None, *reference.ACTIVATIONS]
 SHAPES = [(2, 1), (7, 5), (4, 3, 1), (3, 5, 11), (5, 3, 2, 2), (1, 3, 5, 5), (2, 123, 3), (2, 2, 3, 1, 2)]
@@ -40,7 +41,7 @@ def normalise(x, weight=None, bias=None, activation=None, residual=None, mean=No
 def oracle(x):
     """The reference in float64."""
     x = x.double()
-    return reference.forward(x, reference.moments(x), None, None, 1e-5)
+    return reference.forward(Operands(x), reference.moments(x), Rule(1e-5, None, training=True))
 
 
 def by_autograd(x, weight, bias, residual, mask, activation, eps=1e-5):
@@ -163,9 +164,8 @@ def test_float32_gradients_are_those_of_the_oracle_at_any_ratio_of_mean_to_devia
     dy = numbers(64, 3, 5, seed=1, dtype=torch.float32)
     gradients = torch.autograd.grad(normalise(x, weight, bias), (x, weight, bias), dy)
     exact = x.detach().double()
-    expected = reference.backward(
-        dy.double(), exact, reference.moments(exact), weight.detach().double(), None, 1e-5, batch_statistics=True
-    )
+    operands, rule = Operands(exact, weight.detach().double()), Rule(1e-5, None, training=True)
+    expected = reference.backward(dy.double(), operands, reference.moments(exact), rule)
     # x_hat is off by at most 1e-5, a sum of 320 products by at most 320e-5 x max |dy| < 0.02
     torch.testing.assert_close(gradients[0].double(), expected[0], rtol=1e-5, atol=1e-5 * 10)
     torch.testing.assert_close(gradients[1].double(), expected[1], rtol=0, atol=0.02)

@@ -109,7 +109,7 @@ class BatchMoments(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the operands; None for those that nobody wants."""
+    """Gradients of the operands; None for those that are not wanted."""
 
     x: Tensor | None
     weight: Tensor | None

@@ -60,10 +60,8 @@ def _gradients(
     return found
 
 
-def _in_dtype_of(like: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-    if like is None or gradient is None or gradient.dtype == like.dtype:
-        return gradient
-    return gradient.to(like.dtype)
+def _in_dtype_of(like: Tensor | None, gradient: Tensor) -> Tensor:
+    return gradient if like is None or gradient.dtype == like.dtype else gradient.to(like.dtype)
 
 
 def backward_directly(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchnorm.errors import InputError
 from batchnorm.kernels import reference
-from batchnorm.kernels.records import BatchMoments, Gradients, Operands, Rule
+from batchnorm.kernels.records import BatchMoments, Operands, Rule
 
 __all__ = [
     "backward",
@@ -116,37 +116,25 @@ def forward(operands: Operands, batches: Sequence[BatchMoments], rule: Rule) -> 
     outputs = []
     for i, at in enumerate(_slices(operands.x, rule)):
         scale, shift = corrected(operands.weight, operands.bias, *_correction_of(rule, i))
-        part = _part_of_operands(operands, at)
-        outputs.append(
-            reference.forward(part.x, batches[i], scale, shift, rule.eps, rule.activation, part.residual, part.mask)
-        )
+        part = _part_of_operands(operands, at)._replace(weight=scale, bias=shift)
+        outputs.append(reference.forward(part, batches[i], rule))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def backward(
     dy: Tensor, operands: Operands, batches: Sequence[BatchMoments], rule: Rule, *, y: Tensor | None = None
-) -> Gradients:
-    """Return the gradients, computed by the reference chunk by chunk with the moments of each."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients (dx, dweight, dbias, dresidual), computed by the reference chunk by chunk."""
     parts = []
     for i, at in enumerate(_slices(operands.x, rule)):
         r, d = _correction_of(rule, i)
         scale, shift = corrected(operands.weight, operands.bias, r, d)
-        part = _part_of_operands(operands, at)
-        dx, dscale, dshift, dresidual = reference.backward(
-            _part(dy, at),
-            part.x,
-            batches[i],
-            scale,
-            shift,
-            rule.eps,
-            rule.activation,
-            mask=part.mask,
-            y=None if y is None else _part(y, at),
-            batch_statistics=rule.training,
-        )
+        part = _part_of_operands(operands, at)._replace(weight=scale, bias=shift)
+        part_of_y = None if y is None else _part(y, at)
+        dx, dscale, dshift, dresidual = reference.backward(_part(dy, at), part, batches[i], rule, y=part_of_y)
         dweight = dscale if r is None or d is None else r * dscale + d * dshift
-        parts.append(Gradients(dx, dweight, dshift, dresidual))
+        parts.append((dx, dweight, dshift, dresidual))
     if len(parts) == 1:
         return parts[0]
     dxs, dweights, dbiases, dresiduals = zip(*parts, strict=True)
-    return Gradients(torch.cat(dxs), torch.stack(dweights).sum(0), torch.stack(dbiases).sum(0), torch.cat(dresiduals))
+    return torch.cat(dxs), torch.stack(dweights).sum(0), torch.stack(dbiases).sum(0), torch.cat(dresiduals)

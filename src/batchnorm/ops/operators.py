@@ -160,7 +160,7 @@ def _backward(given: dict[str, Any]) -> tuple[Tensor, ...]:
     else:
         batches = chunks.unpack(packed, operands.x, operands.mask, rule)
         found = [
-            None if like is None or not wants or gradient is None else gradient.to(like.dtype)
+            None if like is None or not wants else gradient.to(like.dtype)
             for gradient, like, wants in zip(
                 chunks.backward(dy, operands, batches, rule, y=y), _like_gradients(operands), wanted, strict=True
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import reference
-from batchnorm.kernels.records import BatchMoments
+from batchnorm.kernels.records import BatchMoments, Operands, Rule
 from batchnorm.kernels.reference import per_channel
 from batchnorm.lab.bench.registry import OPERATIONS, Case
 from batchnorm.lab.bench.sides import DTYPES, EPS, Inputs, Side, inputs, memory_format
@@ -60,7 +60,8 @@ def _oracle_results(shape: tuple[int, ...], dtype: str, operation: str, training
     mu, s = used.mean, torch.rsqrt(used.var + EPS)
     dims = [d for d in range(x.dim()) if d != 1]
 
-    y = reference.forward(x, used, weight, bias, EPS, activation, residual)
+    operands, rule = Operands(x, weight, bias, residual), Rule(EPS, activation, training)
+    y = reference.forward(operands, used, rule)
     terms = per_channel(s, x) * (x.abs() + per_channel(mu.abs(), x))
     z_tolerance = few * (per_channel(weight, x) * terms + per_channel(bias.abs(), x))
     if residual is not None:
@@ -73,12 +74,10 @@ def _oracle_results(shape: tuple[int, ...], dtype: str, operation: str, training
         magnitude = used.var.sqrt() if name == "running_mean" else unbiased
         result[name] = Expected(old + MOMENTUM * (new - old), few * (old.abs() + new.abs() + magnitude))
 
-    dx, dweight, dbias, dz = reference.backward(
-        dy, x, used, weight, bias, EPS, activation, residual, batch_statistics=True
-    )
+    dx, dweight, dbias, dz = reference.backward(dy, operands, used, rule)
     kink = torch.zeros_like(x, dtype=torch.bool)
     if activation is not None:
-        z = reference.forward(x, used, weight, bias, EPS, None, residual)
+        z = reference.forward(operands, used, rule._replace(activation=None))
         kink = z.abs() <= z_tolerance
     either = torch.where(kink, dy.abs(), 0.0)
     sum_err = few * dz.abs().sum(dims) + either.sum(dims)
