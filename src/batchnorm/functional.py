@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import ops
-from batchnorm.checks import check, check_count, check_numbers
+from batchnorm.checks import Activation, check, check_count, check_numbers
 from batchnorm.errors import InputError, InputTypeError
 from batchnorm.kernels.records import Operands, Rule, Running
 
@@ -16,7 +16,7 @@ __all__ = ["Stats", "batch_norm", "lengths_to_mask", "normalize"]
 
 
 def batch_norm(
-    x: Tensor,
+    input: Tensor,  # noqa: A002 (torch's name for it)
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -25,24 +25,25 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    activation: str | None = None,
+    activation: Activation | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Normalise each channel of a batch, then scale, shift, add a residual and apply an activation.
+    """Normalize each channel of a batch, then scale, shift, add a residual and apply an activation.
 
-    ``y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)``, Ioffe & Szegedy (2015).
+    ``y = activation(weight * (input - mean) / sqrt(var + eps) + bias + residual)``, Ioffe & Szegedy (2015).
 
     Parameters
     ----------
-    x : Tensor, shape (N, C, *)
+    input : Tensor, shape (N, C, *)
         The batch, of any floating dtype.
     running_mean, running_var : Tensor or None, shape (C,)
-        Updated in place when training, with the unbiased variance; used for normalisation otherwise.
+        Running statistics. In training they are updated in place, with the unbiased variance; otherwise they normalize
+        the batch.
     weight, bias : Tensor or None, shape (C,)
         gamma and beta; None stands for 1 and 0.
     training : bool
-        Normalise with the batch's own mean and biased variance.
+        Whether to normalize with the batch's own mean and biased variance.
     momentum : float
         Weight of the new value in the running statistics, as in torch.
     eps : float
@@ -52,46 +53,55 @@ def batch_norm(
     residual : Tensor or None, shape (N, C, *)
         Added before the activation.
     mask : Tensor or None, shape (N, *), bool
-        True where a value counts; sizes may be 1. Elsewhere y and the gradients are 0.
+        True where a value counts; each size is equal or 1. Elsewhere y and the gradients are 0.
 
     Returns
     -------
     Tensor
-        y, of x's shape and dtype.
+        y, of the input's shape and dtype.
 
     Raises
     ------
     InputError
-        A shape, dtype or activation that does not fit, a momentum or eps out of range; one value a channel when
-        training; no running statistics when not training.
+        A shape, dtype or activation does not fit, momentum or eps is out of range, a training batch has a single value
+        per channel, or running statistics are missing outside of training.
+    InputTypeError
+        The residual or the mask is no tensor.
 
     Examples
     --------
-    >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
-    >>> batch_norm(x, None, None, training=True, eps=0.0)
+    >>> batch = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+    >>> batch_norm(batch, None, None, training=True, eps=0.0)
     tensor([[-1., -1.],
             [ 1.,  1.]])
     """
-    check(x, residual, mask, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    check(input, residual, mask, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     check_numbers(momentum, eps, activation)
     if training:
-        check_count(x)
+        check_count(input)
     elif running_mean is None or running_var is None:
-        raise InputError("without training, running_mean and running_var must be given; got None")
+        raise InputError("running_mean and running_var must be given unless training=True; got None")
     running = Running(running_mean, running_var, None, momentum)
-    return ops.batch_norm(Operands(x, weight, bias, residual, mask), running, Rule(eps, activation, training))
+    return ops.batch_norm(Operands(input, weight, bias, residual, mask), running, Rule(eps, activation, training))
 
 
 class Stats(NamedTuple):
-    """Running statistics as values: mean and variance (C,), and the number of batches they come from."""
+    """Running statistics as values.
+
+    Attributes
+    ----------
+    mean, var : Tensor, shape (C,)
+    count : Tensor
+        Number of batches that they come from, a scalar of a whole dtype.
+    """
 
     mean: Tensor
     var: Tensor
-    count: Tensor  # type: ignore[assignment]  # in the place of tuple.count
+    count: Tensor  # type: ignore[assignment]  # it replaces tuple.count
 
 
 def normalize(
-    x: Tensor,
+    input: Tensor,  # noqa: A002 (torch's name for it)
     stats: Stats,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -99,44 +109,47 @@ def normalize(
     training: bool = True,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
-    activation: str | None = None,
+    activation: Activation | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     channel_dim: int = 1,
 ) -> tuple[Tensor, Stats]:
-    """Batch normalization that changes nothing: running statistics go in and come back moved.
+    """Normalize a batch and return updated running statistics; nothing is changed in place.
 
-    For torch.func: works under grad, jvp, vmap and functional_call, where a layer's buffers can't be moved. The
-    statistics returned take no part in gradients.
+    The function is pure, so it works under torch.func's grad, jvp, vmap and functional_call, where a layer's buffers
+    can't be updated. The returned statistics take no part in gradients.
 
     Parameters
     ----------
-    x : Tensor, shape (N, C, *)
-        The batch; with ``channel_dim`` the channels may stand elsewhere.
+    input : Tensor, shape (N, C, *)
+        The batch; ``channel_dim`` says where else its channels are.
     stats : Stats
-        Mean and variance (C,), count of batches.
+        Mean and variance (C,), and count of batches.
     weight, bias : Tensor or None, shape (C,)
         gamma and beta; None stands for 1 and 0.
     training : bool
-        Normalise with the batch's own statistics and move those given; else those given are used and come back.
+        Whether to normalize with the batch's own statistics and to update those given; otherwise those given normalize
+        the batch and are returned unchanged.
     momentum : float or None
-        Weight of the new value, as in torch; None is the cumulative mean.
+        Weight of the new value in the running statistics, as in torch; None is the cumulative mean.
     eps : float
         Added to the variance.
     activation, residual, mask
-        As for `batch_norm`.
+        See `batch_norm`.
     channel_dim : int
         The dimension of the channels.
 
     Returns
     -------
     tuple of Tensor and Stats
-        y, of x's shape and dtype, and the new statistics.
+        y, of the input's shape and dtype, and the new statistics.
 
     Raises
     ------
     InputError
-        As for `batch_norm`.
+        See `batch_norm`; also where ``channel_dim`` is no dimension of the input.
+    InputTypeError
+        The residual or the mask is no tensor.
 
     Examples
     --------
@@ -145,9 +158,9 @@ def normalize(
     >>> y.flatten(), stats.mean, stats.var, stats.count
     (tensor([-1.,  1.]), tensor([1.]), tensor([1.5000]), tensor(1))
     """
-    if not -x.dim() <= channel_dim < x.dim():
-        raise InputError(f"channel_dim={channel_dim} must be a dimension of the input; got shape {tuple(x.shape)}")
-    x = x.movedim(channel_dim, 1)
+    if not -input.dim() <= channel_dim < input.dim():
+        raise InputError(f"channel_dim={channel_dim} must be a dimension of the input; got shape {tuple(input.shape)}")
+    x = input.movedim(channel_dim, 1)
     residual = residual.movedim(channel_dim, 1) if isinstance(residual, Tensor) else residual
     mean, var, count = stats
     check(x, residual, mask, mean=mean, var=var, weight=weight, bias=bias)
@@ -165,26 +178,26 @@ def normalize(
 
 
 def lengths_to_mask(lengths: Tensor, size: int | None = None) -> Tensor:
-    """The mask (N, L) of sequences padded at their end: True for the first ``lengths[i]`` positions of row i.
+    """Return the mask of sequences padded at their end: True for the first ``lengths[i]`` positions of row i.
 
     Parameters
     ----------
     lengths : Tensor, shape (N,), of a whole dtype
-        From 0 to L.
+        Numbers from 0 to L.
     size : int or None
-        L; None takes the greatest length.
+        L; None stands for the greatest length.
 
     Returns
     -------
     Tensor, shape (N, L), bool
-        For (N, C, L) input, or with ``channel_dim=-1`` for (N, L, C).
+        It fits an input (N, C, L), or (N, L, C) with ``channel_dim=-1``.
 
     Raises
     ------
     InputError
-        Lengths of another shape or dtype, below 0 or above ``size``.
+        The lengths have another shape or dtype, or one is below 0 or above ``size``.
     InputTypeError
-        Lengths that are no tensor.
+        The lengths are no tensor.
 
     Examples
     --------
@@ -198,7 +211,7 @@ def lengths_to_mask(lengths: Tensor, size: int | None = None) -> Tensor:
         raise InputError(f"lengths must be whole numbers of shape (N,); got {lengths.dtype} {tuple(lengths.shape)}")
     greatest = int(lengths.max()) if lengths.numel() else 0
     if lengths.numel() and int(lengths.min()) < 0:
-        raise InputError(f"lengths must be from 0; got {int(lengths.min())}")
+        raise InputError(f"lengths must be at least 0; got {int(lengths.min())}")
     if size is not None and greatest > size:
         raise InputError(f"lengths must be at most size={size}; got {greatest}")
     return torch.arange(greatest if size is None else size, device=lengths.device) < lengths.unsqueeze(1)
