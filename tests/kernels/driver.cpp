@@ -56,7 +56,7 @@ template <class T> static void check(Dtype dtype, double unit, Shape s, int acti
         weight[c] = uniform() + 3;
         bias[c] = uniform();
     }
-    auto place = [&](int64_t p, int64_t c) {
+    auto offset = [&](int64_t p, int64_t c) {
         return s.rows ? p * C + c : (p / s.length * C + c) * s.length + p % s.length;
     };
     auto counts = [&](int64_t p) { return !masked || mask[p]; };
@@ -88,10 +88,10 @@ template <class T> static void check(Dtype dtype, double unit, Shape s, int acti
     double *means = array<double>(C), *inverses = array<double>(C);
     for (int64_t c = 0; c < C; ++c) {
         double sum = 0, squares = 0;
-        for (int64_t p = 0; p < positions; ++p) sum += counts(p) ? number(x[place(p, c)]) : 0;
+        for (int64_t p = 0; p < positions; ++p) sum += counts(p) ? to_double(x[offset(p, c)]) : 0;
         const double mu = sum / m;
         for (int64_t p = 0; p < positions; ++p) {
-            const double d = number(x[place(p, c)]) - mu;
+            const double d = to_double(x[offset(p, c)]) - mu;
             squares += counts(p) ? d * d : 0;
         }
         // A lane takes 1024 float values before they go on in double: 1024 * 2^-24 of what it holds at most.
@@ -100,11 +100,11 @@ template <class T> static void check(Dtype dtype, double unit, Shape s, int acti
         means[c] = mu;
         inverses[c] = 1 / sqrt(squares / m + call.eps);
         for (int64_t p = 0; p < positions; ++p) {
-            const int64_t i = place(p, c);
-            double z = (number(x[i]) - mu) * inverses[c] * weight[c] + bias[c] + (residual ? number(other[i]) : 0);
+            const int64_t i = offset(p, c);
+            double z = (to_double(x[i]) - mu) * inverses[c] * weight[c] + bias[c] + (residual ? to_double(other[i]) : 0);
             if (fabs(z) < 1e-4) assign(dy[i], 0);  // either side of the kink is right
             if (activation != NONE && z < 0) z *= slope;
-            hold("y", number(y[i]), counts(p) ? z : 0, unit * (8 + fabs(z)));
+            hold("y", to_double(y[i]), counts(p) ? z : 0, unit * (8 + fabs(z)));
         }
     }
     call.other = residual ? y : nullptr;
@@ -116,25 +116,26 @@ template <class T> static void check(Dtype dtype, double unit, Shape s, int acti
     if (bn_backward(&call)) hold("memory", 1, 0, 0);
     for (int64_t c = 0; c < C; ++c) {
         auto gradient = [&](int64_t p) {
-            const int64_t i = place(p, c);
-            const double z = (number(x[i]) - means[c]) * inverses[c] * weight[c] + bias[c] + (residual ? number(other[i]) : 0);
-            return !counts(p) ? 0 : number(dy[i]) * (activation == NONE || z > 0 ? 1 : slope);
+            const int64_t i = offset(p, c);
+            const double x_hat = (to_double(x[i]) - means[c]) * inverses[c];
+            const double z = x_hat * weight[c] + bias[c] + (residual ? to_double(other[i]) : 0);
+            return !counts(p) ? 0 : to_double(dy[i]) * (activation == NONE || z > 0 ? 1 : slope);
         };
         double first = 0, second = 0;
         for (int64_t p = 0; p < positions; ++p) {
             const double dz = gradient(p);
             first += dz;
-            second += dz * (number(x[place(p, c)]) - means[c]) * inverses[c];
+            second += dz * (to_double(x[offset(p, c)]) - means[c]) * inverses[c];
         }
         hold("dbias", dbias[c], first, 1e-6 * m + 1e-5);
         hold("dweight", dweight[c], second, 1e-6 * m + 1e-5);
         for (int64_t p = 0; p < positions; ++p) {
-            const int64_t i = place(p, c);
-            const double dz = gradient(p), hat = (number(x[i]) - means[c]) * inverses[c];
+            const int64_t i = offset(p, c);
+            const double dz = gradient(p), hat = (to_double(x[i]) - means[c]) * inverses[c];
             const double want = counts(p) ? weight[c] * inverses[c] * (dz - first / m - hat * second / m) : 0;
             const double size = fabs(weight[c] * inverses[c]) * (4 + fabs(hat));
-            hold("dx", number(dx[i]), want, unit * (fabs(want) + size));
-            if (residual) hold("dresidual", number(dr[i]), dz, unit * (1 + fabs(dz)));
+            hold("dx", to_double(dx[i]), want, unit * (fabs(want) + size));
+            if (residual) hold("dresidual", to_double(dr[i]), dz, unit * (1 + fabs(dz)));
         }
     }
     ++cases;

@@ -1,11 +1,11 @@
-// Batch normalization on CPU behind a plain C interface: pointers and sizes in, a status out. It knows neither Python
-// nor torch, and borrows its threads from whoever calls bn_use_threads. The formulas are those of reference.py.
+// Batch normalization on CPU behind a plain C interface: pointers and sizes in, a status out. The library depends on
+// neither Python nor torch; the caller of bn_use_threads lends it threads. The formulas are those of reference.py.
 //
-// Statistics are double: mean, biased variance. Values are centred before they are squared: on a shift taken from the
-// batch in the first pass, and where that turns out far from the mean, in a second one on the mean. Float loops subtract
-// the mean rounded to float; what the rounding left goes into the numbers of the channel, as in reference.py. A channel
-// whose sums, variance or factors do not fit a float (values near 1e30, subnormal ones) is computed again, carefully:
-// in double, value by value.
+// Statistics are double: mean and biased variance. Values are centered before they are squared: in the first pass on a
+// shift taken from the batch, and if that turns out to be far from the mean, in a second pass on the mean. Float loops
+// subtract the mean rounded to float; the rounding error is folded into the numbers per channel, as in reference.py. If
+// the sums, variance or factors of a channel do not fit a float (values near 1e30, subnormal ones), the channel is
+// computed again in double, value by value.
 
 #include "native_channels.h"
 
@@ -14,11 +14,11 @@
 namespace batchnorm {
 namespace {
 
-struct Set {
+struct InstructionSet {
     const char *name;
     Loops (*find)(const Call &, bool gradients, bool stream);
 };
-Set best_set() {
+InstructionSet best_instruction_set() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
 #if BUILT(512)
@@ -40,9 +40,10 @@ Set best_set() {
     return {"generic vectors", find_baseline};
 #endif
 }
-const Set set = best_set();  // when the library is loaded: no two threads meet here
+// It is initialized when the library is loaded, before there are threads.
+const InstructionSet instruction_set = best_instruction_set();
 
-// Threads, lent by the caller: torch_parallel_for and torch_get_num_threads of torch's stable C interface.
+// Threads lent by the caller: torch_parallel_for and torch_get_num_threads of torch's stable C interface.
 typedef void (*Work)(int64_t begin, int64_t end, void *job);
 typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Work work, void *argument);
 typedef int32_t (*CountThreads)(uint32_t *threads);
@@ -53,7 +54,7 @@ int64_t threads() {
     uint32_t n = 1;
     return parallel_for && count_threads && count_threads(&n) == 0 && n > 0 ? n : 1;
 }
-// What a thread is called with.
+// The function that each thread runs.
 void work(int64_t begin, int64_t end, void *argument) {
     const Job &job = *(const Job *)argument;
     for (int64_t part = begin; part < end; ++part) {
@@ -64,32 +65,32 @@ void work(int64_t begin, int64_t end, void *argument) {
             if (job.phase & SUM)
                 do job.loops.sum(job, u);
                 while (whole && job.loops.finish(job, u.c0, u.c1));
-            if (job.phase & PUT) job.loops.put(job, u);
+            if (job.phase & STORE) job.loops.store(job, u);
         }
     }
 }
 void run(Job &job, int phase) {
     job.phase = phase;
-    // Where the threads fail the work is done here: every unit gives the same when it is done twice.
+    // If the threads fail, this thread does the work; doing a unit twice gives the same result.
     if (job.parts < 2 || parallel_for(0, job.parts, 1, work, &job) != 0) work(0, job.parts, &job);
 }
 
-// How the work is divided. A channel is best summed and then written by one thread, while it is in that thread's cache;
-// where channels are too few, or what they hold too much, positions are divided, and sums merged.
-constexpr int64_t VALUES_PER_THREAD = 96 << 10;    // below, waking a thread costs more than it brings
-constexpr int64_t RUN_BYTES = 2048;                // memory read in one go
-constexpr int64_t ROW_BYTES = 2048;                // of one row, where a position's channels take less
-constexpr int64_t COLUMNS = 256;                   // narrower columns of rows cost more than the cache brings
-constexpr int64_t PAGE_BYTES = 4096;               // what processors read ahead in; two that share it hinder each other
-constexpr int64_t CACHE_BYTES = 512 << 10;         // of a core
-constexpr int64_t STREAM_BYTES = 8 << 20;          // outputs that would drive everything else out of the cache
-constexpr int64_t STREAM_RUN_BYTES = 1024;         // shorter runs have too many lines that are not written whole
+// The division of work. It is best if one thread sums a channel and then stores it, while the channel is in its cache.
+// If channels are too few, or too large, positions are divided between threads and their sums are merged.
+constexpr int64_t VALUES_PER_THREAD = 96 << 10;  // below this, waking a thread costs more than it saves
+constexpr int64_t RUN_BYTES = 2048;              // contiguous bytes that a unit of planes reads at least
+constexpr int64_t ROW_BYTES = 2048;              // several positions make one row of this size, if they are narrower
+constexpr int64_t COLUMNS = 256;                 // narrower columns of rows cost more than the cache saves
+constexpr int64_t PAGE_BYTES = 4096;             // hardware prefetches within a page; two threads in one page interfere
+constexpr int64_t CACHE_BYTES = 512 << 10;       // of a core
+constexpr int64_t STREAM_BYTES = 8 << 20;        // outputs from this size would evict everything else from the cache
+constexpr int64_t STREAM_RUN_BYTES = 1024;       // shorter runs have too many partially written lines
 
-int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-int64_t worth(int64_t values) { return at_least(1, at_most(threads(), values / VALUES_PER_THREAD)); }
-void divide(Job &job, int64_t size, int64_t tensors_read, int64_t workers) {
+int64_t useful_threads(int64_t values) { return max(1, min(threads(), values / VALUES_PER_THREAD)); }
+void divide_work(Job &job, int64_t size, int64_t tensors_read, int64_t workers) {
     const Call &call = *job.call;
     const int64_t positions = call.samples * call.length, channels = call.channels;
     job.positions = positions;
@@ -97,17 +98,17 @@ void divide(Job &job, int64_t size, int64_t tensors_read, int64_t workers) {
     job.repeats = 1;
     job.splits = 1;
     if (!call.rows) {
-        int64_t fill_run = at_least(1, RUN_BYTES / (call.length * size));
+        int64_t fill_run = max(1, RUN_BYTES / (call.length * size));
         if (fill_run > 4) fill_run = (fill_run + 7) / 8 * 8;  // whole vectors of channels
-        const int64_t share = workers == 1 ? channels : at_least(1, channels / (4 * workers));
-        job.channels_at_once = at_most(at_most(fill_run, share), CHANNELS_AT_ONCE);
+        const int64_t share = workers == 1 ? channels : max(1, channels / (4 * workers));
+        job.channels_at_once = min(min(fill_run, share), CHANNELS_AT_ONCE);
         if (channels < 4 * workers && channels % workers) job.splits = workers;
     } else {
-        const int64_t columns = CACHE_BYTES / (positions * size * tensors_read) / 64 * 64;  // in the cache at once
+        const int64_t columns = CACHE_BYTES / (positions * size * tensors_read) / 64 * 64;  // that fit the cache together
         const bool fits_whole = positions * channels * size * tensors_read <= CACHE_BYTES && workers == 1;
         const bool apart = workers == 1 || channels * size > PAGE_BYTES * workers;
         if (columns >= COLUMNS && !fits_whole && apart) {
-            job.channels_at_once = at_most(columns, (channels / workers + 63) / 64 * 64);
+            job.channels_at_once = min(columns, (channels / workers + 63) / 64 * 64);
         } else {
             if (2 * channels * size <= ROW_BYTES && !call.mask) {
                 const int64_t repeats = ROW_BYTES / (channels * size);
@@ -119,26 +120,27 @@ void divide(Job &job, int64_t size, int64_t tensors_read, int64_t workers) {
             job.splits = workers;
         }
     }
-    job.lead = (call.rows ? STRIP_ROWS * job.width : job.channels_at_once * call.length) * size;
-    job.widest = at_most(job.channels_at_once, job.width);
+    job.prefetch_bytes = (call.rows ? STRIP_ROWS * job.width : job.channels_at_once * call.length) * size;
+    job.widest = min(job.channels_at_once, job.width);
     job.units = (job.width + job.channels_at_once - 1) / job.channels_at_once * job.splits;
-    job.parts = at_most(workers, job.units);
+    job.parts = min(workers, job.units);
 }
 bool aligned(const void *pointer, int64_t to) { return (intptr_t)pointer % to == 0; }
-// Of a chunk that fits the cache y would drive out what comes after it all the same.
+// The size is that of all chunks: y of a chunk that fits the cache would still evict the chunks after it.
 bool large(const Call &call, int64_t size) {
     return call.chunks * call.samples * call.channels * call.length * size >= STREAM_BYTES;
 }
 bool streams(const Job &job, int64_t size) {
     const Call &call = *job.call;
     if (!large(call, size)) return false;
-    if (!call.out) return call.rows && !call.dresidual;  // sums alone, which ask for what comes next of rows
+    if (!call.out) return call.rows && !call.dresidual;  // sums alone, which prefetch the next rows
     if (call.dresidual && ((intptr_t)call.dresidual - (intptr_t)call.out) % 64 != 0) return false;
     if (!call.rows) return call.length * size >= STREAM_RUN_BYTES;
     return aligned(call.out, 64) && job.width * size % 64 == 0 && job.channels_at_once * size % 64 == 0;
 }
 
-// What is one batch to the statistics. Where it is backward, sums has room for dweight and dbias of every channel.
+// Compute a batch that has one set of statistics. In backward, sums_of_gradients has room for dweight and dbias of every
+// channel.
 template <class T>
 bool compute_batch(const Call &call, bool gradients, double *sums_of_gradients, int64_t workers, int64_t &count) {
     using A = Arithmetic<T>;
@@ -147,7 +149,7 @@ bool compute_batch(const Call &call, bool gradients, double *sums_of_gradients, 
     job.call = &call;
     job.dweight = sums_of_gradients;
     job.dbias = gradients ? sums_of_gradients + channels : nullptr;
-    job.count = job.places = positions;
+    job.count = job.count_with_padding = positions;
     if (call.mask) {
         job.count = 0;
         for (int64_t p = 0; p < positions; ++p) job.count += call.mask[p] != 0;
@@ -162,11 +164,11 @@ bool compute_batch(const Call &call, bool gradients, double *sums_of_gradients, 
         for (int64_t c = 0; c < channels; ++c) {
             if (gradients) job.dweight[c] = job.dbias[c] = 0;
             else if (call.batch_statistics) call.mean[c] = call.var[c] = 0;
-            if (!gradients && call.renorm && !call.renorm_given) renormalise(call, c, 1);
+            if (!gradients && call.renorm && !call.renorm_given) renorm_correction(call, c, 1);
         }
         return true;
     }
-    divide(job, size, gradients ? 2 : 1, workers);
+    divide_work(job, size, gradients ? 2 : 1, workers);
 
     const int64_t numbers = job.splits * job.width * 2 * sizeof(double), tables = 5 * job.width * sizeof(A);
     const int64_t scratch = job.parts * 2 * job.widest * sizeof(A);
@@ -176,45 +178,45 @@ bool compute_batch(const Call &call, bool gradients, double *sums_of_gradients, 
     job.second = job.first + job.splits * job.width;
     job.tables = memory + numbers;
     job.scratch = memory + numbers + tables;
-    job.again = (uint8_t *)memory + numbers + tables + scratch;
-    job.careful = job.again + channels;
+    job.second_pass = (uint8_t *)memory + numbers + tables + scratch;
+    job.use_double = job.second_pass + channels;
 
     const bool stream = streams(job, size);
-    job.fetches = !stream && large(call, size);
+    job.prefetches = !stream && large(call, size);
     const bool sums = gradients ? call.batch_statistics || call.dweight || call.dbias : call.batch_statistics;
-    const int put = call.out || call.dresidual ? PUT : 0;
-    job.loops = set.find(call, gradients, stream);
-    job.start = sums && !gradients ? job.loops.shifts : job.loops.moments;
-    if (job.splits == 1 && put) {
-        run(job, START | (sums ? SUM : 0) | put);
+    const int store = call.out || call.dresidual ? STORE : 0;
+    job.loops = instruction_set.find(call, gradients, stream);
+    job.start = sums && !gradients ? job.loops.prepare_sums : job.loops.prepare_store;
+    if (job.splits == 1 && store) {
+        run(job, START | (sums ? SUM : 0) | store);
     } else {
         job.start(job, 0, channels);
         if (sums)
             do run(job, SUM);
             while (job.loops.finish(job, 0, channels));
-        if (put) run(job, put);
+        if (store) run(job, store);
     }
 
-    for (int64_t c = put && any(job.careful, channels) ? 0 : channels; c < channels; ++c) {
-        if (!job.careful[c]) continue;
-        const Slow<T> slow{call};
+    for (int64_t c = store && any(job.use_double, channels) ? 0 : channels; c < channels; ++c) {
+        if (!job.use_double[c]) continue;
+        const ScalarLoops<T> scalar{call};
         Channels ch;
-        of_block(call, c, 1, ch);
+        read_channels(call, c, 1, ch);
         const double mean = *ch.mean, inverse = *ch.inverse, gain = *ch.gain, shift = *ch.shift;
         if (!gradients) {
-            slow.forward(c, mean, gain, shift);
+            scalar.forward(c, mean, gain, shift);
         } else {
             double dbias = 0, products = 0;
-            if (call.batch_statistics) slow.sums(c, mean, gain, shift, dbias, products);
-            const double m = (double)at_least(job.count, 1);
-            slow.backward(c, mean, gain, shift, gain * inverse * inverse * products / m, gain * dbias / m);
+            if (call.batch_statistics) scalar.sums(c, mean, gain, shift, dbias, products);
+            const double m = (double)max(job.count, 1);
+            scalar.backward(c, mean, gain, shift, gain * inverse * inverse * products / m, gain * dbias / m);
         }
     }
     free(memory);
     return true;
 }
 
-// The part of a call that is a virtual batch.
+// Return the part of a call that is a virtual batch.
 template <class T> Call chunk_of(const Call &call, int64_t i) {
     Call part = call;
     const int64_t from = i * call.chunk, to = i + 1 < call.chunks ? from + call.chunk : call.samples;
@@ -235,8 +237,8 @@ template <class T> Call chunk_of(const Call &call, int64_t i) {
 struct Chunks {
     const Call *call;
     bool gradients;
-    double *sums;     // 2 x channels a chunk; forward 2 x channels, the moments of all chunks together
-    int64_t *counts;  // values that a channel has in each chunk
+    double *sums;     // backward: 2 x channels per chunk; forward: 2 x channels, the pooled moments
+    int64_t *counts;  // values per channel, for each chunk
     bool *done;
 };
 template <class T> void compute_chunk(const Chunks &all, int64_t i, int64_t workers) {
@@ -250,32 +252,32 @@ template <class T> void compute_chunks(int64_t begin, int64_t end, void *argumen
         compute_chunk<T>(all, i, 1);
 }
 
-INLINE bool holds(int64_t dtype, double value) { return bounded(dtype == FLOAT64 ? value : (float)value); }
+INLINE bool fits_dtype(int64_t dtype, double value) { return is_finite(dtype == FLOAT64 ? value : (float)value); }
 
-// Running statistics take a part of the batch's: momentum of it, or where that is below 0 one over the batches so far.
-// A batch of one value has no unbiased variance, and one of none no mean: neither moves anything. Where skipped is
-// given, a batch with a channel that is not finite moves nothing in any.
+// Update the running statistics: the batch's have the weight momentum, or, if that is negative, one over the number of
+// batches so far. A batch of one value per channel has no unbiased variance, and an empty one no mean, so neither updates
+// anything. If skipped is given, a batch in which any channel is not finite updates no channel.
 void update(const Call &call, const Chunks &all) {
     double old_mean[BLOCK], old_var[BLOCK];
     double *const means = all.sums, *const vars = means + call.channels;
     int64_t count = 0;
     for (int64_t i = 0; i < call.chunks; ++i) count += all.counts[i];
-    const auto pool = set.find(call, false, false).pool;
+    const auto pool = instruction_set.find(call, false, false).pool;
     for (int64_t c = 0; c < call.channels; c += BLOCK) {
-        const int64_t n = at_most(call.channels - c, BLOCK);
+        const int64_t n = min(call.channels - c, BLOCK);
         pool(call, all.counts, count, c, n, means + c, vars + c);
         bool finite = true;
         for (int64_t i = c; call.skipped && i < c + n; ++i)
-            finite &= holds(call.running_mean_dtype, means[i]) & holds(call.running_var_dtype, vars[i]);
+            finite &= fits_dtype(call.running_mean_dtype, means[i]) & fits_dtype(call.running_var_dtype, vars[i]);
         if (finite) continue;
         ++*call.skipped;
         return;
     }
     if (call.batches) ++*call.batches;
     if (count < 2) return;
-    const double weight = call.momentum < 0 ? 1.0 / (double)at_least(call.batches ? *call.batches : 1, 1) : call.momentum;
+    const double weight = call.momentum < 0 ? 1.0 / (double)max(call.batches ? *call.batches : 1, 1) : call.momentum;
     for (int64_t c = 0; c < call.channels; c += BLOCK) {
-        const int64_t n = at_most(call.channels - c, BLOCK);
+        const int64_t n = min(call.channels - c, BLOCK);
         double *const mean = means + c, *const var = vars + c;
         read(call.running_mean, call.running_mean_dtype, c, n, 0, old_mean);
         read(call.running_var, call.running_var_dtype, c, n, 0, old_var);
@@ -295,8 +297,8 @@ template <class T> int32_t compute(const Call &call, bool gradients) {
     if (!memory) return 1;
     int64_t *counts = (int64_t *)memory + numbers;
     Chunks all = {&call, gradients, (double *)memory, counts, (bool *)(counts + chunks)};
-    const int64_t workers = worth(values), workers_of_chunk = worth(values / chunks);
-    // Threads wait for each other once where each takes chunks of its own, else in every chunk.
+    const int64_t workers = useful_threads(values), workers_of_chunk = useful_threads(values / chunks);
+    // If each thread takes whole chunks, threads wait for each other once, otherwise in every chunk.
     const bool even = chunks >= 4 * workers || chunks % workers == 0;
     if (workers == 1 || chunks == 1 || (workers_of_chunk == workers && !even)) {
         for (int64_t i = 0; i < chunks; ++i) compute_chunk<T>(all, i, workers);
@@ -329,14 +331,14 @@ int32_t compute(const Call &call, bool gradients) {
     }
 }
 
-// Whether a tensor's values seem to be where no memory is: below the first address that is believed.
-int64_t first_address = 0;
-bool is_nowhere(const Call &call) {
+// Return whether a tensor seems to have no memory: its address is below the smallest one that is expected.
+int64_t min_address = 0;
+bool lacks_storage(const Call &call) {
     if (call.samples * call.channels * call.length == 0) return false;
     const void *const read[] = {call.x,    call.other,        call.mask,        call.dy,      call.weight, call.bias,
                                 call.renorm, call.running_mean, call.running_var, call.batches, call.skipped};
     bool found = false;
-    for (const void *values : read) found |= values && (intptr_t)values < first_address;
+    for (const void *values : read) found |= values && (intptr_t)values < min_address;
     return found;
 }
 
@@ -345,16 +347,16 @@ bool is_nowhere(const Call &call) {
 
 using namespace batchnorm;
 
-// Changes whenever Call or the functions do: native.py refuses a library of another number.
+// It changes whenever Call or these functions change; library.py refuses a library with another number.
 API int32_t bn_abi() { return 4; }
-API void bn_set_min_address(int64_t address) { first_address = address; }
-API const char *bn_instructions() { return set.name; }
+API void bn_set_min_address(int64_t address) { min_address = address; }
+API const char *bn_instructions() { return instruction_set.name; }
 API void bn_use_threads(ParallelFor run_parallel, CountThreads count) {
     parallel_for = run_parallel;
     count_threads = count;
 }
-// y, and in training the moments and the running statistics. 0, or where nothing was done 1, since memory for a few
-// numbers a channel is lacking, or 2, since a tensor is nowhere.
-API int32_t bn_forward(const Call *call) { return is_nowhere(*call) ? 2 : compute(*call, false); }
-// dx, dweight, dbias and dresidual.
-API int32_t bn_backward(const Call *call) { return is_nowhere(*call) ? 2 : compute(*call, true); }
+// Write y, the moments and, in training, the running statistics. Return 0, or if nothing was done: 1 where memory for a
+// few numbers per channel could not be allocated, 2 where a tensor seems to have no memory.
+API int32_t bn_forward(const Call *call) { return lacks_storage(*call) ? 2 : compute(*call, false); }
+// Write dx, dweight, dbias and dresidual; return as bn_forward does.
+API int32_t bn_backward(const Call *call) { return lacks_storage(*call) ? 2 : compute(*call, true); }

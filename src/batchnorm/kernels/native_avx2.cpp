@@ -1,4 +1,5 @@
-// The loops for AVX2 and FMA. Whatever is compiled here may use it, and so must not be called elsewhere.
+// The loops for AVX2 and FMA. All code compiled here may use these instructions, so only processors that have them may
+// run it.
 #if defined(__x86_64__) && (!defined(BN_ONLY) || BN_ONLY == 256)
 #include <immintrin.h>
 #include <math.h>

@@ -1,4 +1,5 @@
-// The loops for AVX-512 as of Skylake. Whatever is compiled here may use it, and so must not be called elsewhere.
+// The loops for AVX-512 as of Skylake. All code compiled here may use these instructions, so only processors that have
+// them may run it.
 #if defined(__x86_64__) && (!defined(BN_ONLY) || BN_ONLY == 512)
 #include <immintrin.h>
 #include <math.h>
@@ -14,8 +15,8 @@
 #define W 64
 #define FIND find_avx512
 #define WIDEN(halves) _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)(halves))
-// bfloat16 to the upper halves of 32 bits and back: a permutation each, where a conversion and a shift would be two. Of
-// the masked forms, since GCC warns of what it does not initialise in the others.
+// Move bfloat16 values to the upper halves of 32 bits and back by one permutation, instead of a conversion and a shift.
+// The masked forms are used because GCC warns about an uninitialized operand in the others.
 #define UPPER _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, \
                                7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0)
 #define ODD _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, \

@@ -4,7 +4,7 @@
 #if BUILT(128)
 #if defined(__x86_64__)
 #include <emmintrin.h>
-#define RARE  // nearly every x86-64 processor has AVX2
+#define GENERIC_ONLY  // no specialized loops, because nearly every x86-64 processor has AVX2
 #endif
 #define W 16
 #define FIND find_baseline

@@ -1,6 +1,6 @@
-// The numbers of channels, between the loops over values: from sums to moments and gradients, and into the tables that the
-// loops read. They are taken a block of channels at a time, so that the compiler can use vectors, and are compiled with the
-// loops for each instruction set: of a batch of few rows they would else take as long as the values.
+// The numbers per channel, between the loops over values: sums become moments and gradients, which fill the tables that
+// the loops read. They are computed for a block of channels at a time, so that the compiler can use vectors, and compiled
+// with the loops for each instruction set: otherwise, in a batch of few rows, they would take as long as the values.
 #pragma once
 
 #include "native.h"
@@ -9,13 +9,13 @@ namespace batchnorm {
 namespace {
 
 constexpr int64_t BLOCK = 64;
-#define SHARED __attribute__((noinline))  // a small batch finds little of its code in the cache
+#define NOINLINE __attribute__((noinline))  // less code: for a small batch little of it is in the cache
 #define CHANNELWISE _Pragma("omp simd") for (int64_t i = 0; i < n; ++i)
 
 template <class T> INLINE void read_as(const void *from, int64_t c, int64_t n, double *to) {
-    CHANNELWISE to[i] = number(((const T *)from)[c + i]);
+    CHANNELWISE to[i] = to_double(((const T *)from)[c + i]);
 }
-SHARED inline void read(const void *from, int64_t dtype, int64_t c, int64_t n, double otherwise, double *to) {
+NOINLINE inline void read(const void *from, int64_t dtype, int64_t c, int64_t n, double otherwise, double *to) {
     if (!from) {
         CHANNELWISE to[i] = otherwise;
         return;
@@ -40,16 +40,16 @@ INLINE void write(void *to, int64_t dtype, int64_t c, int64_t n, const double *v
     }
 }
 
-// Value by value, in double.
-template <class T> struct Slow {
+// The computation value by value, in double.
+template <class T> struct ScalarLoops {
     const Call &call;
-    int64_t place(int64_t position, int64_t c) const {
+    int64_t offset(int64_t position, int64_t c) const {
         if (call.rows) return position * call.channels + c;
         return (position / call.length * call.channels + c) * call.length + position % call.length;
     }
     int64_t positions() const { return call.samples * call.length; }
     bool counts(int64_t position) const { return !call.mask || call.mask[position]; }
-    double at(const void *from, int64_t position, int64_t c) const { return number(((const T *)from)[place(position, c)]); }
+    double at(const void *from, int64_t position, int64_t c) const { return to_double(((const T *)from)[offset(position, c)]); }
 
     void moments(int64_t c, double count, double &mean, double &var) const {
         double sum = 0, squares = 0, rest = 0;
@@ -73,7 +73,7 @@ template <class T> struct Slow {
             double z = argument(p, c, mean, gain, shift);
             if (call.other) z += at(call.other, p, c);
             if (call.activation != NONE && z < 0) z = call.activation == RELU ? 0 : z * LEAKY_SLOPE;
-            assign(((T *)call.out)[place(p, c)], counts(p) ? z : 0);
+            assign(((T *)call.out)[offset(p, c)], counts(p) ? z : 0);
         }
     }
     double gradient(int64_t p, int64_t c, double mean, double gain, double shift) const {
@@ -96,17 +96,17 @@ template <class T> struct Slow {
             const double dz = counts(p) ? gradient(p, c, mean, gain, shift) : 0;
             double dx = dz * gain;
             if (call.batch_statistics) dx -= (at(call.x, p, c) - mean) * slope + level;
-            if (call.out) assign(((T *)call.out)[place(p, c)], counts(p) ? dx : 0);
-            if (call.dresidual) assign(((T *)call.dresidual)[place(p, c)], dz);
+            if (call.out) assign(((T *)call.out)[offset(p, c)], counts(p) ? dx : 0);
+            if (call.dresidual) assign(((T *)call.dresidual)[offset(p, c)], dz);
         }
     }
 };
 
 struct Channels {
-    // inverse: 1 / sqrt(var + eps); shift is for x - mean
+    // inverse: 1 / sqrt(var + eps); z = (x - mean) * gain + shift
     double mean[BLOCK], inverse[BLOCK], gain[BLOCK], shift[BLOCK], r[BLOCK], d[BLOCK];
 };
-SHARED inline void of_block(const Call &call, int64_t c, int64_t n, Channels &ch) {
+NOINLINE inline void read_channels(const Call &call, int64_t c, int64_t n, Channels &ch) {
     double weight[BLOCK];
     read(call.weight, call.weight_dtype, c, n, 1, weight);
     read(call.bias, call.bias_dtype, c, n, 0, ch.shift);
@@ -120,52 +120,53 @@ SHARED inline void of_block(const Call &call, int64_t c, int64_t n, Channels &ch
     }
 }
 INLINE double clamp(double value, double low, double high) { return value < low ? low : value > high ? high : value; }
-// Batch renormalization: how far the batch is from the running statistics.
-INLINE void renormalise(const Call &call, int64_t c, int64_t n) {
+// Compute the r and d of batch renormalization.
+INLINE void renorm_correction(const Call &call, int64_t c, int64_t n) {
     double mean[BLOCK], var[BLOCK];
     read(call.running_mean, call.running_mean_dtype, c, n, 0, mean);
     read(call.running_var, call.running_var_dtype, c, n, 1, var);
     CHANNELWISE {
-        const double sigma = sqrt(var[i] + call.eps), away = (call.mean[c + i] - mean[i]) / sigma;
+        const double sigma = sqrt(var[i] + call.eps), delta = (call.mean[c + i] - mean[i]) / sigma;
         call.renorm[c + i] = clamp(sqrt(call.var[c + i] + call.eps) / sigma, 1 / call.r_max, call.r_max);
-        call.renorm[call.chunks * call.channels + c + i] = clamp(away, -call.d_max, call.d_max);
+        call.renorm[call.chunks * call.channels + c + i] = clamp(delta, -call.d_max, call.d_max);
     }
 }
-// Without branches, as are the conditions below: so they are vectors too.
-INLINE bool bounded(double value) { return fabs(value) < INFINITY; }
-INLINE bool fits(double factor) {
+// This and the conditions below have no branches, so that they are vectorized.
+INLINE bool is_finite(double value) { return fabs(value) < INFINITY; }
+INLINE bool fits_float(double factor) {
     return (factor == 0) | ((fabs(factor) < 1e37) & (fabs(factor) > 1e-37));
 }
-INLINE bool finite(const Channels &ch, int64_t i) { return bounded(ch.mean[i]) & bounded(ch.inverse[i]); }
+INLINE bool has_finite_moments(const Channels &ch, int64_t i) { return is_finite(ch.mean[i]) & is_finite(ch.inverse[i]); }
 
-// The tables of a block; the mean is split in two there. Rows hold a channel as often as they hold positions.
+// Fill the tables for a block; the mean becomes a rounded mean and a rest, which goes into the shift. A row of several
+// positions has each channel as many times.
 template <class A> INLINE void repeat(const Job &job, A *table, int64_t c, int64_t n) {
     for (int64_t at = c + job.call->channels; at < job.width; at += job.call->channels)
         memcpy(table + at, table + c, n * sizeof(A));
 }
-template <class A> SHARED void fill(const Job &job, int64_t c, int64_t n, const Channels &ch) {
+template <class A> NOINLINE void fill_tables(const Job &job, int64_t c, int64_t n, const Channels &ch) {
     const Tables<A> t = tables<A>(job);
     CHANNELWISE {
-        const A rounded = plain_nan((A)ch.mean[i]);
+        const A rounded = canonical_nan((A)ch.mean[i]);
         t.mean[c + i] = rounded;
-        t.gain[c + i] = plain_nan((A)ch.gain[i]);
-        t.shift[c + i] = plain_nan((A)(ch.shift[i] - ch.gain[i] * (ch.mean[i] - (double)rounded)));
+        t.gain[c + i] = canonical_nan((A)ch.gain[i]);
+        t.shift[c + i] = canonical_nan((A)(ch.shift[i] - ch.gain[i] * (ch.mean[i] - (double)rounded)));
     }
     A *const all[] = {t.mean, t.gain, t.shift};
     for (A *table : all) repeat(job, table, c, n);
 }
-// What backward subtracts: of the batch's statistics.
+// Fill the tables of the terms that backward subtracts because the statistics are the batch's.
 template <class A>
-SHARED void fill(const Job &job, int64_t c, int64_t n, const Channels &ch, const double *slope, const double *level) {
+NOINLINE void fill_tables(const Job &job, int64_t c, int64_t n, const Channels &ch, const double *slope, const double *level) {
     const Tables<A> t = tables<A>(job);
     CHANNELWISE {
-        t.slope[c + i] = plain_nan((A)slope[i]);
-        t.level[c + i] = plain_nan((A)(level[i] - slope[i] * (ch.mean[i] - (double)t.mean[c + i])));
+        t.slope[c + i] = canonical_nan((A)slope[i]);
+        t.level[c + i] = canonical_nan((A)(level[i] - slope[i] * (ch.mean[i] - (double)t.mean[c + i])));
     }
     repeat(job, t.slope, c, n);
     repeat(job, t.level, c, n);
 }
-SHARED inline void sums_of(const Job &job, int64_t c, int64_t n, double *first, double *second) {
+NOINLINE inline void sums_of(const Job &job, int64_t c, int64_t n, double *first, double *second) {
     CHANNELWISE {
         first[i] = job.first[c + i];
         second[i] = job.second[c + i];
@@ -176,7 +177,7 @@ SHARED inline void sums_of(const Job &job, int64_t c, int64_t n, double *first, 
             second[i] += job.second[at + i];
         }
 }
-// Channels [c0, c1), of which a row of several positions has more than there are.
+// Apply a function to channels [c0, c1) in blocks; columns beyond the channels repeat them, and are skipped.
 template <class Each> INLINE void in_blocks(const Job &job, int64_t c0, int64_t c1, Each each) {
     const int64_t end = c1 < job.call->channels ? c1 : job.call->channels;
     for (int64_t c = c0; c < end; c += BLOCK) each(c, end - c < BLOCK ? end - c : BLOCK);
@@ -190,52 +191,53 @@ template <class Condition> INLINE bool any(int64_t n, Condition condition) {
     for (int64_t i = 0; i < n; ++i) sum += found[i];
     return sum > 0;
 }
-// Channels that floats can't hold. They are rare, and bytes no vectors beside doubles, so first it is asked whether any is.
-template <class A, class Condition> INLINE void mark(uint8_t *careful, int64_t n, Condition condition) {
+// Mark the channels whose numbers do not fit a float. They are rare, and bytes beside doubles are not vectorized, so it
+// is first tested whether there is any.
+template <class A, class Condition> INLINE void mark(uint8_t *use_double, int64_t n, Condition condition) {
     if (sizeof(A) != sizeof(float) || !any(n, condition)) return;
-    for (int64_t i = 0; i < n; ++i) careful[i] |= condition(i);
+    for (int64_t i = 0; i < n; ++i) use_double[i] |= condition(i);
 }
-template <class T> void with_moments(const Job &job, int64_t c0, int64_t c1) {
+template <class T> void prepare_store(const Job &job, int64_t c0, int64_t c1) {
     using A = Arithmetic<T>;
     in_blocks(job, c0, c1, [&](int64_t c, int64_t n) {
         Channels ch;
-        of_block(*job.call, c, n, ch);
-        memset(job.careful + c, 0, n);
-        mark<A>(job.careful + c, n, [&](int64_t i) {
-            return finite(ch, i) & !(fits(ch.gain[i]) & (fabs(ch.mean[i]) < 1e37));
+        read_channels(*job.call, c, n, ch);
+        memset(job.use_double + c, 0, n);
+        mark<A>(job.use_double + c, n, [&](int64_t i) {
+            return has_finite_moments(ch, i) & !(fits_float(ch.gain[i]) & (fabs(ch.mean[i]) < 1e37));
         });
-        fill<A>(job, c, n, ch);
+        fill_tables<A>(job, c, n, ch);
     });
 }
-// The shift that forward sums are taken about: a value of the batch plus how far 8 are from it in the mean. Of a
-// constant it is that constant.
-template <class T> void with_shifts(const Job &job, int64_t c0, int64_t c1) {
+// Choose the shift that forward subtracts before it sums: a value of the batch, plus the mean distance of 8 probes from
+// it. For a constant channel it is that constant.
+template <class T> void prepare_sums(const Job &job, int64_t c0, int64_t c1) {
     using A = Arithmetic<T>;
-    constexpr int64_t looks = 8;
+    constexpr int64_t probes = 8;
     const Call &call = *job.call;
-    const Slow<T> slow{call};
-    int64_t at[looks], found = 0, first = 0;
-    while (first < job.places && !slow.counts(first)) ++first;
-    for (int64_t i = 0; i < looks; ++i) {
-        const int64_t sample = i * call.samples / looks, place = i * call.length / looks;
-        const int64_t position = i ? sample * call.length + place : first;
-        if (position < job.places && slow.counts(position)) at[found++] = slow.place(position, 0);
+    const ScalarLoops<T> scalar{call};
+    int64_t at[probes], found = 0, first = 0;
+    while (first < job.count_with_padding && !scalar.counts(first)) ++first;
+    for (int64_t i = 0; i < probes; ++i) {
+        const int64_t sample = i * call.samples / probes, in_sample = i * call.length / probes;
+        const int64_t position = i ? sample * call.length + in_sample : first;
+        if (position < job.count_with_padding && scalar.counts(position)) at[found++] = scalar.offset(position, 0);
     }
     const int64_t step = call.rows ? 1 : call.length;
     A *means = tables<A>(job).mean;
     in_blocks(job, c0, c1, [&](int64_t c, int64_t n) {
         const T *x = (const T *)call.x + c * step;
         A base[BLOCK] = {}, sum[BLOCK] = {};
-        const auto look = [&](int64_t step) __attribute__((always_inline)) {
-            CHANNELWISE base[i] = found ? (A)number(x[at[0] + i * step]) : 0;
+        const auto probe = [&](int64_t step) __attribute__((always_inline)) {
+            CHANNELWISE base[i] = found ? (A)to_double(x[at[0] + i * step]) : 0;
             for (int64_t j = 1; j < found; ++j)
-                CHANNELWISE sum[i] += (A)number(x[at[j] + i * step]) - base[i];
+                CHANNELWISE sum[i] += (A)to_double(x[at[j] + i * step]) - base[i];
         };
-        if (call.rows) look(1);
-        else look(call.length);
-        CHANNELWISE means[c + i] = base[i] + sum[i] / looks;
+        if (call.rows) probe(1);
+        else probe(call.length);
+        CHANNELWISE means[c + i] = base[i] + sum[i] / probes;
         repeat(job, means, c, n);
-        memset(job.again + c, 0, n);
+        memset(job.second_pass + c, 0, n);
     });
 }
 template <class T> bool finish_forward(const Job &job, int64_t c0, int64_t c1) {
@@ -249,37 +251,37 @@ template <class T> bool finish_forward(const Job &job, int64_t c0, int64_t c1) {
         double first[BLOCK], second[BLOCK], *const mean = call.mean + c, *const var = call.var + c;
         sums_of(job, c, n, first, second);
         CHANNELWISE {
-            const double away = first[i] * share, found = second[i] * share - away * away;
-            mean[i] = (double)means[c + i] + away;
+            const double delta = first[i] * share, found = second[i] * share - delta * delta;
+            mean[i] = (double)means[c + i] + delta;
             var[i] = found < 0 ? 0 : found;
         }
         const auto odd = [&](int64_t i) {
-            return (may_be_tiny & (second[i] < m * 1e-30)) | !(bounded(first[i]) & bounded(second[i]));
+            return (may_be_tiny & (second[i] < m * 1e-30)) | !(is_finite(first[i]) & is_finite(second[i]));
         };
         const auto far = [&](int64_t i) {
-            const double away = first[i] * share;
-            return away * away > 8 * (second[i] * share - away * away);
+            const double delta = first[i] * share;
+            return delta * delta > 8 * (second[i] * share - delta * delta);
         };
         if (!any(n, [&](int64_t i) { return odd(i) | far(i); })) return;
         for (int64_t i = 0; i < n; ++i) {
             if (odd(i)) {
-                Slow<T>{call}.moments(c + i, m, mean[i], var[i]);
-            } else if (far(i) && !job.again[c + i]) {
-                job.again[c + i] = 1;
+                ScalarLoops<T>{call}.moments(c + i, m, mean[i], var[i]);
+            } else if (far(i) && !job.second_pass[c + i]) {
+                job.second_pass[c + i] = 1;
                 repeated = true;
             }
         }
     });
     if (repeated) {
         in_blocks(job, c0, c1, [&](int64_t c, int64_t n) {
-            CHANNELWISE means[c + i] = bounded(call.mean[c + i]) ? (A)call.mean[c + i] : means[c + i];
+            CHANNELWISE means[c + i] = is_finite(call.mean[c + i]) ? (A)call.mean[c + i] : means[c + i];
             repeat(job, means, c, n);
         });
         return true;
     }
     if (call.renorm && !call.renorm_given)
-        in_blocks(job, c0, c1, [&](int64_t c, int64_t n) { renormalise(call, c, n); });
-    with_moments<T>(job, c0, c1);
+        in_blocks(job, c0, c1, [&](int64_t c, int64_t n) { renorm_correction(call, c, n); });
+    prepare_store<T>(job, c0, c1);
     return false;
 }
 template <class T> bool finish_backward(const Job &job, int64_t c0, int64_t c1) {
@@ -289,14 +291,15 @@ template <class T> bool finish_backward(const Job &job, int64_t c0, int64_t c1) 
     in_blocks(job, c0, c1, [&](int64_t c, int64_t n) {
         Channels ch;
         double dbias[BLOCK], products[BLOCK], slope[BLOCK], level[BLOCK];
-        of_block(call, c, n, ch);
+        read_channels(call, c, n, ch);
         sums_of(job, c, n, dbias, products);
-        CHANNELWISE products[i] -= (ch.mean[i] - (double)(A)ch.mean[i]) * dbias[i];  // they were taken with the rounded mean
-        mark<A>(job.careful + c, n, [&](int64_t i) {
-            return finite(ch, i) & !(bounded(dbias[i]) & bounded(products[i]));
+        CHANNELWISE products[i] -= (ch.mean[i] - (double)(A)ch.mean[i]) * dbias[i];  // the sums used the rounded mean
+        mark<A>(job.use_double + c, n, [&](int64_t i) {
+            return has_finite_moments(ch, i) & !(is_finite(dbias[i]) & is_finite(products[i]));
         });
-        for (int64_t i = any(job.careful + c, n) ? 0 : n; i < n; ++i)
-            if (job.careful[c + i]) Slow<T>{call}.sums(c + i, ch.mean[i], ch.gain[i], ch.shift[i], dbias[i], products[i]);
+        for (int64_t i = any(job.use_double + c, n) ? 0 : n; i < n; ++i)
+            if (job.use_double[c + i])
+                ScalarLoops<T>{call}.sums(c + i, ch.mean[i], ch.gain[i], ch.shift[i], dbias[i], products[i]);
         CHANNELWISE {
             const double projection = ch.inverse[i] * products[i];  // sum of dz * x_hat
             slope[i] = ch.gain[i] * ch.inverse[i] * projection * share;
@@ -304,10 +307,10 @@ template <class T> bool finish_backward(const Job &job, int64_t c0, int64_t c1) 
             job.dweight[c + i] = ch.r[i] * projection + ch.d[i] * dbias[i];
             job.dbias[c + i] = dbias[i];
         }
-        mark<A>(job.careful + c, n, [&](int64_t i) {  // a tiny factor matters only to values that are as large
-            return finite(ch, i) & ((fabs(slope[i]) > 1e37) | (ch.inverse[i] < 1e-12)) & !fits(slope[i]);
+        mark<A>(job.use_double + c, n, [&](int64_t i) {  // a tiny factor matters only to values that are as large
+            return has_finite_moments(ch, i) & ((fabs(slope[i]) > 1e37) | (ch.inverse[i] < 1e-12)) & !fits_float(slope[i]);
         });
-        fill<A>(job, c, n, ch, slope, level);
+        fill_tables<A>(job, c, n, ch, slope, level);
     });
     return false;
 }
@@ -322,17 +325,17 @@ inline void pool(const Call &call, const int64_t *counts, int64_t count, int64_t
     const double share = 1 / (double)(count > 0 ? count : 1);
     double sum[BLOCK] = {}, squares[BLOCK] = {};
     for (int64_t j = 0; j < call.chunks; ++j) {
-        const double held = (double)counts[j], *means = call.mean + j * call.channels + c;
-        CHANNELWISE sum[i] += held * (means[i] - mean[i]);
+        const double in_chunk = (double)counts[j], *means = call.mean + j * call.channels + c;
+        CHANNELWISE sum[i] += in_chunk * (means[i] - mean[i]);
     }
     CHANNELWISE mean[i] += sum[i] * share;
     for (int64_t j = 0; j < call.chunks; ++j) {
         if (counts[j] == 0) continue;
-        const double held = (double)counts[j], *means = call.mean + j * call.channels + c;
+        const double in_chunk = (double)counts[j], *means = call.mean + j * call.channels + c;
         const double *vars = call.var + j * call.channels + c;
         CHANNELWISE {
-            const double away = means[i] - mean[i];
-            squares[i] += held * (vars[i] + away * away);
+            const double delta = means[i] - mean[i];
+            squares[i] += in_chunk * (vars[i] + delta * delta);
         }
     }
     CHANNELWISE var[i] = squares[i] * share * unbiased;
