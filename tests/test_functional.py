@@ -1,4 +1,4 @@
-"""batch_norm(): what it updates, and what it refuses."""
+"""batch_norm(): the statistics that it updates, and the arguments that it refuses."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ def statistics():
     return torch.zeros(3), torch.ones(3)
 
 
-def test_running_statistics_move_as_torchs_do():
+def test_running_statistics_are_updated_as_torchs():
     x = torch.randn(8, 3, 4)
     ours, theirs = statistics(), statistics()
     bn.batch_norm(x, *ours, training=True, momentum=0.3)
@@ -18,7 +18,7 @@ def test_running_statistics_move_as_torchs_do():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_a_masked_batch_moves_them_as_its_kept_rows_alone_do():
+def test_a_masked_batch_updates_them_as_its_kept_rows_alone_do():
     x = torch.randn(8, 3)
     mask = torch.tensor([True, True, False, True, False, True, True, True])
     masked, alone = statistics(), statistics()
@@ -28,7 +28,7 @@ def test_a_masked_batch_moves_them_as_its_kept_rows_alone_do():
 
 
 @pytest.mark.parametrize("kept", [0, 1])
-def test_a_mask_that_keeps_one_row_or_none_moves_nothing(kept):
+def test_a_mask_that_keeps_one_row_or_none_updates_nothing(kept):
     mean, var = statistics()
     y = bn.batch_norm(torch.randn(8, 3), mean, var, training=True, mask=torch.arange(8) < kept)
     assert torch.equal(mean, torch.zeros(3))
@@ -36,7 +36,7 @@ def test_a_mask_that_keeps_one_row_or_none_moves_nothing(kept):
     assert y.isfinite().all()
 
 
-def test_an_empty_batch_moves_nothing():
+def test_an_empty_batch_updates_nothing():
     mean, var = statistics()
     assert bn.batch_norm(torch.empty(0, 3), mean, var, training=True).shape == (0, 3)
     assert torch.equal(mean, torch.zeros(3))
@@ -51,8 +51,8 @@ def test_inference_uses_and_keeps_the_running_statistics():
 
 
 BAD = {
-    "at least 2 dimensions": {"x": torch.randn(3)},
-    "floating dtype; got torch.int64": {"x": torch.ones(4, 3, dtype=torch.long)},
+    "at least 2 dimensions": {"input": torch.randn(3)},
+    "floating dtype; got torch.int64": {"input": torch.ones(4, 3, dtype=torch.long)},
     "3 channels .*; got 2": {"weight": torch.ones(2)},
     "residual must have .*got \\(4, 2\\)": {"residual": torch.ones(4, 2)},
     "mask must be bool and of shape \\(4,\\).*float32": {"mask": torch.ones(4)},
@@ -61,14 +61,14 @@ BAD = {
     "activation must be None or one of relu.*got \\['relu'\\]": {"activation": ["relu"]},
     "momentum must be None or a number from 0 to 1.*got 5": {"momentum": 5},
     "eps must be finite and at least 0; got -1": {"eps": -1},
-    "more than 1 value per channel.*\\(1, 3\\)": {"x": torch.ones(1, 3)},
+    "more than 1 value per channel.*\\(1, 3\\)": {"input": torch.ones(1, 3)},
     "running_mean and running_var must be given": {"training": False},
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_refused_with_the_rule_and_the_value(message):
-    arguments = {"x": torch.randn(4, 3), "running_mean": None, "running_var": None, "training": True} | BAD[message]
+    arguments = {"input": torch.randn(4, 3), "running_mean": None, "running_var": None, "training": True} | BAD[message]
     with pytest.raises(bn.InputError, match=message):
         bn.batch_norm(**arguments)
 

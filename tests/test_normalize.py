@@ -9,22 +9,19 @@ from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import batchnorm as bn
 from batchnorm.ops import running
+from support import assert_same_buffers, copied_buffers, randn
 
 C = 5
 # Sums of 60 float32 products of size 10 in another order: 60 x 10 x 2**-24 = 4e-5.
 CLOSE = {"rtol": 1e-5, "atol": 4e-5}
-# torch deprecates what its own jvp uses.
+# torch's own jvp uses functions that torch deprecates.
 uses_jvp = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
 def not_yet_warned():
-    """The warning of captured statistics is given once in a process: begin anew."""
+    """Let the warning about captured statistics, which is given once per process, be given again."""
     running._warn_of_captured.cache_clear()
-
-
-def numbers(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def fresh_stats(**options):
@@ -41,14 +38,14 @@ def assert_stats_close(ours, theirs):
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
-def test_over_several_steps_it_is_torchs_layer_in_float64(momentum):
+def test_over_several_steps_it_equals_torchs_layer_in_float64(momentum):
     layer, stats = torch.nn.BatchNorm1d(C, momentum=momentum).double(), fresh_stats()
     with torch.no_grad():
-        layer.weight.copy_(numbers(C, seed=1))
-        layer.bias.copy_(numbers(C, seed=2))
+        layer.weight.copy_(randn(C, seed=1))
+        layer.bias.copy_(randn(C, seed=2))
     weight, bias = layer.weight.float(), layer.bias.float()
     for seed in range(5):
-        x = numbers(6, C, 4, seed=seed) + seed
+        x = randn(6, C, 4, seed=seed) + seed
         y, stats = bn.normalize(x, stats, weight, bias, momentum=momentum)
         torch.testing.assert_close(y.double(), layer(x.double()), **CLOSE)
         assert_stats_close(stats, stats_of(layer))
@@ -57,10 +54,10 @@ def test_over_several_steps_it_is_torchs_layer_in_float64(momentum):
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
-def test_over_several_steps_it_is_the_layer(momentum):
+def test_over_several_steps_it_equals_the_layer(momentum):
     layer, stats = bn.BatchNorm1d(C, momentum=momentum, activation="relu"), fresh_stats()
     for seed in range(5):
-        x, residual = numbers(6, C, 4, seed=seed) + seed, numbers(6, C, 4, seed=seed + 10)
+        x, residual = randn(6, C, 4, seed=seed) + seed, randn(6, C, 4, seed=seed + 10)
         mask = torch.arange(4) < torch.tensor([4, 1, 2, 3, 4, 0]).unsqueeze(1)
         y, stats = bn.normalize(x, stats, momentum=momentum, activation="relu", residual=residual, mask=mask)
         torch.testing.assert_close(y, layer(x, residual, mask), **CLOSE)
@@ -68,8 +65,8 @@ def test_over_several_steps_it_is_the_layer(momentum):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_what_goes_in_stays_as_it_was(training):
-    arguments = [numbers(6, C, 4), *fresh_stats(), numbers(C, seed=1), numbers(C, seed=2), numbers(6, C, 4, seed=3)]
+def test_the_arguments_stay_unchanged(training):
+    arguments = [randn(6, C, 4), *fresh_stats(), randn(C, seed=1), randn(C, seed=2), randn(6, C, 4, seed=3)]
     before = [values.clone() for values in arguments]
     x, mean, var, count, weight, bias, residual = arguments
     bn.normalize(x, bn.Stats(mean, var, count), weight, bias, training=training, residual=residual, activation="relu")
@@ -77,14 +74,14 @@ def test_what_goes_in_stays_as_it_was(training):
     assert all(values._version == 0 for values in arguments)
 
 
-def test_eval_gives_back_the_stats_it_was_given():
+def test_eval_returns_the_stats_it_was_given():
     stats = fresh_stats()
-    _, after = bn.normalize(numbers(6, C), stats, training=False)
+    _, after = bn.normalize(randn(6, C), stats, training=False)
     assert all(mine is given for mine, given in zip(after, stats, strict=True))
 
 
 def test_the_new_stats_take_no_part_in_gradients():
-    x, stats = numbers(6, C).requires_grad_(), bn.Stats(numbers(C).requires_grad_(), torch.ones(C), torch.tensor(0))
+    x, stats = randn(6, C).requires_grad_(), bn.Stats(randn(C).requires_grad_(), torch.ones(C), torch.tensor(0))
     y, after = bn.normalize(x, stats)
     assert y.requires_grad
     assert not any(values.requires_grad for values in after)
@@ -92,9 +89,9 @@ def test_the_new_stats_take_no_part_in_gradients():
 
 @pytest.mark.parametrize("dim", [-1, 2, 0])
 def test_the_channels_may_be_any_dimension(dim):
-    x, residual, mask = numbers(6, C, 4), numbers(6, C, 4, seed=1), numbers(6, 4, seed=2) > 0
-    plain = bn.normalize(x, fresh_stats(), residual=residual, mask=mask, activation="relu")
-    moved = bn.normalize(
+    x, residual, mask = randn(6, C, 4), randn(6, C, 4, seed=1), randn(6, 4, seed=2) > 0
+    expected = bn.normalize(x, fresh_stats(), residual=residual, mask=mask, activation="relu")
+    permuted = bn.normalize(
         x.movedim(1, dim),
         fresh_stats(),
         residual=residual.movedim(1, dim),
@@ -102,12 +99,12 @@ def test_the_channels_may_be_any_dimension(dim):
         activation="relu",
         channel_dim=dim,
     )
-    torch.testing.assert_close(moved[0].movedim(dim, 1), plain[0], **CLOSE)
-    assert_stats_close(moved[1], plain[1])
+    torch.testing.assert_close(permuted[0].movedim(dim, 1), expected[0], **CLOSE)
+    assert_stats_close(permuted[1], expected[1])
 
 
-def test_a_masked_batch_is_the_values_that_count_alone_with_the_residual_added():
-    x, residual, mask = numbers(6, C, 4), numbers(6, C, 4, seed=1), numbers(6, 4, seed=2) > 0
+def test_a_masked_batch_equals_the_batch_of_its_values_that_count():
+    x, residual, mask = randn(6, C, 4), randn(6, C, 4, seed=1), randn(6, 4, seed=2) > 0
     hole = mask.unsqueeze(1)
     y, stats = bn.normalize(
         torch.where(hole, x, torch.nan), fresh_stats(), residual=torch.where(hole, residual, torch.nan), mask=mask
@@ -122,18 +119,18 @@ def test_a_masked_batch_is_the_values_that_count_alone_with_the_residual_added()
 @pytest.mark.parametrize("dim", [3, -4])
 def test_a_dimension_that_the_input_lacks_is_refused(dim):
     with pytest.raises(bn.InputError, match=rf"channel_dim={dim} must be a dimension .*\(6, 5, 4\)"):
-        bn.normalize(numbers(6, C, 4), fresh_stats(), channel_dim=dim)
+        bn.normalize(randn(6, C, 4), fresh_stats(), channel_dim=dim)
 
 
 @pytest.mark.parametrize(("name", "value"), [("momentum", 5), ("eps", -1), ("residual", 3.0), ("mask", "x")])
-def test_what_is_out_of_range_is_refused_by_name_and_value(name, value):
+def test_a_bad_argument_is_refused_by_name_and_value(name, value):
     with pytest.raises((bn.InputError, bn.InputTypeError), match=rf"^{name} must be .*got ({value}|float|str)$"):
-        bn.normalize(numbers(6, C), fresh_stats(), **{name: value})
+        bn.normalize(randn(6, C), fresh_stats(), **{name: value})
 
 
 def test_stats_of_other_channels_are_refused():
     with pytest.raises(bn.InputError, match="mean must have one number for each of the input's 4 channels"):
-        bn.normalize(numbers(6, 4), fresh_stats())
+        bn.normalize(randn(6, 4), fresh_stats())
 
 
 # Transforms.
@@ -143,8 +140,8 @@ OPTIONS = {
     "relu": {"activation": "relu"},
     "gelu, cumulative": {"activation": "gelu", "momentum": None},
     "eval": {"training": False, "activation": "silu"},
-    "mask": {"mask": numbers(6, 4, seed=8) > 0, "activation": "leaky_relu"},
-    "residual": {"residual": numbers(6, C, 4, seed=9), "activation": "relu"},
+    "mask": {"mask": randn(6, 4, seed=8) > 0, "activation": "leaky_relu"},
+    "residual": {"residual": randn(6, C, 4, seed=9), "activation": "relu"},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -156,11 +153,11 @@ def loss(x, weight, bias, stats, options):
 
 
 def leaves(dtype=torch.float32):
-    return numbers(6, C, 4, dtype=dtype), numbers(C, seed=1, dtype=dtype), numbers(C, seed=2, dtype=dtype)
+    return randn(6, C, 4, dtype=dtype), randn(C, seed=1, dtype=dtype), randn(C, seed=2, dtype=dtype)
 
 
 @every_option
-def test_grad_gives_backwards_gradients_and_the_new_stats(options):
+def test_grad_gives_the_gradients_of_backward_and_the_new_stats(options):
     found, after = grad(loss, argnums=(0, 1, 2), has_aux=True)(*leaves(), fresh_stats(), options)
     ours = [values.requires_grad_() for values in leaves()]
     value, expected = loss(*ours, fresh_stats(), options)
@@ -171,14 +168,14 @@ def test_grad_gives_backwards_gradients_and_the_new_stats(options):
 
 @uses_jvp
 @every_option
-def test_jvp_is_the_difference_quotient_and_moves_the_stats(options):
+def test_jvp_equals_the_difference_quotient_and_updates_the_stats(options):
     options = {name: v.double() if name == "residual" else v for name, v in options.items()}
     x, weight, bias = leaves(torch.float64)
-    tangents = numbers(6, C, 4, seed=6, dtype=torch.float64), *(numbers(C, seed=s, dtype=torch.float64) for s in (7, 8))
+    tangents = randn(6, C, 4, seed=6, dtype=torch.float64), *(randn(C, seed=s, dtype=torch.float64) for s in (7, 8))
 
     def along(h):
-        moved = [values + h * tangent for values, tangent in zip((x, weight, bias), tangents, strict=True)]
-        return bn.normalize(moved[0], fresh_stats(), *moved[1:], **options)
+        shifted = [values + h * tangent for values, tangent in zip((x, weight, bias), tangents, strict=True)]
+        return bn.normalize(shifted[0], fresh_stats(), *shifted[1:], **options)
 
     (y, after), (tangent, *_) = jvp(
         lambda *args: bn.normalize(args[0], fresh_stats(), *args[1:], **options), (x, weight, bias), tangents
@@ -191,27 +188,27 @@ def test_jvp_is_the_difference_quotient_and_moves_the_stats(options):
 
 
 @every_option
-def test_vmap_over_batches_and_stats_is_a_loop(options):
-    x = numbers(3, 6, C, 4)
-    stats = bn.Stats(numbers(3, C, seed=1), numbers(3, C, seed=2).exp(), torch.tensor([0, 4, 7]))
-    weight = numbers(3, C, seed=3)
+def test_vmap_over_batches_and_stats_equals_a_loop(options):
+    x = randn(3, 6, C, 4)
+    stats = bn.Stats(randn(3, C, seed=1), randn(3, C, seed=2).exp(), torch.tensor([0, 4, 7]))
+    weight = randn(3, C, seed=3)
     y, after = vmap(lambda x, stats, weight: bn.normalize(x, stats, weight, **options))(x, stats, weight)
     for i in range(3):
-        alone, moved = bn.normalize(x[i], bn.Stats(*(values[i] for values in stats)), weight[i], **options)
+        alone, updated = bn.normalize(x[i], bn.Stats(*(values[i] for values in stats)), weight[i], **options)
         torch.testing.assert_close(y[i], alone, **CLOSE)
-        assert_stats_close([values[i] for values in after], moved)
+        assert_stats_close([values[i] for values in after], updated)
 
 
-def test_stats_that_are_not_mapped_come_back_for_each_batch():
-    x = numbers(3, 6, C, 4)
+def test_stats_that_are_not_mapped_are_returned_for_each_batch():
+    x = randn(3, 6, C, 4)
     _, after = vmap(lambda x: bn.normalize(x, fresh_stats()))(x)
     for i in range(3):
         assert_stats_close([values[i] for values in after[:2]], bn.normalize(x[i], fresh_stats())[1][:2])
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_of_each_sample_are_those_of_a_loop(training):
-    samples, weight, bias = numbers(4, 2, C, 3), *leaves()[1:]
+def test_gradients_per_sample_equal_a_loop(training):
+    samples, weight, bias = randn(4, 2, C, 3), *leaves()[1:]
     stats, options = fresh_stats(), {"training": training, "activation": "relu"}
     found = vmap(grad(lambda x, w, b: loss(x, w, b, stats, options)[0], argnums=(0, 1, 2)), in_dims=(0, None, None))(
         samples, weight, bias
@@ -224,19 +221,19 @@ def test_gradients_of_each_sample_are_those_of_a_loop(training):
 
 
 class Pure(torch.nn.Module):
-    """A network around normalize, which hands its statistics on."""
+    """A network around normalize that takes and returns statistics."""
 
     def __init__(self):
         super().__init__()
         self.linear = torch.nn.Linear(3, C)
-        self.weight = torch.nn.Parameter(numbers(C, seed=3))
+        self.weight = torch.nn.Parameter(randn(C, seed=3))
 
     def forward(self, x, stats):
         return bn.normalize(self.linear(x), stats, self.weight, activation="relu")
 
 
 def test_functional_call_of_a_network_around_it_has_the_networks_gradients():
-    network, x = Pure(), numbers(6, 3)
+    network, x = Pure(), randn(6, 3)
 
     def of_parameters(parameters, stats):
         y, stats = functional_call(network, parameters, (x, stats))
@@ -282,7 +279,7 @@ def test_a_stacked_ensemble_trains_as_its_models_one_by_one(options):
     base, alone = network(9, **options), [network(seed, **options) for seed in range(3)]
     parameters, buffers = stack_module_state(models)
     for step in range(3):
-        x, target = numbers(8, 3, seed=step), numbers(8, 2, seed=step + 10)
+        x, target = randn(8, 3, seed=step), randn(8, 2, seed=step + 10)
 
         def loss(parameters, buffers, x=x, target=target):
             return (functional_call(base, (parameters, buffers), (x,)) - target).square().sum()
@@ -300,7 +297,7 @@ def test_a_stacked_ensemble_trains_as_its_models_one_by_one(options):
 def test_an_ensemble_may_see_a_batch_each_and_only_the_poisoned_one_skips_it():
     models, alone = ([network(seed) for seed in range(3)] for _ in range(2))
     parameters, buffers = stack_module_state(models)
-    x = numbers(3, 8, 3)
+    x = randn(3, 8, 3)
     x[1, 2, 0] = torch.inf
     y = vmap(lambda p, b, x: functional_call(models[0], (p, b), (x,)))(parameters, buffers, x)
     for i, model in enumerate(alone):
@@ -310,34 +307,30 @@ def test_an_ensemble_may_see_a_batch_each_and_only_the_poisoned_one_skips_it():
     assert_buffers_equal(buffers, alone)
 
 
-def test_an_ensemble_in_eval_uses_the_buffers_of_each_and_moves_none():
+def test_an_ensemble_in_eval_uses_the_buffers_of_each_and_updates_none():
     models = [network(seed).eval() for seed in range(3)]
     for seed, model in enumerate(models):
-        model[1].running_mean.copy_(numbers(C, seed=seed))
+        model[1].running_mean.copy_(randn(C, seed=seed))
     parameters, buffers = stack_module_state(models)
-    before, x = {name: values.clone() for name, values in buffers.items()}, numbers(8, 3)
+    before, x = {name: values.clone() for name, values in buffers.items()}, randn(8, 3)
     y = vmap(lambda p, b: functional_call(models[0], (p, b), (x,)))(parameters, buffers)
     for i, model in enumerate(models):
         torch.testing.assert_close(y[i], model(x), **CLOSE)
     assert all(torch.equal(values, before[name]) for name, values in buffers.items())
 
 
-def state_of(layer):
-    return {name: values.clone() for name, values in layer.named_buffers()}
-
-
 @pytest.mark.parametrize("transform", ["none", "grad"])
-def test_buffers_that_functional_call_passes_in_are_moved(transform):
-    layer, alone, x = bn.BatchNorm1d(C), bn.BatchNorm1d(C), numbers(6, C)
-    before, buffers = state_of(layer), state_of(layer)
+def test_functional_call_updates_the_buffers_passed_in(transform):
+    layer, alone, x = bn.BatchNorm1d(C), bn.BatchNorm1d(C), randn(6, C)
+    before, buffers = copied_buffers(layer), copied_buffers(layer)
 
     def run(x, buffers):
         return functional_call(layer, buffers, (x,)).square().sum()
 
     (grad(run) if transform == "grad" else run)(x, buffers)
     alone(x)
-    assert_stats_close(buffers.values(), state_of(alone).values())
-    assert all(torch.equal(values, before[name]) for name, values in layer.named_buffers())
+    assert_stats_close(buffers.values(), copied_buffers(alone).values())
+    assert_same_buffers(layer, before)
 
 
 def under_grad(layer, x, v):
@@ -361,8 +354,8 @@ capturing = pytest.mark.parametrize("transform", CAPTURING.values(), ids=CAPTURI
 @capturing
 @pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 3}, {"renorm": bn.Renorm(2.0, 1.0)}], ids=str)
 def test_captured_statistics_are_left_alone_with_one_warning(transform, options):
-    layer, x, v = bn.BatchNorm1d(C, **options), numbers(6, C), numbers(6, C, seed=1)
-    before = state_of(layer)
+    layer, x, v = bn.BatchNorm1d(C, **options), randn(6, C), randn(6, C, seed=1)
+    before = copied_buffers(layer)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -371,13 +364,13 @@ def test_captured_statistics_are_left_alone_with_one_warning(transform, options)
     assert len(caught) == 1
     assert "batchnorm.normalize" in str(caught[0].message)
     assert caught[0].filename == __file__
-    assert all(torch.equal(values, before[name]) for name, values in layer.named_buffers())
+    assert_same_buffers(layer, before)
 
 
-def test_buffers_that_functional_call_takes_from_around_a_transform_are_left_alone_with_a_warning_of_how_to_move_them():
-    layer, x = bn.BatchNorm1d(C), numbers(6, C)
-    parameters, buffers = dict(layer.named_parameters()), state_of(layer)
-    before = state_of(layer)
+def test_captured_buffers_of_functional_call_are_left_alone_with_a_warning():
+    layer, x = bn.BatchNorm1d(C), randn(6, C)
+    parameters, buffers = dict(layer.named_parameters()), copied_buffers(layer)
+    before = copied_buffers(layer)
 
     def run(parameters, buffers):
         return functional_call(layer, (parameters, buffers), (x,)).square().sum()
@@ -392,16 +385,16 @@ def test_buffers_that_functional_call_takes_from_around_a_transform_are_left_alo
 @uses_jvp
 @pytest.mark.filterwarnings("ignore:under torch.func.grad:UserWarning")
 @capturing
-def test_what_an_accumulation_keeps_is_left_alone_by_a_transform(transform):
-    layer, x, v = bn.BatchNorm1d(C), numbers(6, C), numbers(6, C, seed=1)
-    before = state_of(layer)
+def test_a_transform_leaves_the_pool_of_an_accumulation_alone(transform):
+    layer, x, v = bn.BatchNorm1d(C), randn(6, C), randn(6, C, seed=1)
+    before = copied_buffers(layer)
     with bn.accumulate(layer):
         transform(layer, x, v)
-    assert all(torch.equal(values, before[name]) for name, values in layer.named_buffers())
+    assert_same_buffers(layer, before)
 
 
-def test_under_vmap_an_accumulation_is_refused_and_what_it_has_seen_stays():
-    layer, x = bn.BatchNorm1d(C), numbers(4, 6, C)
+def test_under_vmap_an_accumulation_is_refused_and_keeps_its_pool():
+    layer, x = bn.BatchNorm1d(C), randn(4, 6, C)
     with bn.accumulate(layer):
         layer(x[0])
         with pytest.raises(bn.InputError, match=r"vmap.*batchnorm\.normalize"):
@@ -416,7 +409,7 @@ def test_under_vmap_an_accumulation_is_refused_and_what_it_has_seen_stays():
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_derivatives_through_a_layer_are_those_of_torchs_formula(transform, activation, training):
     layer = bn.BatchNorm1d(C, activation=activation).double().train(training)
-    x, v = (numbers(6, C, seed=seed, dtype=torch.float64) for seed in (0, 1))
+    x, v = (randn(6, C, seed=seed, dtype=torch.float64) for seed in (0, 1))
 
     def formula(x):
         mean, var = (x.mean(0), x.var(0, correction=0)) if training else (0.0, torch.ones(C, dtype=torch.float64))
@@ -431,12 +424,12 @@ def test_derivatives_through_a_layer_are_those_of_torchs_formula(transform, acti
 
 @uses_jvp
 @capturing
-def test_eval_under_a_transform_warns_of_nothing(transform):
-    transform(bn.BatchNorm1d(C).eval(), numbers(6, C), numbers(6, C, seed=1))
+def test_eval_under_a_transform_causes_no_warning(transform):
+    transform(bn.BatchNorm1d(C).eval(), randn(6, C), randn(6, C, seed=1))
 
 
-def test_after_a_transform_the_layer_moves_its_statistics_again():
-    layer, x, v = bn.BatchNorm1d(C), numbers(6, C), numbers(6, C, seed=1)
+def test_after_a_transform_the_layer_updates_its_statistics_again():
+    layer, x, v = bn.BatchNorm1d(C), randn(6, C), randn(6, C, seed=1)
     with pytest.warns(UserWarning, match=r"batchnorm\.normalize"):
         under_grad(layer, x, v)
     layer(x)
@@ -445,28 +438,28 @@ def test_after_a_transform_the_layer_moves_its_statistics_again():
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_under_vmap_captured_statistics_are_refused_and_stay(nested):
-    layer, x = bn.BatchNorm1d(C), numbers(4, 6, C)
-    before = state_of(layer)
+def test_under_vmap_captured_statistics_are_refused_and_unchanged(nested):
+    layer, x = bn.BatchNorm1d(C), randn(4, 6, C)
+    before = copied_buffers(layer)
     run = grad(lambda x: layer(x).square().sum()) if nested else layer
     with pytest.raises(bn.InputError, match=r"vmap.*batchnorm\.normalize"):
         vmap(run)(x)
-    assert all(torch.equal(values, before[name]) for name, values in layer.named_buffers())
+    assert_same_buffers(layer, before)
 
 
 @pytest.mark.parametrize("options", [{"track_running_stats": False}, {}, {"renorm": bn.Renorm(2.0, 1.0)}], ids=str)
-def test_under_vmap_a_layer_that_moves_nothing_is_a_loop(options):
-    layer, x = bn.BatchNorm1d(C, **options), numbers(4, 6, C)
+def test_under_vmap_a_layer_that_updates_nothing_equals_a_loop(options):
+    layer, x = bn.BatchNorm1d(C, **options), randn(4, 6, C)
     if layer.track_running_stats:
         layer.eval()
     torch.testing.assert_close(vmap(layer)(x), torch.stack([layer(each) for each in x]), **CLOSE)
 
 
 @pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 3}], ids=str)
-def test_gradients_that_keep_their_graph_are_those_that_do_not_with_renorm_too(options):
+def test_gradients_with_a_graph_equal_those_without_with_renorm_too(options):
     layer = bn.BatchNorm1d(C, renorm=bn.Renorm(3.0, 5.0), **options)
     torch.nn.init.normal_(layer.weight)
-    x, v = (numbers(7, C) * 2 + 1).requires_grad_(), numbers(7, C, seed=1)
+    x, v = (randn(7, C) * 2 + 1).requires_grad_(), randn(7, C, seed=1)
     leaves = [x, layer.weight, layer.bias]
     y = layer(x)
     plain = torch.autograd.grad(y, leaves, v, retain_graph=True)

@@ -1,7 +1,7 @@
-"""Random shapes, strides, dtypes, masks and options: the native kernels held to the reference in float64.
+"""The native kernels against the reference in float64, on random shapes, strides, dtypes, masks and options.
 
-A few hundred examples, the same in every run. More, and others each time: ``BATCHNORM_FUZZ=20000 pytest
-tests/kernels/test_fuzz.py``.
+Every run tries the same few hundred examples. ``BATCHNORM_FUZZ=20000 pytest tests/kernels/test_fuzz.py`` tries as many
+new ones.
 """
 
 import os
@@ -14,9 +14,10 @@ from batchnorm import ops
 from batchnorm.kernels import reference
 from batchnorm.kernels.chosen import cpu_kernel
 from batchnorm.kernels.records import BatchMoments, Operands, Rule, Running
+from kernel_oracle import DTYPES
+from support import by_channel, reduced_dims
 
 EXAMPLES = int(os.environ.get("BATCHNORM_FUZZ", "0"))
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 33, 49, 64, 65, 127, 130]))
 
 
@@ -31,21 +32,21 @@ def shapes(draw):
 
 
 def tensor(draw, shape, dtype, generator, *, ratio=0.0):
-    """Random numbers of a shape, lying in memory somehow: permuted, in steps, in the middle, expanded."""
+    """Draw random numbers of a shape with a random memory layout: permuted, strided, offset, expanded."""
     order = draw(st.permutations(range(len(shape))))
     steps = [draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in shape]
     starts = [draw(st.integers(0, 2)) for _ in shape]
-    spread = [d for d, size in enumerate(shape) if size > 1 and draw(st.integers(0, 9)) == 0]
-    if len(spread) and draw(st.booleans()):
-        spread = []
-    room = [1 if d in spread else starts[d] + steps[d] * size for d, size in enumerate(shape)]
-    if torch.Size(room).numel() > 400_000:
-        room, steps, starts, spread = list(shape), [1] * len(shape), [0] * len(shape), []
-    whole = torch.randn([room[d] for d in order], generator=generator, dtype=torch.float64) + ratio
+    expanded = [d for d, size in enumerate(shape) if size > 1 and draw(st.integers(0, 9)) == 0]
+    if len(expanded) and draw(st.booleans()):
+        expanded = []
+    sizes = [1 if d in expanded else starts[d] + steps[d] * size for d, size in enumerate(shape)]
+    if torch.Size(sizes).numel() > 400_000:
+        sizes, steps, starts, expanded = list(shape), [1] * len(shape), [0] * len(shape), []
+    whole = torch.randn([sizes[d] for d in order], generator=generator, dtype=torch.float64) + ratio
     whole = whole.to(dtype).permute([order.index(d) for d in range(len(shape))])
     for d in range(len(shape)):
-        if d not in spread:
-            whole = whole.narrow(d, starts[d], room[d] - starts[d])
+        if d not in expanded:
+            whole = whole.narrow(d, starts[d], sizes[d] - starts[d])
     return whole[tuple(slice(None, None, step) for step in steps)].expand(shape)
 
 
@@ -79,12 +80,8 @@ def cases(draw):
     }
 
 
-def by_channel(values, x):
-    return values.view(1, -1, *[1] * (x.dim() - 2))
-
-
-def hold(name, ours, theirs, bound):
-    """The error is within the bound and the rounding of the dtype that the result is stored in."""
+def assert_within(name, ours, theirs, bound):
+    """Check that the error is within the bound plus the rounding of the dtype in which the result is stored."""
     info = torch.finfo(ours.dtype)
     allowed = bound + info.eps / 2 * theirs.abs() + info.smallest_normal * info.eps
     overflow = theirs.abs() + bound >= info.max * (1 - info.eps)
@@ -108,8 +105,7 @@ def test_outputs_gradients_and_running_statistics_are_those_of_float64(case):
     )
     channels = x.shape[1]
     exact = [None if values is None else values.double() for values in (x, weight, bias, residual)]
-    # Each result may be off by t of the magnitudes it is made of: at most 256 additions hold a float sum, which is
-    # 256 x 2**-24 = 1.5e-5 were all roundings of one sign (t = 1e-5 is also what is promised), and 3e-14 in double.
+    # The bound t is derived in `kernel_oracle.assert_matches_formula`.
     t = 1e-13 if x.dtype == torch.float64 else 1e-5
     mean, var = torch.zeros(channels), torch.ones(channels)
     used = reference.moments(exact[0], mask) if training else BatchMoments(mean.double(), var.double(), 0)
@@ -117,7 +113,7 @@ def test_outputs_gradients_and_running_statistics_are_those_of_float64(case):
     expected = reference.forward(operands, used, rule)
     z = reference.forward(operands, used, rule._replace(activation=None))
     size = 1 + ((exact[0] - by_channel(used.mean, x)) / torch.sqrt(by_channel(used.var, x) + eps)).abs()
-    if x.dtype == torch.float64:  # the oracle's own mean is rounded, too
+    if x.dtype == torch.float64:  # the oracle's mean is rounded too
         size = size + by_channel(used.mean.abs() / torch.sqrt(used.var + eps), x)
     w = torch.ones(channels, dtype=torch.float64) if weight is None else exact[1].abs()
     scale = size * by_channel(w, x)
@@ -137,13 +133,13 @@ def test_outputs_gradients_and_running_statistics_are_those_of_float64(case):
         torch.set_num_threads(before)
     gradients = [None if leaf is None else next(found) for leaf in leaves]
 
-    hold("y", y.detach(), expected, t * scale)
+    assert_within("y", y.detach(), expected, t * scale)
     m = int(reference.count_of(x, mask))
     if training and m > 1:
-        hold("running mean", mean, 0.5 * used.mean, t * used.var.sqrt())
-        # squares are taken about a shift at most sqrt(8) standard deviations from the mean
-        hold("running var", var, 0.5 + 0.5 * used.var * m / (m - 1), 9 * t * used.var)
-    dims = [d for d in range(x.dim()) if d != 1]
+        assert_within("running mean", mean, 0.5 * used.mean, t * used.var.sqrt())
+        # the shift that is subtracted before squaring is at most sqrt(8) deviations from the mean
+        assert_within("running var", var, 0.5 + 0.5 * used.var * m / (m - 1), 9 * t * used.var)
+    dims = reduced_dims(x)
     dz = dy.double().abs() if mask is None else torch.where(mask.unsqueeze(1), dy.double().abs(), 0.0)
     total, products = dz.sum(dims), (dz * size).sum(dims)
     of_x = dz
@@ -154,4 +150,4 @@ def test_outputs_gradients_and_running_statistics_are_those_of_float64(case):
         ("dx", "dweight", "dbias", "dresidual"), gradients, wanted, bounds, strict=True
     ):
         if mine is not None:
-            hold(name, mine, theirs, t * bound)
+            assert_within(name, mine, theirs, t * bound)

@@ -1,4 +1,4 @@
-"""The native kernels' virtual batches, batch renormalization and ways to move, held to float64 chunk by chunk."""
+"""Virtual batches, renormalization and updates of the native kernels, against float64 chunk by chunk."""
 
 import math
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from batchnorm import ops
-from batchnorm.kernels import library, native
+from batchnorm.kernels import native
 from batchnorm.kernels.records import BatchMoments, Limits, Operands, Rule, Running
+from kernel_oracle import DTYPES, FUNCTIONS
+from support import by_channel, full_mask, largest_excess, randn, reduced_dims, with_layout
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-FUNCTIONS = {None: lambda z: z, "relu": torch.relu, "leaky_relu": lambda z: torch.nn.functional.leaky_relu(z, 0.01)}
 EPS = 1e-5
-# Shape, layout, samples of a chunk: primes, one channel, two samples, one position, a last chunk of fewer or of more.
+pytestmark = pytest.mark.usefixtures("native_kernels")
+# Shape, layout, samples per chunk: primes, one channel, two samples, one position, last chunks of fewer or more.
 SHAPES = [
     ((2, 3), "contiguous", 2),
     ((4, 1), "contiguous", 2),
@@ -29,113 +30,71 @@ SHAPES = [
     ((9, 70, 5, 3), "channels last", 4),
     ((5, 3, 2, 3, 5), "channels last", 2),
 ]
-# From 196608 values on two threads share the work: the chunks where each is too small, else each chunk.
+# Two threads share the work from 196608 values on: whole chunks if each is small, else the values of each chunk.
 LARGE = [
     ((1031, 211), "contiguous", 4),  # 258 chunks
     ((431, 13, 37), "contiguous", 3),
     ((211, 13, 11, 7), "channels last", 5),
     ((67, 3001), "contiguous", 3),
-    ((3, 3, 151, 149), "contiguous", 1),  # 22499 values a channel, shared in each chunk
+    ((3, 3, 151, 149), "contiguous", 1),  # 22499 values per channel, shared in each chunk
     ((6, 3, 151, 149), "channels last", 3),
 ]
-# Limits of r and d, or numbers given; residual; mask; activation.
+# Limits of r and d, or given values; residual; mask; activation.
 OPTIONS = {
     "plain": (None, False, False, None),
     "limits": (Limits(1.2, 0.3), False, False, "relu"),
-    "no room": (Limits(1.0, 0.0), False, True, "leaky_relu"),
+    "tight limits": (Limits(1.0, 0.0), False, True, "leaky_relu"),
     "given, residual, mask": ("given", True, True, "relu"),
     "limits, residual, mask": (Limits(1e3, 1e3), True, True, "leaky_relu"),
 }
 
 
-@pytest.fixture(autouse=True)
-def native_kernels():
-    """They are here."""
-    assert library.reason() is None
-
-
-@pytest.fixture
-def threads():
-    """A setter of torch's number of threads, put back afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def numbers(*shape, seed=0, dtype=torch.float32):
-    drawn = torch.float64 if dtype == torch.float64 else torch.float32
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=drawn).to(dtype)
-
-
-def laid_out(x, layout):
-    if layout != "channels last":
-        return x
-    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-
-
-def by_channel(values, x):
-    return values.view(1, -1, *[1] * (x.dim() - 2))
-
-
-def dims(x):
-    return [d for d in range(x.dim()) if d != 1]
-
-
 def divided(samples, chunk, positions=2):
-    """Where chunks end: the last takes what is left over, and with one value a channel joins the one before."""
+    """Return the slices of chunks; the last takes the samples left, or joins the one before if it has one value."""
     count = -(-samples // chunk)
     if count > 1 and samples % chunk * positions == 1:
         count -= 1
     return [slice(i * chunk, (i + 1) * chunk if i + 1 < count else samples) for i in range(count)]
 
 
-def inside_of(x, mask):
-    return torch.ones_like(x, dtype=torch.bool) if mask is None else mask.unsqueeze(1).expand_as(x)
+def normalized(x):
+    """Return x_hat by the formula."""
+    dims = reduced_dims(x)
+    return (x - x.mean(dims, keepdim=True)) / torch.sqrt(x.var(dims, keepdim=True, correction=0) + EPS)
 
 
 def moments_of(x, inside):
-    """Mean, biased variance and count of a batch, in float64."""
+    """Return mean, biased variance and count of a batch, in float64."""
     count = int(inside[:, :1].sum())
-    mean = torch.where(inside, x, 0.0).sum(dims(x)) / max(count, 1)
+    mean = torch.where(inside, x, 0.0).sum(reduced_dims(x)) / max(count, 1)
     away = torch.where(inside, x - by_channel(mean, x), 0.0)
-    return mean, (away * away).sum(dims(x)) / max(count, 1), count
+    return mean, (away * away).sum(reduced_dims(x)) / max(count, 1), count
 
 
 def corrections(mean, var, running_mean, running_var, limits):
-    """R and d of Ioffe (2017), algorithm 1."""
+    """Return r and d of Ioffe (2017), algorithm 1."""
     sigma = torch.sqrt(running_var.double() + EPS)
     r = (torch.sqrt(var + EPS) / sigma).clamp(1 / limits.r_max, limits.r_max)
     return r, ((mean - running_mean.double()) / sigma).clamp(-limits.d_max, limits.d_max)
 
 
-def excess(ours, theirs, bound):
-    """The largest error as a part of what it may be; NaN where any is not a number."""
-    rounding = torch.finfo(ours.dtype)
-    stored = rounding.eps / 2 * theirs.abs() + rounding.smallest_normal * rounding.eps
-    return ((ours.double() - theirs).abs() / (bound + stored)).max()
+def assert_matches_formula(shape, layout, chunk, dtype, options):
+    """Compare y, moments, r and d, and all gradients of every chunk with the formula in float64.
 
-
-def check(shape, layout, chunk, dtype, options):
-    """Hold y, moments, r and d, and all gradients of every chunk to the formula in float64.
-
-    Float sums hold at most 4096 values of a channel before they go on in double: 256 additions in the narrowest of
-    vectors, whose error is at most 256 x 2**-24 = 1.5e-5, were all roundings of one sign; so t = 1e-5, which is also
-    what is promised of y, and 1e-13 in double. r and d have their own error of it, hence 2 t.
+    The bound t is derived in `kernel_oracle.assert_matches_formula`; r and d add an error of t, hence 2 t.
     """
     t = 2 * (1e-13 if dtype == torch.float64 else 1e-5)
     limits, with_residual, masked, activation = options
-    x = laid_out(numbers(*shape, dtype=dtype) + 0.5, layout)
-    weight, bias = numbers(shape[1], seed=1), numbers(shape[1], seed=2)
-    residual = laid_out(numbers(*shape, seed=3, dtype=dtype), layout) if with_residual else None
-    mask = numbers(shape[0], *shape[2:], seed=4) > -0.5 if masked else None
-    running_mean, running_var = numbers(shape[1], seed=5), 0.5 + numbers(shape[1], seed=6).square()
+    x = with_layout(randn(*shape, dtype=dtype) + 0.5, layout)
+    weight, bias = randn(shape[1], seed=1), randn(shape[1], seed=2)
+    residual = with_layout(randn(*shape, seed=3, dtype=dtype), layout) if with_residual else None
+    mask = randn(shape[0], *shape[2:], seed=4) > -0.5 if masked else None
+    running_mean, running_var = randn(shape[1], seed=5), 0.5 + randn(shape[1], seed=6).square()
     slices = divided(shape[0], chunk, x[0, 0].numel())
     chunks = len(slices)
     given = None
     if limits == "given":
-        given = torch.stack(
-            (1 + numbers(chunks, shape[1], seed=7).square(), numbers(chunks, shape[1], seed=8))
-        ).double()
+        given = torch.stack((1 + randn(chunks, shape[1], seed=7).square(), randn(chunks, shape[1], seed=8))).double()
         given = given if chunks > 1 else given[:, 0].contiguous()
     rule = Rule(EPS, activation, True, chunks, chunk if chunks > 1 else 0, None if given is not None else limits, given)
 
@@ -147,7 +106,7 @@ def check(shape, layout, chunk, dtype, options):
     assert (correction is None) if limits is None else (correction.shape == moments.shape)
 
     exact = [None if v is None else v.double().requires_grad_() for v in (x, residual, weight, bias)]
-    inside, outputs, arguments, sizes, hats, used = inside_of(x, mask), [], [], [], [], []
+    inside, outputs, arguments, sizes, hats, used = full_mask(x, mask), [], [], [], [], []
     lengths = [at.stop - at.start for at in slices]
     residuals = [None] * chunks if residual is None else exact[1].split(lengths)
     for i, (part, ins, added) in enumerate(zip(exact[0].split(lengths), inside.split(lengths), residuals, strict=True)):
@@ -173,22 +132,24 @@ def check(shape, layout, chunk, dtype, options):
             size = size + by_channel(bias.double().abs(), part)
             sizes.append(size if added is None else size + added.abs())
 
-    mean, var, r, d = torch.stack(used, 1)  # of each chunk and channel
-    assert excess(moments.view(2, chunks, -1)[0], mean, t * var.sqrt()) <= 1
-    # Squares are taken about a shift at most sqrt(8) standard deviations from the mean: 9 variances.
-    assert excess(moments.view(2, chunks, -1)[1], var, 9 * t * var) <= 1
+    mean, var, r, d = torch.stack(used, 1)  # for each chunk and channel
+    assert largest_excess(moments.view(2, chunks, -1)[0], mean, t * var.sqrt()) <= 1
+    # The shift that is subtracted before squaring is at most sqrt(8) deviations from the mean: 9 variances.
+    assert largest_excess(moments.view(2, chunks, -1)[1], var, 9 * t * var) <= 1
     if given is not None:
         assert torch.equal(correction, given)
     elif limits is not None:
-        assert excess(correction.view(2, chunks, -1)[0], r, 9 * t * r) <= 1
-        assert excess(correction.view(2, chunks, -1)[1], d, t * (1 + torch.sqrt(var / (running_var + EPS)))) <= 1
+        assert largest_excess(correction.view(2, chunks, -1)[0], r, 9 * t * r) <= 1
+        assert (
+            largest_excess(correction.view(2, chunks, -1)[1], d, t * (1 + torch.sqrt(var / (running_var + EPS)))) <= 1
+        )
     expected, size = torch.cat(outputs), torch.cat(sizes)
-    assert excess(y, expected.detach(), t * size) <= 1
+    assert largest_excess(y, expected.detach(), t * size) <= 1
 
-    dy = numbers(*shape, seed=99, dtype=dtype)
-    if activation is not None:  # gradients away from the kink
+    dy = randn(*shape, seed=99, dtype=dtype)
+    if activation is not None:  # gradients are compared away from the kink
         dy = torch.where(torch.cat(arguments).abs() <= t * size + torch.finfo(dtype).smallest_normal, 0.0, dy)
-    dy = laid_out(dy, layout)
+    dy = with_layout(dy, layout)
     wanted = torch.autograd.grad(expected, [v for v in exact if v is not None], dy.double())
     wanted = dict(zip(("dx", *(["dresidual"] if with_residual else []), "dweight", "dbias"), wanted, strict=True))
     rule = rule._replace(correction=correction)
@@ -200,47 +161,47 @@ def check(shape, layout, chunk, dtype, options):
     of_dx, of_weight = [], 0.0
     for at, hat, (_, var, r, d) in zip(slices, hats, used, strict=True):
         m = max(int(inside[at][:, :1].sum()), 1)
-        total, products = dz[at].sum(dims(x)), (dz[at] * hat).sum(dims(x))
+        total, products = dz[at].sum(reduced_dims(x)), (dz[at] * hat).sum(reduced_dims(x))
         gain = weight.double().abs() * r / torch.sqrt(var + EPS)
         of_dx.append(by_channel(gain, x) * (dz[at] + by_channel(total / m, x) + hat * by_channel(products / m, x)))
         of_weight = of_weight + r * products + d.abs() * total
-    bounds = {"dx": torch.cat(of_dx), "dresidual": dz, "dweight": of_weight, "dbias": dz.sum(dims(x))}
+    bounds = {"dx": torch.cat(of_dx), "dresidual": dz, "dweight": of_weight, "dbias": dz.sum(reduced_dims(x))}
     for name, theirs in wanted.items():
-        assert excess(found[name], theirs, t * bounds[name]) <= 1, name
+        assert largest_excess(found[name], theirs, t * bounds[name]) <= 1, name
 
     mean, var, count = moments_of(x.double(), inside)
     share = 0.25 if count > 1 else 0.0
     var = var * count / max(count - 1, 1)
     assert running.batches == 4
-    assert excess(running.mean, running_mean + share * (mean - running_mean), t * var.sqrt()) <= 1
-    assert excess(running.var, running_var + share * (var - running_var), 9 * t * var) <= 1
+    assert largest_excess(running.mean, running_mean + share * (mean - running_mean), t * var.sqrt()) <= 1
+    assert largest_excess(running.var, running_var + share * (var - running_var), 9 * t * var) <= 1
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "layout", "chunk"), SHAPES, ids=str)
 def test_every_chunk_is_that_of_the_formula(shape, layout, chunk, dtype, options):
-    check(shape, layout, chunk, dtype, options)
+    assert_matches_formula(shape, layout, chunk, dtype, options)
 
 
 @pytest.mark.parametrize(
     ("dtype", "options"), [(torch.float32, "limits, residual, mask"), (torch.bfloat16, "limits")], ids=str
 )
 @pytest.mark.parametrize(("shape", "layout", "chunk"), LARGE, ids=str)
-def test_chunks_that_two_threads_share_are_those_of_the_formula(shape, layout, chunk, dtype, options, threads):
-    threads(2)
-    check(shape, layout, chunk, dtype, OPTIONS[options])
+def test_chunks_that_two_threads_share_are_those_of_the_formula(shape, layout, chunk, dtype, options, set_threads):
+    set_threads(2)
+    assert_matches_formula(shape, layout, chunk, dtype, OPTIONS[options])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "layout", "chunk"), LARGE[:4], ids=str)
-def test_chunks_shared_among_threads_give_bitwise_what_one_thread_gives(shape, layout, chunk, dtype, threads):
+def test_chunks_shared_among_threads_give_bitwise_what_one_thread_gives(shape, layout, chunk, dtype, set_threads):
     slices = divided(shape[0], chunk, 2)
-    x, dy = (laid_out(numbers(*shape, seed=seed, dtype=dtype), layout) for seed in (0, 1))
-    weight = numbers(shape[1], seed=2)
+    x, dy = (with_layout(randn(*shape, seed=seed, dtype=dtype), layout) for seed in (0, 1))
+    weight = randn(shape[1], seed=2)
     results = []
     for count in (1, 2):
-        threads(count)
+        set_threads(count)
         running = Running(torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0), 0.5)
         rule = Rule(EPS, None, True, len(slices), chunk, Limits(3.0, 5.0))
         y, moments, correction = native.forward(Operands(x, weight), running, rule)
@@ -253,17 +214,17 @@ def test_chunks_shared_among_threads_give_bitwise_what_one_thread_gives(shape, l
 
 @pytest.mark.parametrize(("shape", "layout"), [((12, 5), "contiguous"), ((12, 5, 3, 3), "channels last")], ids=str)
 def test_chunks_are_the_batches_one_by_one(shape, layout):
-    x, weight, bias = laid_out(numbers(*shape), layout), numbers(5, seed=1), numbers(5, seed=2)
+    x, weight, bias = with_layout(randn(*shape), layout), randn(5, seed=1), randn(5, seed=2)
     none = Running(None, None, None, 0.0)
     y, moments, _ = native.forward(Operands(x, weight, bias), none, Rule(EPS, "relu", True, 3, 4))
     for i, part in enumerate(x.split(4)):
         alone, own, _ = native.forward(Operands(part, weight, bias), none, Rule(EPS, "relu", True))
-        # The whole and the part may be summed by other loops.
+        # Other loops may sum the whole than the part.
         torch.testing.assert_close(y[4 * i : 4 * i + 4], alone, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(moments[:, i], own, rtol=1e-6, atol=1e-6)
 
 
-# Moving the running statistics.
+# Updates of the running statistics.
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
@@ -274,14 +235,14 @@ def test_chunks_are_the_batches_one_by_one(shape, layout):
 @pytest.mark.parametrize("counting", [True, False])
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf])
 def test_statistics_are_updated_as_by_torch_operations(bad, counting, unbiased, update, momentum, kept, chunks):
-    x = numbers(12, 3, 4) + 2
+    x = randn(12, 3, 4) + 2
     if bad is not None:
         x[5, 1, 2] = bad
 
     def running_statistics():
         skipped = torch.tensor(7) if counting else None
         return Running(
-            numbers(3, seed=1, dtype=kept), numbers(3, seed=2, dtype=kept).exp(), torch.tensor(4), momentum, skipped,
+            randn(3, seed=1, dtype=kept), randn(3, seed=2, dtype=kept).exp(), torch.tensor(4), momentum, skipped,
             unbiased, update,
         )  # fmt: skip
 
@@ -289,7 +250,7 @@ def test_statistics_are_updated_as_by_torch_operations(bad, counting, unbiased, 
     native.forward(Operands(x), ours, Rule(EPS, None, True, chunks, 4 if chunks > 1 else 0))
     exact = x.double()
     ops.running.update_(theirs, BatchMoments(exact.mean((0, 2)), exact.var((0, 2), correction=0), 48))
-    # The moments are good to 1e-5 of a deviation, and float32 rounds what it keeps.
+    # The moments are accurate to 1e-5 of a deviation, and float32 rounds the statistics.
     torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-6, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(ours.var, theirs.var, rtol=1e-6, atol=9e-5, equal_nan=True)
     assert ours.batches == theirs.batches
@@ -303,8 +264,8 @@ def test_statistics_are_updated_as_by_torch_operations(bad, counting, unbiased, 
         assert torch.equal(ours.var, before.var)
 
 
-def test_the_moved_statistics_are_torchs():
-    x = numbers(12, 3, 4) + 2
+def test_updated_statistics_are_torchs():
+    x = randn(12, 3, 4) + 2
     for unbiased in (True, False):
         running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), 1.0, torch.tensor(0), unbiased)
         native.forward(Operands(x), running, Rule(EPS, None, True, 3, 4))
@@ -316,7 +277,7 @@ def test_the_moved_statistics_are_torchs():
 @pytest.mark.parametrize("layout", ["rows", "planes", "channels last"])
 def test_a_chunk_with_a_nan_stops_the_update_of_all_and_other_chunks_stay_right(layout, kept):
     shape = {"rows": (12, 5), "planes": (12, 5, 7), "channels last": (12, 5, 3, 3)}[layout]
-    x = laid_out(numbers(*shape), layout)
+    x = with_layout(randn(*shape), layout)
     clean = x.clone(memory_format=torch.preserve_format)
     x[5, 2] = math.nan  # the second of four chunks
     running = Running(torch.zeros(5, dtype=kept), torch.ones(5, dtype=kept), torch.tensor(4), 0.5, torch.tensor(0))
@@ -336,7 +297,7 @@ def test_a_chunk_with_a_nan_stops_the_update_of_all_and_other_chunks_stay_right(
 
 @pytest.mark.parametrize("chunk_of_padding", [0, 1, 3])
 def test_a_chunk_of_padding_alone_is_left_out_of_the_statistics_whatever_it_holds(chunk_of_padding):
-    x, mask = numbers(12, 5, 7) + 3, torch.ones(12, 7, dtype=torch.bool)
+    x, mask = randn(12, 5, 7) + 3, torch.ones(12, 7, dtype=torch.bool)
     padding = slice(3 * chunk_of_padding, 3 * chunk_of_padding + 3)
     x[padding], mask[padding] = math.nan, False
     running = Running(torch.zeros(5), torch.ones(5), torch.tensor(0), 1.0, torch.tensor(0))
@@ -355,19 +316,14 @@ def test_a_chunk_of_padding_alone_is_left_out_of_the_statistics_whatever_it_hold
 @pytest.mark.parametrize("size", [1e30, 1e37])
 def test_chunks_whose_variance_no_float_holds_have_the_right_y_and_are_skipped(size, layout):
     shape = {"rows": (12, 5), "planes": (12, 5, 7), "channels last": (12, 5, 3, 3)}[layout]
-    x = laid_out(numbers(*shape), layout)
+    x = with_layout(randn(*shape), layout)
     x[:, 1] *= size
     x[4:8, 3] *= size
     running = Running(torch.zeros(5), torch.ones(5), torch.tensor(0), 0.5, torch.tensor(0))
     rule = Rule(EPS, None, True, 3, 4)
     y, moments, _ = native.forward(Operands(x), running, rule)
     parts = x.double().split(4)
-    expected = torch.cat(
-        [
-            (part - part.mean(dims(x), keepdim=True)) / torch.sqrt(part.var(dims(x), keepdim=True, correction=0) + EPS)
-            for part in parts
-        ]
-    )
+    expected = torch.cat([normalized(part) for part in parts])
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     assert (int(running.skipped), int(running.batches)) == (1, 0)
     assert not running.mean.any()
@@ -375,19 +331,14 @@ def test_chunks_whose_variance_no_float_holds_have_the_right_y_and_are_skipped(s
     wide = Running(torch.zeros(5).double(), torch.ones(5).double(), torch.tensor(0), 1.0, torch.tensor(0))
     native.forward(Operands(x), wide, rule)
     assert (int(wide.skipped), int(wide.batches)) == (0, 1)
-    torch.testing.assert_close(wide.var, x.double().var(dims(x)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(wide.var, x.double().var(reduced_dims(x)), rtol=1e-4, atol=1e-5)
 
-    # dx is y's gradient over a deviation of that size: scaled back, it is that of the values before.
-    dy = numbers(*shape, seed=1)
+    # dx is the gradient of y divided by a deviation of that size; scaled back, it is that of the values before.
+    dy = randn(*shape, seed=1)
     dx, *_ = native.backward(dy, Operands(x), moments, rule, wanted=[True, False, False, False])
     leaf = x.double().requires_grad_()
-    y = torch.cat(
-        [
-            (part - part.mean(dims(x), keepdim=True)) / torch.sqrt(part.var(dims(x), keepdim=True, correction=0) + EPS)
-            for part in leaf.split(4)
-        ]
-    )
+    y = torch.cat([normalized(part) for part in leaf.split(4)])
     (wanted,) = torch.autograd.grad(y, leaf, dy.double())
-    deviation = torch.cat([part.std(dims(x), keepdim=True, correction=0).expand_as(part) for part in parts])
+    deviation = torch.cat([part.std(reduced_dims(x), keepdim=True, correction=0).expand_as(part) for part in parts])
     smallest = torch.finfo(torch.float32).smallest_normal
     assert ((dx.double() - wanted).abs() <= 1e-4 / deviation + smallest).all()

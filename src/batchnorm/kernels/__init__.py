@@ -1,1 +1,1 @@
-"""The arithmetic of batch normalization, one file a way of computing it."""
+"""The arithmetic of batch normalization; each way of computing it has a file."""

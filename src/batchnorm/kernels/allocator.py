@@ -1,4 +1,4 @@
-"""glibc's allocator, told to keep what is freed."""
+"""A setting of glibc's allocator: keep freed memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ KEPT_BYTES = 2**31 - 1
 
 
 def tune_allocator() -> bool:
-    """Let glibc keep freed blocks of this process, so that large activations are not page-faulted anew each step.
+    """Let glibc keep this process's freed blocks, so that large activations cause no page faults in each step.
 
-    Sets ``M_MMAP_THRESHOLD`` and ``M_TRIM_THRESHOLD`` (see ``man 3 mallopt``) to 2 GiB. Memory that the process has
-    once used then stays with it.
+    It sets ``M_MMAP_THRESHOLD`` and ``M_TRIM_THRESHOLD`` (see ``man 3 mallopt``) to 2 GiB. The process then keeps
+    memory that it has once used.
 
     Returns
     -------
     bool
-        Whether the allocator took both; False where it is not glibc's.
+        Whether the allocator accepted both settings; False where it is not glibc's.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Which kernels run here, and why the others don't."""
+"""Choose the kernels that run on this machine, and say why the others do not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KNOWN = ("reference", "native", "triton")
 NO_GPU_KERNELS = "this version has no GPU kernels"
 REMEDY = (
     "To build the native ones, install a C++ compiler, then batchnorm again, with pip install --force-reinstall "
-    f"--no-deps --no-cache-dir; {VARIABLE}=reference takes the reference without a warning."
+    f"--no-deps --no-cache-dir; {VARIABLE}=reference uses the reference without a warning."
 )
 
 
@@ -32,11 +32,11 @@ class Kernel:
     Attributes
     ----------
     name : str
-        ``"native"``, the compiled kernels, or ``"reference"``, the formulas in plain torch.
+        ``"native"``, the compiled kernels, or ``"reference"``, the formulas in torch operations.
     instructions : str or None
-        The vector instructions that the native kernels use on this processor: ``"AVX2"``, for one.
+        The vector instructions that the native kernels use on this processor, such as ``"AVX2"``.
     reason : str or None
-        Why it is the reference.
+        The reason why the reference runs.
     """
 
     name: Literal["native", "reference"]
@@ -91,7 +91,7 @@ def kernels() -> Kernels:
     """
     forced = os.environ.get(VARIABLE, "")
     if forced == "triton":
-        raise KernelError(f"{VARIABLE}=triton can't be had: {NO_GPU_KERNELS}")
+        raise KernelError(f"{VARIABLE}=triton is not available: {NO_GPU_KERNELS}")
     if forced and forced not in KNOWN:
         raise KernelError(f"{VARIABLE} must be {', '.join(KNOWN[:-1])} or {KNOWN[-1]}; got {forced!r}")
     if forced == "reference":
@@ -101,13 +101,13 @@ def kernels() -> Kernels:
     if reason is None:
         return Kernels(Kernel("native", instructions()), Kernel("reference", reason=NO_GPU_KERNELS))
     if forced == "native":
-        raise KernelError(f"{VARIABLE}=native can't be had: {reason}")
+        raise KernelError(f"{VARIABLE}=native is not available: {reason}")
     return Kernels(Kernel("reference", reason=reason), Kernel("reference", reason=NO_GPU_KERNELS))
 
 
 @functools.cache
 def cpu_kernel() -> Literal["native", "reference"]:
-    """The kernel of CPU tensors; warns, once, where it is the reference although nobody asked for that."""
+    """Return the kernel of CPU tensors; warn once if it is the reference without being asked for."""
     chosen = kernels().cpu
     if chosen.name == "reference" and not os.environ.get(VARIABLE):
         warnings.warn(f"batchnorm runs on its slow reference kernels: {chosen.reason}. {REMEDY}", RuntimeWarning, 2)

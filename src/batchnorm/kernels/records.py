@@ -1,4 +1,4 @@
-"""Records that travel with a batch: its operands, the running statistics, the rule, and what backward needs.
+"""Records that travel with a batch: its operands, the running statistics, the rule, moments and gradients.
 
 Every way of computing batch normalization (`reference`, `native`, the operators) takes these; only the schemas of the
 operators spell them out as flat lists of tensors. Tensors are (N, C, *); "(C,)" means one value per channel.
