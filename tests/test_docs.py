@@ -1,4 +1,4 @@
-"""What README says: its examples run, and its figures are those of the committed runs."""
+"""The README and the pages of docs: their examples run, and their numbers are those of the committed results."""
 
 import doctest
 import json

@@ -1,3 +1,5 @@
+"""bn.lab.compare and bn.lab.study, and the report that they return."""
+
 import json
 import math
 
@@ -19,7 +21,7 @@ def studied():
     return bn.lab.study(frame, bunch.target, name="<b>tumours</b>", **QUICK, jobs=1)
 
 
-def test_the_table_has_a_row_for_each_arm_with_the_figures_of_the_result(studied):
+def test_the_frame_has_a_row_per_arm_with_the_numbers_of_the_result(studied):
     table = studied.frame()
     arms = studied.result.arms
     assert table["batch_norm"].to_list() == list(arms)
@@ -27,14 +29,14 @@ def test_the_table_has_a_row_for_each_arm_with_the_figures_of_the_result(studied
     assert table["step_ratio_at_least"].to_list()[1:] == [ratio.median[0] for ratio in studied.result.ratios.values()]
 
 
-def test_the_verdicts_have_a_row_for_each_finding_of_every_claim(studied):
+def test_the_verdicts_have_a_row_per_finding(studied):
     verdicts = studied.verdicts()
     findings = [finding for claim in studied.judgment.claims for finding in claim.findings]
     assert verdicts["claim"].unique(maintain_order=True).to_list() == list(CLAIMS)
     assert verdicts["verdict"].to_list() == [finding.verdict for finding in findings]
 
 
-def test_the_report_is_written_whole_where_it_is_asked_for(studied, tmp_path):
+def test_the_report_is_written_to_a_path_whole_or_not_at_all(studied, tmp_path):
     page = studied.to_html(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text() == page
     assert "&lt;b&gt;tumours&lt;/b&gt;" in page
@@ -43,14 +45,14 @@ def test_the_report_is_written_whole_where_it_is_asked_for(studied, tmp_path):
         studied.to_html(tmp_path / "missing" / "page.html")
 
 
-def test_a_notebook_is_shown_the_verdict_and_the_tables_escaped(studied):
+def test_a_notebook_shows_the_verdict_and_the_tables_escaped(studied):
     shown = studied._repr_html_()
     assert shown.count("<tr>") == 2 + 3 + 9
     assert "<b>tumours" not in shown
     assert "script" not in shown
 
 
-def test_each_figure_is_a_page_of_its_own_with_its_numbers_as_a_data_frame(studied):
+def test_each_figure_has_a_page_and_a_frame_of_its_numbers(studied):
     figures = studied.figures
     assert "race" in figures
     for figure in figures.values():
@@ -61,7 +63,7 @@ def test_each_figure_is_a_page_of_its_own_with_its_numbers_as_a_data_frame(studi
     assert '<figure id="figure-race"' in figures["race"].to_html()
 
 
-def test_run_json_is_kept_where_it_is_asked_for_and_is_that_of_the_command_line(tmp_path):
+def test_run_json_in_a_given_folder_is_that_of_the_command_line(tmp_path):
     x, y = load_diabetes(return_X_y=True)
     found = bn.lab.compare(x, y, **QUICK, jobs=1, out=tmp_path / "kept")
     content = json.loads((tmp_path / "kept" / "run.json").read_text())
@@ -115,11 +117,11 @@ def test_bad_input_names_the_rule_and_the_value(arguments, options, error, words
         bn.lab.compare(*arguments, **options)
 
 
-def test_a_study_measures_every_claim_and_takes_no_choice_of_them():
+def test_a_study_accepts_no_choice_of_claims():
     with pytest.raises(bn.InputError, match="study measures every claim"):
         bn.lab.study(np.zeros((5, 2)), np.zeros(5), claims=["shift"])
 
 
-def test_what_is_not_known_of_a_number_is_a_gap_and_not_a_nan(studied):
+def test_an_unknown_number_is_null_and_not_nan(studied):
     for column in studied.frame().select(pl.selectors.float()).iter_columns():
         assert not any(value is not None and math.isnan(value) for value in column)

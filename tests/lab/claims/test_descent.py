@@ -1,3 +1,5 @@
+"""Gradient descent on a linear neuron with two weights."""
+
 import math
 
 import numpy as np
@@ -18,7 +20,7 @@ def loss(x, y, w):
     return float(np.mean((x @ w - y) ** 2))
 
 
-def test_the_steps_are_those_that_gradient_descent_takes(rows):
+def test_the_number_of_steps_is_that_of_gradient_descent(rows):
     x, y = rows
     rate = 1 / np.linalg.eigvalsh(2 * x.T @ x / len(x)).max()
     least = loss(x, y, np.linalg.lstsq(x, y, rcond=None)[0])
@@ -31,7 +33,7 @@ def test_the_steps_are_those_that_gradient_descent_takes(rows):
     assert steps_to_minimum(x, y) == steps
 
 
-def test_scaling_a_column_up_costs_steps_and_normalizing_takes_them_back(rows):
+def test_scaling_a_column_up_costs_steps_that_normalizing_saves(rows):
     x, y = rows
     normalized = (x - x.mean(0)) / x.std(0)
     assert steps_to_minimum(x * [1, 10], y) > 10 * steps_to_minimum(x, y) > 100 * steps_to_minimum(normalized, y)

@@ -1,3 +1,5 @@
+"""The sign test, its correction, and the words of verdicts."""
+
 import itertools
 import math
 from dataclasses import replace
@@ -39,14 +41,14 @@ def test_holm_rejects_what_its_step_down_procedure_rejects():
     assert {i for i, p in enumerate(holm(p_values)) if p <= ALPHA} == rejected == {1, 4, 2}
 
 
-def test_where_nothing_differs_a_claim_holds_in_at_most_alpha_of_all_sign_patterns():
+def test_without_an_effect_a_claim_holds_in_at_most_alpha_of_all_sign_patterns():
     """Under the null each of the 2^8 patterns of signs is as likely as any other."""
     patterns = list(itertools.product((0.5, 2.0), repeat=8))
     holds = sum(judge([ratio(*pattern)])[0].verdict == "holds" for pattern in patterns)
     assert 0 < holds / len(patterns) <= ALPHA
 
 
-def test_a_claim_holds_where_all_pairs_agree_and_does_not_where_none_gains():
+def test_a_claim_holds_if_all_pairs_agree_and_does_not_hold_if_none_gains():
     assert judge([ratio(*[2.0] * 10)])[0].verdict == "holds"
     assert judge([ratio(*[1.0] * 10)])[0].verdict == "does not hold"
     assert judge([ratio(*[0.5] * 10)])[0].verdict == "does not hold"
@@ -59,13 +61,13 @@ def test_a_pair_that_is_only_bounded_counts_as_far_as_its_bounds_go():
     assert judge([ratio(*[(0.0, 0.9)] * 10)])[0].verdict == "does not hold"
 
 
-def test_with_four_seeds_nothing_is_decided_and_with_five_it_may_be():
+def test_a_verdict_takes_five_seeds():
     four, five = (judge([ratio(*[2.0] * seeds)])[0] for seeds in (4, 5))
     assert (four.verdict, five.verdict) == ("undecided", "holds")
     assert four.reason == "a verdict takes at least 5 seeds; got 4"
 
 
-def test_the_more_claims_are_judged_together_the_more_each_must_show():
+def test_a_claim_must_show_more_the_more_claims_are_judged_with_it():
     nine_of_ten = ratio(*[2.0] * 9, 0.5)
     alone = judge([nine_of_ten])[0]
     among = judge([nine_of_ten, *[ratio(*[2.0] * 5, *[0.5] * 5)] * 5])[0]
@@ -74,13 +76,13 @@ def test_the_more_claims_are_judged_together_the_more_each_must_show():
     assert among.adjusted_holds == pytest.approx(6 * alone.p_holds)
 
 
-def test_what_is_measured_in_seconds_moves_no_verdict_on_steps():
+def test_effects_in_seconds_change_no_verdict_on_steps():
     steps = ratio(*[2.0] * 9, 0.5)
     seconds = [ratio(*[amount] * 10, effect=SECONDS) for amount in (0.2, 2.0, 3.0)]
     assert judge([steps, *seconds])[0] == judge([steps])[0]
 
 
-def test_what_cannot_be_judged_is_undecided_with_its_reason_and_is_no_test():
+def test_a_measurement_with_a_reason_is_undecided_and_no_test():
     reason = "there is nothing to compare"
     finding, other = judge([ratio(*[2.0] * 10, reason=reason), ratio(*[2.0] * 10)])
     assert (finding.verdict, finding.reason, finding.p_holds) == ("undecided", reason, None)
@@ -102,20 +104,20 @@ def text_of(measurement):
     return judge([measurement])[0].text
 
 
-def test_an_amount_is_worded_the_way_round_that_is_above_one():
+def test_a_ratio_is_worded_as_a_factor_above_one():
     assert text_of(ratio(*[4.0] * 10)) == "4x fewer steps [4, 4]"
     assert text_of(ratio(*[0.25] * 10)) == "4x more steps [4, 4]"
     assert text_of(ratio(*[(3.0, math.inf)] * 10)) == "at least 3x fewer steps [3, inf]"
     assert text_of(ratio(*[(0.0, math.inf)] * 10)) == "unknown"
 
 
-def test_a_difference_is_worded_by_its_sign_with_ends_in_order_and_no_minus_zero():
+def test_a_difference_is_worded_by_its_sign_without_minus_zero():
     assert text_of(difference(*[0.5] * 3, *[1.5] * 7)) == "1.5 decades more [0.5, 1.5]"
     assert text_of(difference(*[-1.0] * 5, *[0.0] * 2, *[-2.0] * 3)) == "1 decade fewer [0, 2]"
     assert text_of(difference((-math.inf, math.inf))) == "unknown"
 
 
-def test_the_sentence_names_what_holds_where_and_why_not():
+def test_the_sentence_names_verdicts_placements_and_reasons():
     findings = judge([ratio(*[2.0] * 10), ratio(*[2.0] * 3, subject="after")])
     assert sentence("Batch norm is faster", findings) == (
         "Batch norm is faster: holds before the nonlinearity (2x fewer steps [2, 2]); "

@@ -1,4 +1,4 @@
-"""Whole studies, small: what is trained for a claim, what is measured from it, and that it comes out the same again."""
+"""Small studies: the stacks and the measurements of each claim, and their repeatability."""
 
 import copy
 import json
@@ -83,7 +83,7 @@ def test_every_claim_has_its_question_design_sentence_and_findings(finished):
         assert all(finding.verdict in claim.sentence for finding in claim.findings)
 
 
-def test_only_what_the_claims_asked_for_need_is_trained(tmp_path, digits):
+def test_only_the_stacks_of_the_given_claims_are_trained(tmp_path, digits):
     run = study(tmp_path / "weights", digits, claims=["initial_weights"])
     phases = {stack.phase for stack in run.stacks}
     assert {"initial scale x 0.001", "initial scale x 100"} <= phases
@@ -99,7 +99,7 @@ def test_a_repeated_study_gives_the_same_run_json_but_for_times_whatever_the_job
     assert without_times(read[0]) == without_times(read[1])
 
 
-def test_a_study_that_was_stopped_goes_on_to_the_same_result(finished, tmp_path, digits):
+def test_a_resumed_study_has_the_same_result(finished, tmp_path, digits):
     folder = tmp_path / "stopped"
     partial = copy.deepcopy(json.loads((finished.folder / "run.json").read_text()))
     kept = [stack for stack in partial["stacks"] if not stack["phase"].startswith(("stability", "shift"))]
@@ -128,7 +128,7 @@ def test_a_seed_trains_over_a_decade_per_rate_at_which_it_ends_above_the_thresho
     np.testing.assert_allclose(pairs, np.stack([expected, expected], axis=1))
 
 
-def test_the_threshold_is_half_of_the_way_from_a_constant_guess_to_the_best_score(finished, digits):
+def test_the_threshold_is_halfway_from_a_constant_guess_to_the_best_score(finished, digits):
     train, validation = (digits.y[digits.parts[part]] for part in ("train", "validation"))
     constant = np.mean(validation == np.bincount(train).argmax())
     best = max(
@@ -139,7 +139,7 @@ def test_the_threshold_is_half_of_the_way_from_a_constant_guess_to_the_best_scor
     assert claim_of(finished, "stability").details.threshold == pytest.approx((constant + best) / 2)
 
 
-def test_initial_weights_are_what_they_are_multiplied_by(finished):
+def test_initial_weights_are_scaled_by_their_factor(finished):
     """A network of all but no weights begins at the loss of an even guess."""
     small = raw(finished, "initial scale x 0.001", "none")
     large = raw(finished, "initial scale x 100", "none")
@@ -171,7 +171,7 @@ def test_drift_and_smoothness_are_compared_at_one_learning_rate_for_every_arm(fi
     np.testing.assert_allclose([low for low, _ in pairs], np.divide(none, before), rtol=1e-9)
 
 
-def test_on_shuffled_labels_nothing_holds_and_the_reason_is_said(tmp_path, digits):
+def test_on_shuffled_labels_everything_is_undecided_with_a_reason(tmp_path, digits):
     shuffled = replace(digits, y=np.random.default_rng(0).permutation(digits.y))
     run = study(tmp_path / "shuffled", shuffled)
     findings = [finding for claim in read_judgment(run).claims for finding in claim.findings]
@@ -179,7 +179,7 @@ def test_on_shuffled_labels_nothing_holds_and_the_reason_is_said(tmp_path, digit
     assert all("constant guess" in finding.reason for finding in findings)
 
 
-def test_an_arm_against_itself_shares_the_search_and_confirms_with_seeds_of_its_own(tmp_path, digits):
+def test_an_arm_against_itself_shares_the_search_and_confirms_with_its_own_seeds(tmp_path, digits):
     settings = replace(SETTINGS, null_arm="before")
     run = study(tmp_path / "itself", digits, settings, claims=[])
 
@@ -191,7 +191,7 @@ def test_an_arm_against_itself_shares_the_search_and_confirms_with_seeds_of_its_
     assert all(a != b for one in range(3) for a, b in zip(confirmed[one], confirmed[one - 1], strict=True))
 
 
-def test_on_few_validation_rows_steps_are_not_judged_and_the_rest_is(tmp_path):
+def test_on_few_validation_rows_only_steps_are_not_judged(tmp_path):
     dataset = prepare(read_table("wine"))
     run = study(tmp_path / "wine", dataset, replace(SETTINGS, steps=80))
     for name in ("fewer_steps", "placement"):
@@ -200,7 +200,7 @@ def test_on_few_validation_rows_steps_are_not_judged_and_the_rest_is(tmp_path):
     assert all(finding.p_holds is not None for finding in claim_of(run, "initial_weights").findings)
 
 
-def test_a_regression_target_can_be_studied_too(tmp_path):
+def test_a_study_works_for_regression(tmp_path):
     dataset = prepare(read_table("diabetes"))
     run = study(tmp_path / "diabetes", dataset, replace(SETTINGS, learning_rates=(0.01, 0.1)))
     details = claim_of(run, "inputs").details
@@ -208,6 +208,6 @@ def test_a_regression_target_can_be_studied_too(tmp_path):
     assert len(read_judgment(run).claims) == 7
 
 
-def test_every_stack_of_a_study_has_a_key_of_its_own(finished):
+def test_the_keys_of_the_stacks_are_unique(finished):
     keys = [stack.key for stack in finished.stacks]
     assert len(keys) == len(set(keys))

@@ -1,4 +1,4 @@
-"""A whole comparison, small: its plan, its pairs, its repeatability, going on after a stop."""
+"""Small comparisons: their plan, their pairs, their repeatability, and resuming them."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def new_run(folder, settings, dataset):
 
 
 def without_times(run):
-    """What must not differ from one run to the next."""
+    """The content of run.json that must be the same in every repetition."""
     content = json.loads((run.folder / "run.json").read_text())
     for name in ("created", "seconds", "machine", "result", "status"):
         content.pop(name)
@@ -87,7 +87,7 @@ def test_every_rate_is_searched_with_every_search_seed_and_confirmed_with_fresh_
         assert confirmed == [(result.arms[arm].learning_rate, seed) for seed in (2, 3, 4)]
 
 
-def test_the_result_is_what_the_runs_say(finished):
+def test_the_result_follows_from_the_runs(finished):
     _, run, result = finished
     evaluations = evaluation_steps(SETTINGS.steps)
     target = result.target
@@ -109,7 +109,7 @@ def test_only_confirming_runs_read_the_test_rows(finished):
         assert all((trained.test is not None) == (stack.phase == "confirm") for trained in stack.runs)
 
 
-def test_run_json_holds_the_result_and_says_it_is_complete(finished):
+def test_run_json_contains_the_result_and_the_status_complete(finished):
     _, run, result = finished
     content = json.loads((run.folder / "run.json").read_text())
     assert content["status"] == run.status == "complete"
@@ -126,7 +126,7 @@ def test_two_jobs_give_the_same_run_as_one_but_for_times(finished, tmp_path, dig
     assert without_times(again) == without_times(once)
 
 
-def test_a_stopped_run_goes_on_where_it_was_and_ends_the_same(finished, tmp_path, digits, monkeypatch):
+def test_a_resumed_run_keeps_its_stacks_and_ends_as_an_uninterrupted_one(finished, tmp_path, digits, monkeypatch):
     _, once, _ = finished
     run = new_run(tmp_path / "run", SETTINGS, digits)
     saves = []
@@ -165,7 +165,7 @@ def test_a_best_rate_at_the_edge_of_the_default_grid_extends_it_once_for_all_arm
     assert all(len(values.search) == 8 for values in result.arms.values())
 
 
-def test_where_every_run_without_batch_norm_diverges_that_is_the_verdict(tmp_path, digits):
+def test_a_baseline_that_always_diverges_is_the_verdict(tmp_path, digits):
     settings = replace(SETTINGS, activation="relu", learning_rates=(1e30,), search_seeds=1, steps=30)
     run = new_run(tmp_path / "run", settings, digits)
     result = compare(digits, run, jobs=1, progress=Silence())
@@ -185,7 +185,7 @@ def test_regression_is_compared_in_r_squared(tmp_path):
     assert result.arms["before"].test_score < 1
 
 
-def test_a_batch_larger_than_the_training_rows_is_reduced_and_said(digits):
+def test_a_batch_larger_than_the_training_rows_is_reduced_with_a_note(digits):
     settings, note = fit_to_data(replace(SETTINGS, batch_size=5000), digits)
     assert settings.batch_size == 1078
     assert "5000 is reduced to the 1078 training rows" in note

@@ -1,4 +1,4 @@
-"""What is counted, on runs made up by hand."""
+"""Measures of runs that are written by hand."""
 
 import itertools
 import math
@@ -43,7 +43,7 @@ def test_a_loss_is_reached_from_above():
     assert steps_to(falling, Target("loss", 3.0, ""), STEPS) == 3
 
 
-def test_a_diverged_run_never_arrives_even_where_it_had():
+def test_a_diverged_run_never_arrives_even_if_it_had_arrived_before():
     scores = [0.9, 0.9, 0.9, 0.9, math.nan, math.nan]
     assert steps_to(run(scores), score(0.9), STEPS) == 1
     assert steps_to(run(scores, diverged_at=5), score(0.9), STEPS) is None
@@ -57,7 +57,7 @@ def test_evaluations_are_dense_to_20_then_5_percent_apart_and_include_the_last(s
     assert all(a < b <= math.ceil(1.05 * a) for a, b in itertools.pairwise(chosen[19:]))
 
 
-def test_the_median_of_steps_needs_more_than_half_to_arrive():
+def test_median_steps_need_more_than_half_of_the_runs_to_arrive():
     assert median_steps([10, 20, 30]) == 20
     assert median_steps([10, None, 30]) == 30
     assert median_steps([10, None]) is None
@@ -82,7 +82,7 @@ def test_the_target_is_099_of_the_median_best_score_rounded_down_to_a_row():
     assert chosen.value == 178 / 200  # 0.99 x 0.9 x 200 = 178.2
 
 
-def test_the_target_score_asked_for_overrides_the_rule():
+def test_a_given_target_score_overrides_the_rule():
     assert target(baseline(0.8, 0.9, 0.95), rows=50, given=0.7).value == 0.7
 
 
@@ -99,14 +99,14 @@ def test_where_no_score_is_positive_the_loss_is_the_target():
     assert chosen.value == pytest.approx(2.5 / 0.99)
 
 
-def test_where_every_run_diverged_nothing_can_be_reached():
+def test_no_run_reaches_the_target_where_every_baseline_run_diverged():
     runs = [run([0.5, math.nan], seed=seed, diverged_at=2) for seed in range(3)]
     chosen = target(runs)
     assert chosen.value == -math.inf
     assert steps_to(run([1.0] * 6), chosen, STEPS) is None
 
 
-def test_a_diverged_run_is_the_worst_of_its_rate():
+def test_a_diverged_run_counts_as_the_worst_of_its_rate():
     runs = [run([0.9] * 3, 0.3, 0), run([0.99] * 3, 0.3, 1, diverged_at=3), run([0.99] * 3, 0.3, 2, diverged_at=3)]
     runs += [run([0.5] * 3, 0.1, seed) for seed in range(3)]
     assert best_rate(runs, "score") == (0.1, 0.5)
@@ -119,7 +119,7 @@ def arrivals(rate, *steps):
     ]
 
 
-def test_the_rate_chosen_has_all_its_seeds_arrive_in_the_fewest_median_steps():
+def test_the_chosen_rate_has_the_fewest_median_steps_of_those_where_all_seeds_arrive():
     evaluations = list(range(1, 9))
     runs = arrivals(0.1, 5, 5, 5) + arrivals(0.3, 1, 1, None) + arrivals(1.0, 3, 4, 5)
     summaries = summarize_rates(runs, score(0.9), evaluations)
@@ -128,7 +128,7 @@ def test_the_rate_chosen_has_all_its_seeds_arrive_in_the_fewest_median_steps():
     assert choose_rate(summaries) == 1.0
 
 
-def test_where_no_rate_has_all_seeds_arrive_the_most_count_and_ties_go_to_the_loss():
+def test_the_rate_where_most_seeds_arrive_is_chosen_and_ties_go_to_the_loss():
     evaluations = list(range(1, 9))
     runs = arrivals(0.1, 5, None, None) + arrivals(0.3, 6, 6, None)
     assert choose_rate(summarize_rates(runs, score(0.9), evaluations)) == 0.3
@@ -152,7 +152,7 @@ def test_the_order_statistics_of_the_interval(count, k, confidence):
     assert order_statistic(count) == (k, pytest.approx(confidence))
 
 
-def test_the_order_statistics_cover_the_median_as_often_as_they_say():
+def test_the_order_statistics_cover_the_median_with_the_stated_confidence():
     random = np.random.default_rng(0)
     draws = np.sort(random.normal(size=(20_000, 10)), axis=1)
     k, confidence = order_statistic(10)

@@ -1,4 +1,4 @@
-"""run.json: written whole or not at all, and read with suspicion."""
+"""run.json: written whole or not at all, and checked when it is read."""
 
 import math
 import resource
@@ -48,14 +48,14 @@ def test_a_run_is_read_as_it_was_saved(tmp_path):
         ('{"format": "batchnorm-run", "version": 1}', "format version 2; .* is of version 1, which another"),
     ],
 )
-def test_what_is_not_a_run_is_refused(tmp_path, text, message):
+def test_a_file_that_is_no_run_is_refused(tmp_path, text, message):
     if text is not None:
         (tmp_path / "run.json").write_text(text)
     with pytest.raises(RunError, match=message):
         read_run(tmp_path)
 
 
-def test_a_run_says_nothing_of_who_and_where(tmp_path):
+def test_run_json_names_no_user_host_or_folder(tmp_path):
     import getpass
     import socket
 
@@ -71,7 +71,7 @@ def test_a_new_folder_is_the_next_free_number(tmp_path, monkeypatch):
     assert [new_folder(None, "digits").name for _ in range(3)] == ["digits-1", "digits-2", "digits-3"]
 
 
-def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_and_left_unchanged(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(RunError, match=r"new or an empty folder; .* contains thesis\.tex"):
         new_folder(tmp_path, "digits")

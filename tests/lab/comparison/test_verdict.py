@@ -1,4 +1,4 @@
-"""The words of a result, for results made up by hand."""
+"""Verdicts and caveats of results that are written by hand."""
 
 import math
 from dataclasses import replace
@@ -40,7 +40,7 @@ HARM = pairs(0.1, 0.2, 0.2, 0.25, 0.25, 0.25, 0.3, 0.4, 0.5, 0.6)
 OPEN = [*pairs(3, 4, 5, 5), *[(10.0, math.inf)] * 6]
 
 
-def test_a_clear_gain_is_said_with_its_interval():
+def test_a_clear_gain_is_stated_with_its_interval():
     text = verdict(result(CLEAR, CLEAR), "digits", 2000)
     assert text == (
         "On digits batch norm needs 5.5x fewer steps before the nonlinearity (97.9% CI 4 to 8) and "
@@ -48,7 +48,7 @@ def test_a_clear_gain_is_said_with_its_interval():
     )
 
 
-def test_no_gain_is_said_to_be_none():
+def test_an_unclear_effect_is_called_unclear():
     text = verdict(result(NONE, NONE), "wine", 2000)
     assert text == (
         "On wine batch norm does not clearly help the network reach a validation accuracy of 0.95 sooner, either "
@@ -57,7 +57,7 @@ def test_no_gain_is_said_to_be_none():
     )
 
 
-def test_harm_is_said_as_more_steps():
+def test_harm_is_stated_as_more_steps():
     text = verdict(result(HARM, NONE), "wine", 2000)
     assert text == (
         "On wine batch norm does not help the network reach a validation accuracy of 0.95 sooner; it needs "
@@ -66,13 +66,13 @@ def test_harm_is_said_as_more_steps():
     )
 
 
-def test_one_gain_of_two_is_not_hidden_nor_the_other():
+def test_a_gain_and_a_harm_are_both_stated():
     text = verdict(result(CLEAR, HARM), "wine", 2000)
     assert "5.5x fewer steps before" in text
     assert "4x more steps after it (97.9% CI 2 to 5)" in text
 
 
-def test_a_ratio_that_is_only_bounded_is_said_to_be():
+def test_a_ratio_that_is_only_bounded_is_stated_as_a_bound():
     text = verdict(result(OPEN, CLEAR), "digits", 2000)
     assert "at least 10x fewer steps before the nonlinearity (97.9% CI 4 to unbounded)" in text
     assert "In 6 of the 2 x 10 pairs" in caveat(result(OPEN, CLEAR), 360)
@@ -85,22 +85,22 @@ def test_too_few_seeds_for_an_interval_make_no_claim():
     assert "With 4 seeds an interval contains the true ratio with at most 87.5% confidence" in caveat(few, 360)
 
 
-def test_without_a_target_the_caveat_is_that():
+def test_the_caveat_names_a_missing_target_first():
     assert caveat(result(CLEAR, CLEAR, headline=False, value=-math.inf), 360).startswith("No run without batch norm")
 
 
-def test_few_rows_with_a_target_score_are_not_said_to_be_counted_on_the_loss():
+def test_with_a_target_score_the_caveat_does_not_mention_the_loss():
     assert "validation loss" not in caveat(result(CLEAR, CLEAR, headline=False), 36)
 
 
-def test_without_a_headline_there_is_no_ratio_but_the_medians_and_the_reason():
+def test_without_a_headline_the_verdict_states_medians_and_the_caveat_the_reason():
     text = verdict(result(CLEAR, CLEAR, headline=False), "wine", 2000)
     assert "x fewer" not in text
     assert "300 without batch norm, 50 with it before the nonlinearity and 60 after it" in text
     assert "Only 36 validation rows" in caveat(result(CLEAR, CLEAR, headline=False), 36)
 
 
-def test_where_no_arm_arrives_there_is_no_ratio():
+def test_no_ratio_is_given_where_no_arm_arrives():
     unknown = [(0.0, math.inf)] * 10
     text = verdict(result(unknown, unknown, medians=(None, None, None)), "wine", 500)
     assert "no arm had most of its runs reach" in text
@@ -113,13 +113,13 @@ def test_where_no_arm_arrives_there_is_no_ratio():
         ((10, 10, 10), "and so did those with it"),
     ],
 )
-def test_where_the_baseline_never_trained_that_is_the_verdict(diverged, words):
+def test_a_baseline_that_never_trained_is_the_verdict(diverged, words):
     text = verdict(result(CLEAR, CLEAR, headline=False, value=-math.inf, diverged=diverged), "wine", 500)
     assert "diverged at every learning rate" in text
     assert words in text
 
 
-def test_a_rate_at_the_edge_is_the_caveat():
+def test_a_rate_at_the_edge_of_the_grid_is_the_caveat():
     edged = result(CLEAR, CLEAR)
     edged.arms["before"] = replace(edged.arms["before"], learning_rate=1.0)
     assert caveat(edged, 360).startswith("The best learning rate of before is at the edge of the grid")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from batchnorm.lab.comparison.measures import (
-    FEWEST_VALIDATION_ROWS,
+    MIN_VALIDATION_ROWS,
     Bounds,
     ratio_bounds,
     summarize_pairs,
@@ -36,7 +36,7 @@ def evaluate(study: Study, seconds: Seconds | None = None) -> Result:
     result = Result(
         score_name="R2" if study.dataset.task == "regression" else "accuracy",
         target=target,
-        headline=rows >= FEWEST_VALIDATION_ROWS and math.isfinite(target.value),
+        headline=rows >= MIN_VALIDATION_ROWS and math.isfinite(target.value),
         grid=sorted({r.learning_rate for r in run.runs("search")}),
         evaluation_steps=evaluations,
         arms={arm: _arm(study, arm, evaluations, seconds) for arm in ARMS},

@@ -33,7 +33,7 @@ __all__ = [
 
 SHARE_OF_BEST = 0.99
 CONFIDENCE = 0.95
-FEWEST_VALIDATION_ROWS = 100
+MIN_VALIDATION_ROWS = 100
 Bounds = tuple[float, float]
 
 
@@ -76,7 +76,7 @@ def choose_target(
         return Target("score", target_score, f"a validation {name} of {target_score:g}, as asked")
     _, score = best_rate(baseline, "score")
     value = math.floor(SHARE_OF_BEST * score * validation_rows + 1e-9) / validation_rows if score > 0 else 0.0
-    if value > 0 and validation_rows >= FEWEST_VALIDATION_ROWS:
+    if value > 0 and validation_rows >= MIN_VALIDATION_ROWS:
         return Target("score", value, f"a validation {name} of {value:.4g}, 0.99 of the best without batch norm")
     _, loss = best_rate(baseline, "loss")
     if not math.isfinite(loss):

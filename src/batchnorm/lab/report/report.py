@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from batchnorm.lab.claims import read_judgment
 from batchnorm.lab.claims.judgment import Power
-from batchnorm.lab.comparison.measures import CONFIDENCE, FEWEST_VALIDATION_ROWS, SHARE_OF_BEST
+from batchnorm.lab.comparison.measures import CONFIDENCE, MIN_VALIDATION_ROWS, SHARE_OF_BEST
 from batchnorm.lab.comparison.result import ArmResult, MedianRatio, Ratio
 from batchnorm.lab.comparison.run_file import RunFile
 from batchnorm.lab.comparison.verdict import difference_text, number, ratio_text, steps_text
@@ -168,7 +168,7 @@ def _method(evidence: Evidence) -> Method:
         steps=settings.steps,
         share=SHARE_OF_BEST,
         consecutive=CONSECUTIVE,
-        fewest_rows=FEWEST_VALIDATION_ROWS,
+        fewest_rows=MIN_VALIDATION_ROWS,
         rows=evidence.data.rows["validation"],
         extended=settings.learning_rates is None,
         asked=settings.target_score,

@@ -22,7 +22,7 @@ def summarize(result: Result, judgment: Judgment | None) -> Iterator[Block]:
     yield ""
     if result.headline and result.ratios:
         confidence = min(ratio.confidence for ratio in result.ratios.values())
-        yield f"A ratio is without over with batch norm; its interval has {100 * confidence:.3g}% confidence."
+        yield f"Ratios are without batch norm over with it; intervals have {100 * confidence:.3g}% confidence."
     yield from filter(None, (_differences(result), _seconds(result)))
     if result.stacking is not None and result.stacking.factor > 1:
         stacking = result.stacking
