@@ -48,6 +48,10 @@ def test_a_whole_number_stays_one_so_that_it_is_written_as_it_was():
     assert isinstance(from_json(Leaf, {"name": "a", "value": 1}).value, int)
 
 
+def test_numbers_that_json_lacks_are_kept_as_null_and_text():
+    assert to_json({"a": [math.nan, math.inf, (-math.inf, 1.5)]}) == {"a": [None, "inf", ["-inf", 1.5]]}
+
+
 def test_a_missing_field_takes_its_default():
     values = to_json(TREE)
     del values["counts"], values["rest"]

@@ -1,16 +1,14 @@
-"""Atomic writing of files, and values that JSON can hold."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from batchnorm.errors import RunError
 
-__all__ = ["json_safe", "write_file"]
+__all__ = ["write_file"]
 
 
 def write_file(path: Path, text: str) -> None:
@@ -35,14 +33,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def json_safe(value: Any) -> Any:
-    """Return the value with numbers that JSON lacks replaced: NaN by None, infinities by "inf" and "-inf"."""
-    if isinstance(value, dict):
-        return {key: json_safe(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else f"{value}"
-    return value

@@ -10,14 +10,9 @@ from batchnorm.lab.comparison.folders import new_folder
 from batchnorm.lab.comparison.request import Request
 from batchnorm.lab.comparison.run_file import RunFile, TrainedStack, read_run
 from batchnorm.lab.data.dataset import DataDescription
-from batchnorm.lab.files import json_safe, write_file
+from batchnorm.lab.files import write_file
 from batchnorm.lab.training import runs
 from batchnorm.lab.training.settings import Settings
-
-
-def test_numbers_that_json_lacks_are_kept_as_null_and_text():
-    assert json_safe({"a": [math.nan, math.inf, (-math.inf, 1.5)]}) == {"a": [None, "inf", ["-inf", 1.5]]}
-
 
 DATA = DataDescription("rows", "classification", "y", {"train": 3}, ["x"], ["a", "b"], [], [], "0" * 64)
 
