@@ -1,7 +1,7 @@
-"""The errors of float32 batch normalization against float64: python benchmarks/accuracy.py.
+"""Measure the errors of float32 batch normalization against float64: python benchmarks/accuracy.py.
 
-Writes benchmarks/results/accuracy.json, prints its table as Markdown, and puts it into docs/accuracy.md. Each number is
-the largest error of y over 3 seeds, in units of 1 + |y|: training batches, no gamma or beta.
+The script writes benchmarks/results/accuracy.json, prints its table as Markdown, and inserts it into docs/accuracy.md.
+Each number is the largest error of y over 3 seeds, in units of 1 + |y|, for training batches without gamma and beta.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _sides() -> Sides:
 
 
 def _batches(seed: int) -> Iterator[tuple[str, float, Tensor]]:
-    """Name, eps and batch (float32, contiguous) of each case."""
+    """Yield the name, eps and batch (float32, contiguous) of each case."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -60,7 +60,7 @@ def _batches(seed: int) -> Iterator[tuple[str, float, Tensor]]:
 
 
 def _formula(x: Tensor, eps: float) -> Tensor:
-    """x_hat in float64, as the formula reads; a constant is exactly its own mean, which a rounded sum need not be."""
+    """Compute x_hat in float64, as the formula reads. The mean of a constant channel is exact."""
     x = x.double()
     dims = (0, 2, 3)
     first = x[:1, :, :1, :1]
@@ -70,14 +70,14 @@ def _formula(x: Tensor, eps: float) -> Tensor:
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
-    """The batch in a layout. Of (N, C, 1, 1) a position's channels are a row in either, so it becomes (1, C, N, 1)."""
+    """Return the batch in a layout; (N, C, 1, 1), which is the same in both, becomes (1, C, N, 1) to be contiguous."""
     if layout == "channels last":
         return x.contiguous(memory_format=torch.channels_last)
     return x if x.shape[2:].numel() > 1 else x.permute(2, 1, 0, 3).contiguous()
 
 
 def measure() -> dict[str, Any]:
-    """The largest error of each side, case and layout."""
+    """Measure the largest error of each side, case and layout."""
     sides = _sides()
     errors: dict[str, dict[str, dict[str, float]]] = {}
     for seed in SEEDS:
@@ -88,7 +88,7 @@ def measure() -> dict[str, Any]:
                 found = errors.setdefault(name, {}).setdefault(layout, {})
                 for side, function in sides.items():
                     error = ((function(x, eps).double() - expected).abs() / (1 + expected.abs())).max().item()
-                    # JSON has no NaN: what is not a number is as wrong as can be
+                    # JSON has no NaN: count it as an infinite error
                     worst = error if error < float("inf") else 1e999
                     found[side] = max(found.get(side, 0.0), worst)
     return {
@@ -118,7 +118,7 @@ def _cell(error: float | str) -> str:
 
 
 def table(content: dict[str, Any]) -> str:
-    """The errors as Markdown."""
+    """Return the errors as a Markdown table."""
     machine = content["machine"]
     lines = [
         f"`{content['command']}`: kernels {machine['kernels']}, torch {machine['torch']}, "

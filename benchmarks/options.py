@@ -1,9 +1,9 @@
-"""What the layer's options cost: python benchmarks/options.py.
+"""Measure the cost of the layer's options: python benchmarks/options.py.
 
-Writes benchmarks/results/options.json, prints its table as Markdown, and puts it into docs/layers.md. Layers with and
-without an option take turns in one process, forward and backward of batch normalization with ReLU in float32; a number
-is the median, over the rounds, of the time with the option over the time without it. A virtual batch has a quarter of
-the samples, the mask leaves out a quarter of the positions.
+The script writes benchmarks/results/options.json, prints its table as Markdown, and inserts it into docs/layers.md.
+Layers with and without an option are timed in turn in one process: forward and backward of batch normalization with
+ReLU in float32. A number is the ratio of the time with the option to the time without it, as the median over the
+rounds. A virtual batch has a quarter of the samples, and the mask excludes a quarter of the positions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _options(name: str, samples: int) -> dict[str, Any]:
 
 
 def _step(name: str, x: Tensor, dy: Tensor) -> Callable[[], object]:
-    """Forward and backward of a layer with the option."""
+    """Return a function that runs forward and backward of a layer with the option."""
     layer = bn.BatchNorm(x.shape[1], activation="relu", **_options(name, x.shape[0]))
     x = x.detach().requires_grad_()
     wanted = [x, *layer.parameters()]
@@ -58,7 +58,7 @@ def _step(name: str, x: Tensor, dy: Tensor) -> Callable[[], object]:
 
 
 def measure() -> dict[str, Any]:
-    """Times of a step with each option over those of a plain one, for each shape and layout."""
+    """Measure the ratio of the time of a step with each option to that without, for each shape and layout."""
     bn.tune_allocator()
     results = []
     for shape in SHAPES:
@@ -83,7 +83,7 @@ def measure() -> dict[str, Any]:
 
 
 def table(content: dict[str, Any]) -> str:
-    """The ratios as Markdown."""
+    """Return the ratios as a Markdown table."""
     lines = [
         f"| shape | layout | plain, µs | {' | '.join(OPTIONS[1:])} |",
         f"| --- | --- | ---: |{' ---: |' * len(OPTIONS[1:])}",
