@@ -1,5 +1,6 @@
 """Fixtures for all tests. Tests run on one thread: their tensors are small, and a second thread slows them down."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -11,22 +12,16 @@ HERE = Path(__file__).parent
 MARKED_FIXTURES = {"chromium": "browser", "on_ranks": "distributed"}
 MARKED_FILES = {
     "compile": ["nn/test_compile.py", "nn/test_export.py"],
-    "distributed": [
-        "nn/test_sync.py",
-        "nn/test_sync_exchange.py",
-        "statistics/test_recalibrate_on_ranks.py",
-        "test_scale_docs.py",
-    ],
+    "distributed": ["nn/test_sync*.py", "statistics/test_recalibrate_on_ranks.py", "test_scale_docs.py"],
     "slow": [
         "kernels/test_fuzz.py",
-        "kernels/test_native.py",
-        "kernels/test_native_options.py",
-        "lab/bench",
+        "kernels/test_native*.py",
+        "lab/bench/*",
         "lab/claims/test_study.py",
         "lab/comparison/test_conduct.py",
         "lab/comparison/test_resume.py",
-        "lab/estimators",
-        "lab/report",
+        "lab/estimators/*",
+        "lab/report/*",
         "lab/serving/test_shift.py",
         "lab/test_notebook.py",
         "nn/test_properties.py",
@@ -40,19 +35,24 @@ MARKED_FILES = {
         "test_torch_internals.py",
     ],
 }
-"""Files and folders whose tests get a mark, so that ``make test-quick`` leaves them out."""
+"""Patterns of the files whose tests get a mark, so that ``make test-quick`` leaves them out."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items):
-    """Mark tests by the fixtures that they use, and by their files."""
-    marks = {HERE / path: mark for mark, paths in MARKED_FILES.items() for path in paths}
+    """Mark tests by their fixtures, their names and their files."""
     for item in items:
-        for fixture in MARKED_FIXTURES.keys() & set(getattr(item, "fixturenames", ())):
-            item.add_marker(MARKED_FIXTURES[fixture])
-        for path in (item.path, *item.path.parents):
-            if path in marks:
-                item.add_marker(marks[path])
+        for mark in _marks(item):
+            item.add_marker(mark)
+
+
+def _marks(item):
+    yield from (mark for fixture, mark in MARKED_FIXTURES.items() if fixture in getattr(item, "fixturenames", ()))
+    if "compil" in item.name:
+        yield "compile"
+    if item.path.is_relative_to(HERE):
+        path = item.path.relative_to(HERE).as_posix()
+        yield from (mark for mark, patterns in MARKED_FILES.items() if any(fnmatch(path, each) for each in patterns))
 
 
 @pytest.fixture(autouse=True, scope="session")
