@@ -57,7 +57,7 @@ def test_an_all_gather_needs_the_messages_that_passing_them_on_takes(script, ran
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_an_all_reduce_is_two_rounds_of_a_ring_with_a_part_of_the_vector_or_whole_vectors_doubling(script, ranks):
+def test_an_all_reduce_is_two_rounds_of_a_ring_or_doubling_of_whole_vectors(script, ranks):
     turns, _ = ring_all_gather(ranks)
     assert script.factors("all_reduce", "ring", ranks) == (2 * turns, pytest.approx(2 * turns / ranks))
     turns, _ = doubling_all_gather(ranks)

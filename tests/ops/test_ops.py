@@ -157,7 +157,7 @@ def test_a_compiled_layer_is_one_node_forward_and_one_backward_and_equals_eager(
 
 
 @compiles
-def test_a_layer_between_others_breaks_no_graph_and_compiles_once_for_all_batch_sizes():
+def test_a_layer_between_others_breaks_no_graph_and_compiles_once_for_all_sizes():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     block = Block("relu")

@@ -366,7 +366,7 @@ def test_no_distribution_is_drawn_of_a_run_that_has_diverged(study, tmp_path):
     assert {series.choice["step"] for series in plot.series if not series.faint} == {"0", "1", "2"}
 
 
-def test_what_does_not_move_at_all_is_drawn_on_a_logarithmic_axis_without_a_complaint(study, open_report, tmp_path):
+def test_inputs_that_do_not_move_are_drawn_on_a_logarithmic_axis_without_a_complaint(study, open_report, tmp_path):
     def halt(claims):
         for band in claims["shift"]["details"]["drift"]["none"]:
             band |= {name: [0.0] * len(values) for name, values in band.items()}
