@@ -59,14 +59,14 @@ def test_the_figures_of_readme_are_those_of_the_committed_runs():
     assert {ratio.interval[1] for ratio in (before, after)} == {math.inf}
     assert f"{digits.arms['none'].steps.count(None)} of the 10 runs without" in text
     seconds = {arm: values.seconds_per_step for arm, values in digits.arms.items()}
-    assert f"costs {seconds['before'] / seconds['none']:.1f} times as much" in text
-    assert f"it is {times(before.seconds.median)} times before" in text
+    assert f"costs {seconds['before'] / seconds['none']:.1f}x the time here" in text
+    assert f"ratio of seconds is {times(before.seconds.median)} before" in text
     assert f"with an interval from {before.seconds.interval[0]:.1f}" in text
     networks = digits.stacking.runs
     assert f"{networks} networks" in text
     for arm in ("before", "after"):
-        assert f"at least {weak.ratios[arm].median[0]:.0f} times" in text
-        assert f"({weak.ratios[arm].interval[0]:.0f} to unbounded)" in text
+        assert f"at least {weak.ratios[arm].median[0]:.0f}x" in text
+        assert f"(CI {weak.ratios[arm].interval[0]:.0f} to unbounded)" in text
     assert f"to {100 * weak.target.value:.1f}%" in text
     assert f"took {committed('digits').seconds:.0f} s" in text
 
