@@ -30,7 +30,7 @@ from batchnorm.errors import DistributedError, UnsupportedError
 from batchnorm.kernels import reference
 from batchnorm.kernels.call import FUSED
 from batchnorm.kernels.records import BatchMoments, Operands, Rule, Running
-from batchnorm.ops import Normalized
+from batchnorm.ops import Normalized, operators
 from batchnorm.processes import Group, all_gather_through_store, gather_in_graph, sum_in_graph
 
 __all__ = ["GlobalMoments", "SharedGroup", "check_same_layer", "global_moments", "normalize", "refuse_transforms"]
@@ -140,8 +140,8 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """Take the operands, the mean, variance and count, eps, the activation and the name of the group."""
         x, weight, bias, residual, mask, mean, var, count, eps, activation, group = arguments
-        y: Tensor
-        y, _ = torch.ops.batchnorm.forward(x, mean, var, weight, bias, residual, mask, eps, activation)
+        rule = Rule(eps, activation, training=False)
+        y, _ = operators.forward(Operands(x, weight, bias, residual, mask), Running(mean, var), rule)
         sign = y if residual is not None and activation is not None else None  # without a residual x tells the sign
         ctx.save_for_backward(x, weight, bias, sign, mask, mean, var, count)
         ctx.eps, ctx.activation, ctx.group = eps, activation, group
@@ -157,19 +157,23 @@ class _Normalize(torch.autograd.Function):
         gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
         beta = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
         wanted = [of_x, True, True, of_residual and y is not None]
-        dx, dgamma, dbeta, dresidual = torch.ops.batchnorm.backward(
-            dy, x, torch.stack((mean, var)), gamma, beta, y, mask, ctx.eps, ctx.activation, False, wanted
+        operands, rule = Operands(x, gamma, beta, None, mask), Rule(ctx.eps, ctx.activation, training=False)
+        dx, dgamma, dbeta, dresidual = operators.backward(
+            dy, operands, torch.stack((mean, var)), rule, y=y, wanted=wanted
         )
+        assert dgamma is not None
+        assert dbeta is not None
         if of_x:
             means = sum_in_graph(torch.stack((dgamma, dbeta)), ctx.group) / count.clamp(min=1)
             scale, shift = -gamma * torch.rsqrt(var + ctx.eps) * means
-            dx, _ = torch.ops.batchnorm.forward(x, mean, var, scale, shift, dx, mask, ctx.eps, None)
+            operands = Operands(x, scale, shift, dx, mask)
+            dx, _ = operators.forward(operands, Running(mean, var), rule._replace(activation=None))
         if of_residual and y is None:
             dresidual = dy if mask is None else torch.where(mask.unsqueeze(1), dy, 0.0)
         return (
-            dx if of_x else None,
+            dx,
             dgamma.to(weight.dtype) if of_weight else None,
             dbeta.to(bias.dtype) if of_bias else None,
-            dresidual.to(ctx.residual_dtype) if of_residual else None,
+            None if dresidual is None else dresidual.to(ctx.residual_dtype),
             *(None,) * 7,
         )
