@@ -1,4 +1,4 @@
-// The kernels against plain loops in double, where there is no Python to call them: on another architecture's emulator.
+// Compare the kernels with simple loops in double where there is no Python, as in the emulator of another architecture.
 #include <stdio.h>
 
 #include "native.h"
@@ -94,7 +94,7 @@ template <class T> static void check(Dtype dtype, double unit, Shape s, int acti
             const double d = to_double(x[offset(p, c)]) - mu;
             squares += counts(p) ? d * d : 0;
         }
-        // A lane takes 1024 float values before they go on in double: 1024 * 2^-24 of what it holds at most.
+        // A lane sums 1024 float values before the sum is added up in double: an error of at most 1024 * 2^-24 of it.
         hold("mean", mean[c], mu, 1e-4);
         hold("var", var[c], squares / m, 1e-4 * squares / m);
         means[c] = mu;
@@ -159,7 +159,7 @@ int main() {
                 check<BFloat16>(BFLOAT16, 0x1p-8, s, activation, with & 1, with & 2);
                 check<Half>(FLOAT16, 0x1p-11, s, activation, with & 1, with & 2);
             }
-    // Work that is divided, and outputs that go past the cache.
+    // Work that threads divide, and outputs that are streamed past the cache.
     const Shape large[] = {{0, 3, 2, 100003}, {1, 4001, 160, 1}, {0, 2, 11, 100003}, {1, 16411, 128, 1}};
     for (const Shape &s : large) {
         threads = 3;

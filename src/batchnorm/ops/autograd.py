@@ -44,10 +44,10 @@ def _gradients(
     if must_differentiate(dy):
         # A second derivative also runs through the batch's moments, so they are computed again where it sees them.
         x, mask = operands.x, operands.mask
-        recomputed = rule.training
-        batches = (
-            chunks.moments_of_chunks(x, mask, rule) if recomputed else chunks.unpack(as_tensor(moments), x, mask, rule)
-        )
+        if rule.training:
+            batches = chunks.moments_of_chunks(x, mask, rule)
+        else:
+            batches = chunks.unpack(as_tensor(moments), x, mask, rule)
         gradients = chunks.backward(dy, operands, batches, rule, y=y)
         found = [
             _in_dtype_of(like, gradient) if wants else None
@@ -95,15 +95,16 @@ def _backward_by_operator(
 
 
 class _DirectFunction(torch.autograd.Function):
-    """Attaches gradients to a y that the native kernels have computed, in eager mode on CPU."""
+    """Attach gradients to a y that the native kernels have computed, in eager mode on CPU."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, made: tuple[Any, ...]
     ) -> Tensor:
         y: Tensor
-        y, ctx.kept = made  # one object, because each argument of a Function takes its time
-        ctx.save_for_backward(x, weight, bias, _sign_of_activation(y, residual, ctx.kept[3].activation))
+        y, backward, moments, mask, rule = made  # one argument, because each argument of a Function takes its time
+        ctx.kept = backward, moments, mask, rule
+        ctx.save_for_backward(x, weight, bias, _sign_of_activation(y, residual, rule.activation))
         return y
 
     @staticmethod
@@ -126,7 +127,7 @@ def differentiable(
 ) -> Tensor:
     """Return y, computed by the native kernels, with its gradients."""
     x, weight, bias, residual, mask = operands
-    return _apply_direct()(x, weight, bias, residual, (y, (backward, moments, mask, rule)))  # type: ignore[no-any-return]
+    return _apply_direct()(x, weight, bias, residual, (y, backward, moments, mask, rule))  # type: ignore[no-any-return]
 
 
 class _OperatorFunction(torch.autograd.Function):
