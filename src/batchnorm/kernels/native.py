@@ -7,6 +7,7 @@ and (N, C)). `ready` brings a tensor into one of them.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -145,6 +146,13 @@ def _mask_bytes(x: Tensor, mask: Tensor | None) -> Tensor | None:
     return mask.expand(x.shape[0], *x.shape[2:]).contiguous()
 
 
+@functools.cache
+def _function(name: str) -> Callable[[bytes], int]:
+    """Return a function of the library."""
+    function: Callable[[bytes], int] = getattr(library().handle, name)
+    return function
+
+
 def forward(operands: Operands, running: Running, rule: Rule) -> tuple[Tensor, Tensor, Tensor | None]:
     """Normalize a batch whose x is `ready`; in training update the running statistics, which the kernels `can_update`.
 
@@ -179,7 +187,8 @@ def _forward(operands: Operands, running: Running, rule: Rule, *, wanted: bool) 
     mean = moments.data_ptr()
     y = run_forward(
         layout.pack(),
-        (mean, mean + layout.var_offset),
+        mean,
+        mean + layout.var_offset,
         Operands(
             x,
             _per_channel(weight, channels),
@@ -201,7 +210,8 @@ def _forward(operands: Operands, running: Running, rule: Rule, *, wanted: bool) 
 
 def run_forward(
     constants: bytes,
-    moments: tuple[int, int],
+    mean: int,
+    var: int,
     operands: Operands,
     statistics: Statistics,
     correction: Tensor | None,
@@ -210,11 +220,11 @@ def run_forward(
 ) -> Tensor:
     """Return y, computed from tensors that the library is known to read where they are.
 
-    ``constants`` are a packed `CallLayout`, ``moments`` the addresses where mean and variance are written. Without
+    ``constants`` are a packed `CallLayout`, ``mean`` and ``var`` the addresses where the moments are written. Without
     ``wanted`` y is x, and only the moments are computed.
     """
     x, weight, bias, residual, mask = operands
-    mean, var, batches, skipped = statistics
+    running_mean, running_var, batches, skipped = statistics
     y = torch.empty_like(x) if wanted else x
     # 0 stands for an absent tensor, 1 for one that has no memory.
     record = pack_forward(
@@ -225,18 +235,17 @@ def run_forward(
         out=y.data_ptr() if wanted else 0,
         weight=0 if weight is None else weight.data_ptr() or 1,
         bias=0 if bias is None else bias.data_ptr() or 1,
-        mean=moments[0],
-        var=moments[1],
+        mean=mean,
+        var=var,
         renorm=0 if correction is None else correction.data_ptr() or 1,
-        running_mean=0 if mean is None else mean.data_ptr() or 1,
-        running_var=0 if var is None else var.data_ptr() or 1,
+        running_mean=0 if running_mean is None else running_mean.data_ptr() or 1,
+        running_var=0 if running_var is None else running_var.data_ptr() or 1,
         batches=0 if batches is None else batches.data_ptr() or 1,
         skipped=0 if skipped is None else skipped.data_ptr() or 1,
     )
-    function = library().handle.bn_forward  # type: ignore[union-attr]
-    status = function(record)
+    status = _function("bn_forward")(record)
     if status:
-        _retry(function, status, record, (*operands, *statistics, correction))
+        _retry(_function("bn_forward"), status, record, (*operands, *statistics, correction))
     return y
 
 
@@ -260,7 +269,8 @@ def backward(
     mean = moments.data_ptr() if isinstance(moments, Tensor) else ctypes.addressof(moments)
     gradients = run_backward(
         layout.pack(),
-        (mean, mean + layout.var_offset),
+        mean,
+        mean + layout.var_offset,
         _like(x, dy),
         Operands(
             x,
@@ -269,8 +279,8 @@ def backward(
             None,
             _mask_bytes(x, mask),
         ),
-        None if y is None else _like(x, y),
         rule.correction,
+        y=None if y is None else _like(x, y),
         wanted=wanted,
     )
     return Gradients(*gradients)
@@ -278,12 +288,13 @@ def backward(
 
 def run_backward(
     constants: bytes,
-    moments: tuple[int, int],
+    mean: int,
+    var: int,
     dy: Tensor,
     operands: Operands,
-    y: Tensor | None,
     correction: Tensor | None,
     *,
+    y: Tensor | None,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients that are wanted, computed from tensors that the library is known to read where they are.
@@ -307,14 +318,13 @@ def run_backward(
         bias=0 if bias is None else bias.data_ptr() or 1,
         dweight=0 if dweight is None else dweight.data_ptr(),
         dbias=0 if dbias is None else dbias.data_ptr(),
-        mean=moments[0],
-        var=moments[1],
+        mean=mean,
+        var=var,
         renorm=0 if correction is None else correction.data_ptr() or 1,
     )
-    function = library().handle.bn_backward  # type: ignore[union-attr]
-    status = function(record)
+    status = _function("bn_backward")(record)
     if status:
-        _retry(function, status, record, (dy, *operands, y, correction))
+        _retry(_function("bn_backward"), status, record, (dy, *operands, y, correction))
     return dx, dweight, dbias, dresidual
 
 

@@ -96,8 +96,7 @@ class Plan:
             return None
         buffer = self._buffer()
         mean = ctypes.addressof(buffer)
-        moments = (mean, mean + self._var_offset)
-        return native.run_forward(self._constants, moments, operands, statistics, None), buffer
+        return native.run_forward(self._constants, mean, mean + self._var_offset, operands, statistics, None), buffer
 
     def backward(
         self,
@@ -122,8 +121,8 @@ class Plan:
             fits, constants = self._backward
             if fits(*tensors):
                 mean = ctypes.addressof(moments)
-                addresses = (mean, mean + self._var_offset)
-                return native.run_backward(constants, addresses, dy, operands, y, None, wanted=wanted)
+                var = mean + self._var_offset
+                return native.run_backward(constants, mean, var, dy, operands, None, y=y, wanted=wanted)
         if native.are_unwrapped(*tensors) and native.is_ready(x) and native.can_read(x, (dy, y), (weight, bias)):
             self._backward = _guard(tensors), CallLayout.of(operands, native.NO_RUNNING, rule).pack()
         return self._fallback(dy, operands, moments, rule, y=y, wanted=wanted)

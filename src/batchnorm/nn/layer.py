@@ -106,8 +106,10 @@ class Layer(State):
 
     def _run_plan(self, plan: Plan, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """Return y by a plan; None if it was made for tensors of other dtypes, layouts and the like."""
-        statistics = (*self.running_statistics(self.step_state.domain), self._buffers["skipped_batches"])
-        y = ops.run_plan(plan, Operands(x, *self.weight_and_bias(), residual), statistics)
+        weight, bias = self.weight_and_bias()
+        mean, var, batches = self.running_statistics(self.step_state.domain)
+        statistics = (mean, var, batches, self._buffers["skipped_batches"])
+        y = ops.run_plan(plan, Operands(x, weight, bias, residual), statistics)
         if y is not None and plan.update_running and has_processes():
             self.count_samples(x.shape[0])
         return y

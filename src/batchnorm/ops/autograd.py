@@ -119,6 +119,7 @@ class _DirectFunction(torch.autograd.Function):
 
 @functools.cache
 def _apply_direct() -> Callable[..., Any]:
+    """Return the apply of `_DirectFunction`, which is sought at the first call."""
     return torch_internals.fast_apply(_DirectFunction)
 
 
