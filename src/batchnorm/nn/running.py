@@ -156,16 +156,15 @@ class RunningSet:
         self.mean.copy_(mean)
         self.var.copy_(var)
 
-    def swap(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Put other tensors in the place of the running mean and variance, and return those that were there.
+    def replace(self, mean: Tensor, var: Tensor) -> None:
+        """Replace the buffers of the running mean and variance by other tensors, whose values are not copied.
 
         Layers of ours take the tensors as they are: in float64 they hold a mean that float32 could not.
         """
-        before = self.mean, self.var
-        for kind, values, old in zip(("running_mean", "running_var"), (mean, var), before, strict=True):
+        for kind, values in (("running_mean", mean), ("running_var", var)):
+            name = _named(kind, self.domain)
             ours = isinstance(self.layer, RunningBuffers)
-            self.layer._buffers[_named(kind, self.domain)] = values if ours else values.to(old.dtype)
-        return before
+            self.layer._buffers[name] = values if ours else values.to(self.layer.get_buffer(name).dtype)
 
 
 def running_layers(model: nn.Module) -> dict[str, TorchBatchNorm]:

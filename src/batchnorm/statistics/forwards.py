@@ -85,12 +85,12 @@ class _HookedLayer:
         if statistics is not None:
             running = active_set(layer)
             self.replaced = running, (running.mean, running.var)
-            running.swap(*statistics)
+            running.replace(*statistics)
 
     def after(self, *_: object) -> None:
         if self.replaced is not None:
             running, stored = self.replaced
-            running.swap(*stored)
+            running.replace(*stored)
             self.replaced = None
 
 
