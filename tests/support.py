@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -29,6 +30,11 @@ def compiles(test):
 
 unconverged = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 """Mark a test whose fits are too short to converge."""
+
+
+needs_torchs_bias = pytest.mark.skipif(
+    "bias" not in inspect.signature(nn.BatchNorm1d).parameters, reason="the layers of this torch take no bias="
+)
 
 
 def skip_or_fail(reason):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import batchnorm as bn
+from support import needs_torchs_bias
 
 CASES = {
     "(N, C)": (bn.BatchNorm1d, torch.nn.BatchNorm1d, (16, 6)),
@@ -20,7 +21,7 @@ OPTIONS = {
     "momentum=None": {"momentum": None},
     "momentum=0.3": {"momentum": 0.3},
     "affine=False": {"affine": False},
-    "bias=False": {"bias": False},
+    "bias=False": pytest.param({"bias": False}, marks=needs_torchs_bias),
     "track_running_stats=False": {"track_running_stats": False},
     "eps=0.1": {"eps": 0.1},
 }
