@@ -215,14 +215,13 @@ SIGNATURES = {
     "nn/layer.py": {"Layer.__init__": "the signature of torch.nn.BatchNorm2d"},
     "ops/autograd.py": {"_OperatorFunction.forward": "autograd sees tensors only among the arguments"},
 }
-STILL_LONG = ["kernels/reference.py"]  # to be mended
 
 
 def long_functions(path):
     return [name for name, node, in_class in functions(tree(path)) if positional(node, in_class) > MOST_PARAMETERS]
 
 
-@pytest.mark.parametrize("path", [path for path in files() if str(path) not in STILL_LONG], ids=str)
+@pytest.mark.parametrize("path", files(), ids=str)
 def test_a_function_has_at_most_six_positional_parameters(path):
     assert [name for name in long_functions(path) if name not in SIGNATURES.get(str(path), {})] == []
 
