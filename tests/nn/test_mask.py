@@ -296,7 +296,7 @@ def test_sequences_of_several_lengths_have_the_statistics_of_their_values(dim):
         (torch.tensor(3), None, r"shape \(N,\); got torch.int64 \(\)"),
         (torch.tensor([1.0]), None, r"whole numbers .*; got torch.float32"),
         (torch.tensor([True]), None, r"whole numbers .*; got torch.bool"),
-        (torch.tensor([2, -1]), None, r"from 0; got -1"),
+        (torch.tensor([2, -1]), None, r"lengths must be at least 0; got -1"),
         (torch.tensor([2, 6]), 5, r"at most size=5; got 6"),
     ],
 )
