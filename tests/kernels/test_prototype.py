@@ -1,4 +1,4 @@
-"""What the C++ sources assume of torch's C interface, and native.py of theirs: held to the sources of both."""
+"""The C++ sources against the header of torch's C interface, and the packed record against the C++ sources."""
 
 import re
 import struct

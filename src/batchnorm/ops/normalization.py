@@ -72,7 +72,13 @@ def apply_activation(y: Tensor, activation: str | None, mask: Tensor | None) -> 
 
 
 def _requires_grad(operands: Operands) -> bool:
-    return any(values is not None and values.requires_grad for values in operands)
+    x, weight, bias, residual, _ = operands
+    return (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
 
 
 def _by_operators(operands: Operands, running: Running, rule: Rule) -> Normalized:
