@@ -25,21 +25,21 @@ def test_the_error_of_float32_is_at_most_1e_5_at_any_ratio_of_mean_to_deviation(
     assert (y - expected).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("layout", ["planes", "rows", "channels last"])
+@pytest.mark.parametrize("layout", ["contiguous", "rows", "channels last"])
 @pytest.mark.parametrize("count", [37, 1000])
 @pytest.mark.parametrize("constant", [0.1, 100.1, 1e7, 1 / 3, 1e-40, 1e30, 3e38])
 def test_a_constant_channel_gives_exactly_beta(constant, count, layout):
-    shape = {"planes": (1, 3, count), "rows": (count, 3), "channels last": (1, 3, count, 1)}[layout]
+    shape = {"contiguous": (1, 3, count), "rows": (count, 3), "channels last": (1, 3, count, 1)}[layout]
     beta = torch.tensor([0.3, -7.0, 1e-3])
     x = with_layout(torch.full(shape, constant), layout)
     y = bn.batch_norm(x, None, None, torch.tensor([1.0, 3.0, -2.0]), beta, True)
     assert torch.equal(y, by_channel(beta, x).expand_as(x))
 
 
-@pytest.mark.parametrize("layout", ["planes", "rows", "channels last"])
+@pytest.mark.parametrize("layout", ["contiguous", "rows", "channels last"])
 @pytest.mark.parametrize(("size", "eps"), [(1e30, 1e-5), (1e37, 1e-5), (1e-38, 0.0), (1e-40, 0.0), (1e-40, 1e-80)])
 def test_values_near_the_limits_of_float_match_the_formula(size, eps, layout):
-    shape = {"planes": (4, 3, 50), "rows": (200, 3), "channels last": (4, 3, 10, 5)}[layout]
+    shape = {"contiguous": (4, 3, 50), "rows": (200, 3), "channels last": (4, 3, 10, 5)}[layout]
     x = with_layout((randn(*shape, dtype=torch.float64) * size).float(), layout).requires_grad_()
     weight, bias = torch.tensor([1.0, -2.0, 0.5], requires_grad=True), torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
     exact = [values.detach().double().requires_grad_() for values in (x, weight, bias)]

@@ -274,9 +274,9 @@ def test_updated_statistics_are_torchs():
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("layout", ["rows", "planes", "channels last"])
+@pytest.mark.parametrize("layout", ["rows", "contiguous", "channels last"])
 def test_a_chunk_with_a_nan_stops_the_update_of_all_and_other_chunks_stay_right(layout, kept):
-    shape = {"rows": (12, 5), "planes": (12, 5, 7), "channels last": (12, 5, 3, 3)}[layout]
+    shape = {"rows": (12, 5), "contiguous": (12, 5, 7), "channels last": (12, 5, 3, 3)}[layout]
     x = with_layout(randn(*shape), layout)
     clean = x.clone(memory_format=torch.preserve_format)
     x[5, 2] = math.nan  # the second of four chunks
@@ -312,10 +312,10 @@ def test_a_chunk_of_padding_alone_is_left_out_of_the_statistics_whatever_it_hold
     assert dx.isfinite().all()
 
 
-@pytest.mark.parametrize("layout", ["rows", "planes", "channels last"])
+@pytest.mark.parametrize("layout", ["rows", "contiguous", "channels last"])
 @pytest.mark.parametrize("size", [1e30, 1e37])
 def test_chunks_whose_variance_no_float_holds_have_the_right_y_and_are_skipped(size, layout):
-    shape = {"rows": (12, 5), "planes": (12, 5, 7), "channels last": (12, 5, 3, 3)}[layout]
+    shape = {"rows": (12, 5), "contiguous": (12, 5, 7), "channels last": (12, 5, 3, 3)}[layout]
     x = with_layout(randn(*shape), layout)
     x[:, 1] *= size
     x[4:8, 3] *= size
