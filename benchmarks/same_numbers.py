@@ -45,7 +45,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THRE
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what the digests depend on besides the code: the processor, its instruction set, and torch."""
+    """Return the properties of the machine on which the digests depend: processor, instruction set, and torch."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm.lab.bench.markdown import replace_table
+from batchnorm.lab.bench.sides import OURS, STOCK
 from batchnorm.lab.bench.timing import interleaved, quartiles, ratios, sampler
 from batchnorm.lab.machine import describe
 
@@ -32,8 +32,6 @@ SHAPES = (
     *((4, 16, 8, 8), (8, 3, 16, 16), (2, 32, 14, 14)),  # images under 64 KB
     *((32, 256, 2), (32, 256, 7), (32, 512, 2, 2), (32, 512, 3, 3), (64, 256, 15)),  # planes of 2 to 15 positions
 )
-OURS: dict[int, type[nn.Module]] = {2: bn.BatchNorm1d, 3: bn.BatchNorm1d, 4: bn.BatchNorm2d}
-STOCK: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
 
 
 def _steps(shape: tuple[int, ...], activation: str | None) -> dict[str, Callable[[], object]]:

@@ -1,4 +1,4 @@
-"""The picture in CONTRIBUTING, held against the imports of every file."""
+"""The picture in CONTRIBUTING, compared with the imports of every file."""
 
 import ast
 import subprocess
@@ -15,7 +15,7 @@ from batchnorm import torch_internals
 ROOT = Path(batchnorm.__file__).parent
 
 CORE = ["errors", "checks", "text", "reports", "version", "torch_internals", "processes", "kernels", "ops"]
-CORE += ["functional", "nn", "statistics", "surgery", "diagnostics"]
+CORE += ["functional", "nn", "statistics", "diagnostics"]
 LAB = ["json_records", "files", "machine", "console", "data", "training"]
 BRANCHES = [["estimators"], ["comparison", "claims", "report"], ["teaching"], ["serving"], ["bench"]]
 ENDS = ["notebook", "cli"]
@@ -115,7 +115,7 @@ def test_importing_the_package_loads_torch_and_nothing_heavier():
     assert loaded == by_torch.replace("'scipy'", "") == "[]\n"
 
 
-# Private names of torch stand in torch_internals.py alone.
+# Private names of torch stand in torch_internals/ alone.
 
 HIDDEN_IN_INSTANCES = {path.rpartition(".")[2] for paths in torch_internals.PATHS.values() for path in paths}
 HIDDEN_IN_INSTANCES = {name for name in HIDDEN_IN_INSTANCES if name.startswith("_")} | {"_orig_mod"}

@@ -72,7 +72,7 @@ class Report(ABC):
 
     @abstractmethod
     def _summary(self) -> str:
-        """Return what `repr` shows between the parentheses."""
+        """Return the text that `repr` shows between the parentheses."""
 
     @abstractmethod
     def _records(self) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ class Report(ABC):
         return f"<div>{''.join(part for part in parts if part != '<p></p>')}</div>"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as values that JSON has: dicts, lists, texts, numbers and None, also for NaN and inf."""
+        """Return the fields as values that JSON has; NaN and infinities become None."""
         return {name: json_safe(value) for name, value in _public_fields(self).items()}
 
     def frame(self) -> pl.DataFrame:

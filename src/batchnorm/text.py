@@ -1,4 +1,4 @@
-"""Plain text for a terminal of 80 columns: number formats, tables and labelled entries."""
+"""Plain text for a terminal of 80 columns: number formats, tables and labeled entries."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def format_table(header: Sequence[str], columns: Sequence[Sequence[str]], *, ind
 
 
 def format_entries(entries: Iterable[tuple[str, str]]) -> list[str]:
-    r"""Return the lines of labelled texts, each text wrapped beside its label.
+    r"""Return the lines of labeled texts, each text wrapped beside its label.
 
     >>> print(*format_entries([("CPU", "native"), ("Allocator", "glibc's")]), sep="\n")
     CPU        native

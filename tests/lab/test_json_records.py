@@ -67,7 +67,7 @@ def test_a_missing_field_takes_its_default():
         ({"leaf": {"name": 3, "value": 0.5}}, "of type str; got 3"),
         ({"leaf": {"name": "a", "value": "much"}}, "one of None, 'inf', '-inf'; got 'much'"),
         ({"leaf": {"name": "a", "value": [1.0]}}, "must be a number"),
-        ({"leaf": {"name": "a", "value": 1.0, "colour": "red"}}, "Leaf must have fields of name, value, maybe; got 'c"),
+        ({"leaf": {"name": "a", "value": 1.0, "color": "red"}}, "Leaf must have fields of name, value, maybe; got 'c"),
         ({"pairs": [[1.0]]}, "argument"),
     ],
 )

@@ -89,12 +89,12 @@ def test_a_data_frame_of_another_library_works_with_texts_gaps_and_a_named_targe
     generator = np.random.default_rng(0)
     frame = Frame(
         amount=[None if i == 3 else float(v) for i, v in enumerate(generator.normal(size=60))],
-        colour=generator.choice(["red", "blue"], 60).tolist(),
+        color=generator.choice(["red", "blue"], 60).tolist(),
         answer=generator.choice(["yes", "no"], 60).tolist(),
     )
     found = bn.lab.compare(frame, "answer", **QUICK, jobs=1)
     data = json.loads((found.folder / "run.json").read_text())["data"]
-    assert data["features"] == ["amount", "colour=blue", "colour=red"]
+    assert data["features"] == ["amount", "color=blue", "color=red"]
     assert data["classes"] == ["no", "yes"]
     assert "1 missing numbers" in " ".join(data["notes"])
 

@@ -55,12 +55,12 @@ def r_and_d(x, mean, var, r_max, d_max, mask=None):
     dims = [d for d in range(x.dim()) if d != 1]
     batch_mean = (x * counts).sum(dims) / counts.sum(dims)
     shape = [1, -1] + [1] * (x.dim() - 2)
-    centred = (x - batch_mean.view(shape)) * counts
-    deviation = torch.sqrt((centred**2).sum(dims) / counts.sum(dims) + EPS)
+    centered = (x - batch_mean.view(shape)) * counts
+    deviation = torch.sqrt((centered**2).sum(dims) / counts.sum(dims) + EPS)
     running = torch.sqrt(var + EPS)
     r = (deviation / running).clamp(1 / r_max, r_max).detach()
     d = ((batch_mean - mean) / running).clamp(-d_max, d_max).detach()
-    return r, d, centred / deviation.view(shape), counts
+    return r, d, centered / deviation.view(shape), counts
 
 
 def formula(x, weight, bias, mean, var, limits, *, residual=None, mask=None, activation=None):

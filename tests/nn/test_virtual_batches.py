@@ -190,7 +190,7 @@ def test_a_chunk_in_which_nothing_counts_is_zero_and_moves_nothing():
 @pytest.mark.parametrize("path", [None, PassThroughMode], ids=["native", "operators"])
 def test_a_last_chunk_of_one_value_a_channel_joins_the_one_before_and_no_other_does(kind, shape, size, sizes, path):
     layer, x = ready(kind, 3, torch.float64, size), normal(shape, 1)
-    # No two neighbours are close, which would divide roundings by a small deviation.
+    # No two neighbors are close, which would divide roundings by a small deviation.
     x += 6 * (torch.arange(x[:, 0].numel()) % 2).view_as(x[:, :1])
     x.requires_grad_()
     if path is None:

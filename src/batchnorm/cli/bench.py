@@ -49,13 +49,13 @@ def bench(
 
     Our results are checked first. Exit status 1 means that one is wrong.
     """
-    from batchnorm.lab.bench.request import Request, Settings, cases_of, check_out, select
+    from batchnorm.lab.bench.request import BenchRequest, BenchSettings, cases_of, check_out, select
 
-    kind = Request(
+    kind = BenchRequest(
         allocators=allocators, models=models, quick=quick, compile=compile, stock_allocator=stock_allocator
     ).kind
     check_out(out)
-    settings = Settings(seconds=seconds, compile=compile, tuned_allocator=not stock_allocator, threads=threads)
+    settings = BenchSettings(seconds=seconds, compile=compile, tuned_allocator=not stock_allocator, threads=threads)
     cases = select(cases_of(kind, quick=quick, batch=batch), only)
     if table is not None:
         _print_table(table)

@@ -152,9 +152,10 @@ def compare(
             extension = ClaimTests(run.request.claims) if run.request.claims else None
             run_comparison(dataset, run, jobs=jobs or cpu_count(), progress=progress, extension=extension)
     except KeyboardInterrupt:
+        folder = shlex.quote(str(run.folder))
         typer.echo(f"Stopped; the {len(run.stacks)} finished stacks of runs are kept.", err=True)
-        typer.echo(f"  batchnorm report {run.folder}             shows them", err=True)
-        typer.echo(f"  batchnorm compare --resume {run.folder}   continues", err=True)
+        typer.echo(f"  batchnorm report {folder}             shows them", err=True)
+        typer.echo(f"  batchnorm compare --resume {folder}   continues", err=True)
         raise typer.Exit(130) from None
     page = write_report(run)
     if json_output:
@@ -175,7 +176,7 @@ def _check_given_with_resume(context: typer.Context) -> None:
 
 
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.", metavar="FOLDER")]) -> None:
-    """Draw report.html of a run again."""
+    """Write report.html from the run.json of a run."""
     check_run_folder(folder)
 
     from batchnorm.lab.comparison.run_file import read_run

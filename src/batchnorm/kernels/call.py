@@ -16,7 +16,7 @@ import torch
 
 from batchnorm.kernels.records import Operands, Rule, Running
 
-__all__ = ["DTYPES", "FUSED", "POINTERS", "CallLayout", "pack_backward", "pack_forward"]
+__all__ = ["DTYPES", "FUSED", "CallLayout", "pack_backward", "pack_forward"]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FUSED: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2}
@@ -141,6 +141,6 @@ pack_forward, pack_backward = _packer(*FORWARD), _packer(*BACKWARD)
 
 
 def record_fields() -> list[tuple[str, type, int]]:
-    """Return name, type (int for a pointer) and offset in bytes of each field of a record."""
+    """Return name, type (int for a pointer) and offset of each field, for the test of the C interface."""
     kinds = _KINDS | dict.fromkeys(POINTERS, int)
     return [(name, kind, 8 * i) for i, (name, kind) in enumerate(kinds.items())]

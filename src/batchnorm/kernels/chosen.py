@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from batchnorm.errors import KernelError
+from batchnorm.errors import KernelError, warn
 from batchnorm.kernels.library import instructions
 from batchnorm.kernels.library import reason as reason_without_native
 from batchnorm.reports import Block, Entries, Report
@@ -17,7 +16,7 @@ from batchnorm.reports import Block, Entries, Report
 __all__ = ["Kernel", "Kernels", "cpu_kernel", "kernels"]
 
 VARIABLE = "BATCHNORM_KERNELS"
-KNOWN = ("reference", "native", "triton")
+KNOWN = ("reference", "native")
 NO_GPU_KERNELS = "this version has no GPU kernels"
 REMEDY = (
     "To build the native ones, install a C++ compiler, then batchnorm again, with pip install --force-reinstall "
@@ -93,7 +92,7 @@ def kernels() -> Kernels:
     if forced == "triton":
         raise KernelError(f"{VARIABLE}=triton is not available: {NO_GPU_KERNELS}")
     if forced and forced not in KNOWN:
-        raise KernelError(f"{VARIABLE} must be {', '.join(KNOWN[:-1])} or {KNOWN[-1]}; got {forced!r}")
+        raise KernelError(f"{VARIABLE} must be {' or '.join(KNOWN)}; got {forced!r}")
     if forced == "reference":
         asked = Kernel("reference", reason=f"{VARIABLE}=reference")
         return Kernels(asked, asked)
@@ -110,5 +109,5 @@ def cpu_kernel() -> Literal["native", "reference"]:
     """Return the kernel of CPU tensors; warn once if it is the reference without being asked for."""
     chosen = kernels().cpu
     if chosen.name == "reference" and not os.environ.get(VARIABLE):
-        warnings.warn(f"batchnorm runs on its slow reference kernels: {chosen.reason}. {REMEDY}", RuntimeWarning, 2)
+        warn(f"batchnorm runs on its slow reference kernels: {chosen.reason}. {REMEDY}", RuntimeWarning)
     return chosen.name

@@ -67,6 +67,9 @@ _DOCUMENTATION = """Batch normalization over {input}; replaces ``torch.nn.{stock
         A `TypeError`: the input, a residual or a mask is not a tensor.
     DistributedError
         A `RuntimeError`: with ``sync``, the ranks are at different layers.
+    UnsupportedError
+        A `RuntimeError`: with ``sync``, the layer runs under a transform of torch.func, or one with a process group is
+        pickled.
 
     Examples
     --------

@@ -24,7 +24,6 @@ __all__ = [
     "STATISTICS",
     "RunningBuffers",
     "RunningSet",
-    "TorchBatchNorm",
     "active_set",
     "channels_second",
     "is_frozen",

@@ -19,7 +19,7 @@ Plans = dict[torch.Size, list[Plan]]
 
 @dataclass(eq=False)
 class StepState:
-    """What a layer remembers between the forwards of one step, or of one process.
+    """State of a layer between the forwards of one step, or of one process.
 
     Attributes
     ----------

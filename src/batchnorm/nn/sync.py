@@ -142,7 +142,7 @@ class _Normalize(torch.autograd.Function):
         x, weight, bias, residual, mask, mean, var, count, eps, activation, group = arguments
         rule = Rule(eps, activation, training=False)
         y, _ = operators.forward(Operands(x, weight, bias, residual, mask), Running(mean, var), rule)
-        sign = y if residual is not None and activation is not None else None  # without a residual x tells the sign
+        sign = ops.sign_of_activation(y, residual, activation)
         ctx.save_for_backward(x, weight, bias, sign, mask, mean, var, count)
         ctx.eps, ctx.activation, ctx.group = eps, activation, group
         ctx.residual_dtype = None if residual is None else residual.dtype

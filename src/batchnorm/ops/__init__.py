@@ -8,8 +8,8 @@ the reference, which consists of differentiable operations.
 """
 
 from batchnorm.ops import operators, running
+from batchnorm.ops.autograd import sign_of_activation
 from batchnorm.ops.chunks import corrected
-from batchnorm.ops.dispatch import no_modes
 from batchnorm.ops.normalization import (
     Normalized,
     apply_activation,
@@ -27,9 +27,9 @@ __all__ = [
     "corrected",
     "make_plan",
     "moments",
-    "no_modes",
     "normalize",
     "operators",
     "run_plan",
     "running",
+    "sign_of_activation",
 ]

@@ -22,7 +22,7 @@ Backward = Callable[..., Sequence[Tensor | None]]
 """A function (dy, operands, moments, rule, *, y, wanted) of the signature of `native.backward`."""
 
 
-def _sign_of_activation(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor | None:
+def sign_of_activation(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor | None:
     """Return y where only its sign tells the sign of the activation's argument; without a residual x tells it."""
     return y if residual is not None and activation is not None else None
 
@@ -104,7 +104,7 @@ class _DirectFunction(torch.autograd.Function):
         y: Tensor
         y, backward, moments, mask, rule = made  # one argument, because each argument of a Function takes its time
         ctx.kept = backward, moments, mask, rule
-        ctx.save_for_backward(x, weight, bias, _sign_of_activation(y, residual, rule.activation))
+        ctx.save_for_backward(x, weight, bias, sign_of_activation(y, residual, rule.activation))
         return y
 
     @staticmethod
@@ -149,7 +149,7 @@ class _OperatorFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         whole = Rule(*rule)._replace(correction=correction)
         y, moments = operators.forward(Operands(x, weight, bias, residual, mask), Running(mean, var), whole)
-        sign = _sign_of_activation(y, residual, whole.activation)
+        sign = sign_of_activation(y, residual, whole.activation)
         ctx.save_for_backward(x, weight, bias, sign, mask, moments, correction)
         ctx.rule = rule
         ctx.residual_dtype = None if residual is None else residual.dtype

@@ -28,8 +28,8 @@ def check_chunks(x: Tensor, rule: Rule) -> None:
     """Raise `InputError` unless the chunks use up the samples of x."""
     if rule.chunks != 1 and not 0 < rule.chunk * (rule.chunks - 1) < x.shape[0]:
         raise InputError(
-            f"chunks={rule.chunks} of chunk={rule.chunk} samples must use up those of x, the last takes the samples "
-            f"that are left; got {tuple(x.shape)}"
+            f"chunks={rule.chunks} and chunk={rule.chunk} must divide the samples of x, with at least one sample in "
+            f"the last chunk; got shape {tuple(x.shape)}"
         )
 
 

@@ -136,9 +136,9 @@ def make_plan(operands: Operands, running: Running, rule: Rule) -> Plan | None:
 
 
 def run_plan(plan: Plan, operands: Operands, statistics: Statistics) -> Tensor | None:
-    """Do as `batch_norm` where there are `no_modes`; return None for tensors unlike those that the plan was made for.
+    """Return y as `batch_norm` does, by a plan; return None for tensors unlike those that the plan was made for.
 
-    ``statistics`` are the running (mean, var, batches, skipped).
+    No compiler or dispatch mode may be active. ``statistics`` are the running (mean, var, batches, skipped).
     """
     made = None if torch_internals.forward_mode_is_active() else plan.forward(operands, statistics)
     if made is None:

@@ -196,4 +196,7 @@ def _like_gradients(operands: Operands) -> tuple[Tensor, Tensor | None, Tensor |
 def _check_sizes(x: Tensor, *per_channel: Tensor | None) -> None:
     for values in per_channel:
         if values is not None and values.shape != x.shape[1:2]:
-            raise InputError(f"x, {tuple(x.shape)}, must have one number per channel; got {tuple(values.shape)}")
+            raise InputError(
+                f"weight, bias, mean and var must have one number for each channel of x, {tuple(x.shape)}; "
+                f"got shape {tuple(values.shape)}"
+            )

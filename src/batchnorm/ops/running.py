@@ -20,7 +20,8 @@ def update_(running: Running, batch: BatchMoments) -> None:
     """Update running statistics in place by a batch's moments (C,), as the native kernels do.
 
     A batch with at most one value per channel changes nothing but the count of batches. Where ``running.skipped`` is
-    given, a batch with a channel whose mean or variance is not finite changes nothing but that count.
+    given, a batch with a channel whose mean or variance is not finite leaves the statistics and the count of batches
+    unchanged, and adds one to ``running.skipped``.
     """
     mean, var, batches, momentum, skipped, unbiased, update = running
     pairs = [

@@ -70,7 +70,7 @@ def recalibrate(
 ) -> Recalibration:
     """Set running statistics to the moments of all the data, pooled exactly, each batch weighted by its size.
 
-    Training leaves running statistics that stem from the last batches, while the weights moved (Wu & Johnson 2021,
+    Training leaves running statistics that stem from the last batches, while the weights changed (Wu & Johnson 2021,
     "Rethinking 'Batch' in BatchNorm"). The input of a layer depends on the statistics of the layers before it.
     ``mode="layerwise"`` therefore measures one layer after the other, each in the network as it will be used, in one
     pass over the loader per layer that ends at this layer. ``mode="at_once"`` takes a single pass, in which all layers

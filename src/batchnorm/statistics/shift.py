@@ -145,7 +145,7 @@ def detect_shift(
     mode on the new data; no label is needed. The report gives the distances of the layers' inputs from the stored
     statistics, and p-values that tell whether they exceed chance, for every layer and for the model.
 
-    The stored statistics are not exact: they come from the last training batches, while the weights moved, and from
+    The stored statistics are not exact: they come from the last training batches, while the weights changed, and from
     the very data that the weights were fitted to. They count as the statistics of ``reference_samples`` samples, so
     that differences which so few samples could show by chance raise no alarm. After `recalibrate`, this may be the
     number of samples that it used. With ``reference`` data that the model was not trained on, the new data is compared
@@ -180,7 +180,9 @@ def detect_shift(
     ------
     InputError
         The model has no layer with running statistics, there are fewer than 8 samples, inputs are not finite, alpha is
-        not a probability, or batches need ``forward``.
+        not a probability, or ``reference_samples`` or ``max_samples`` is below 1.
+    InputTypeError
+        Batches need ``forward``.
 
     Examples
     --------

@@ -20,7 +20,7 @@ def _nothing() -> None:
 
 
 def _graph_task_in_hook(task: Callable[[], int]) -> int:
-    """Return what ``task`` returns inside of a backward."""
+    """Return the result of ``task`` inside a backward."""
     told: list[int] = []
     x = torch.ones(1, requires_grad=True)
     y = x * 1
@@ -35,9 +35,11 @@ def _graph_task_in_hook(task: Callable[[], int]) -> int:
 )
 def graph_task_id() -> int:
     """Return -1 outside of a backward; inside, where activation checkpointing runs forwards again, a number from 0."""
+    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+    if engine is None:
+        return -1  # then activation checkpointing counts a batch twice, as with torch's layers
     try:
-        # The engine takes a callback only while it runs a backward.
-        torch.autograd.Variable._execution_engine.queue_callback(_nothing)
+        engine.queue_callback(_nothing)  # the engine takes a callback only while it runs a backward
     except RuntimeError:
         return -1
     return 0

@@ -242,7 +242,7 @@ def test_every_claim_offers_its_data_under_a_plain_name(report):
 
 def test_the_data_of_stability_hold_every_score(study, report):
     scores = details_of(study, "stability")["scores"]
-    rows = [row for row in rows_of(section(report, "stability").downloads[0]) if row["what"] == "score at the end"]
+    rows = [row for row in rows_of(section(report, "stability").downloads[0]) if row["quantity"] == "score at the end"]
     for arm in ARMS:
         expected = [score for at in scores[arm] for score in at]
         assert [float(row["value"]) for row in rows if row["arm"] == arm] == pytest.approx(expected, rel=1e-8)
@@ -458,7 +458,7 @@ def test_printed_figures_fit_paper_and_their_places(open_report, page_path, widt
         assert all(place["width"] == svg["width"] and place["height"] == svg["height"] for place, svg in plots)
 
 
-def test_a_dark_screen_prints_in_the_colours_of_paper_and_is_dark_again(visit, open_report, page_path):
+def test_a_dark_screen_prints_in_the_colors_of_paper_and_is_dark_again(visit, open_report, page_path):
     dark = open_report(page_path, color_scheme="dark")
     on_screen = dark.lines("race")
     dark.page.evaluate("dispatchEvent(new Event('beforeprint'))")

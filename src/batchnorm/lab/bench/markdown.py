@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from batchnorm.lab.bench.registry import MODES, OPERATIONS, Case
-from batchnorm.lab.bench.results import BenchRun, KernelTiming, ModelTiming, Result
+from batchnorm.lab.bench.results import BenchRun, CaseResult, KernelTiming, ModelTiming
 from batchnorm.lab.bench.results_file import read
 from batchnorm.lab.bench.summary import LARGE, geometric_means
 from batchnorm.lab.bench.table import duration
@@ -69,7 +69,7 @@ def _machine(run: BenchRun) -> str:
     )
 
 
-def _cell(result: Result | None) -> str:
+def _cell(result: CaseResult | None) -> str:
     if result is None:
         return ""
     timing = result.timing
@@ -90,7 +90,7 @@ def _kernels(run: BenchRun) -> list[str]:
     )
     lines += ["Speed-up, and in parentheses our time and the floor in copies of x:", ""]
     for mode in MODES:
-        rows: dict[tuple[str, str, str], dict[str, Result]] = {}
+        rows: dict[tuple[str, str, str], dict[str, CaseResult]] = {}
         for result in run.results:
             case = result.case
             if isinstance(case, Case) and case.mode == mode:

@@ -13,8 +13,8 @@ from batchnorm.lab.bench.check import find_fault
 from batchnorm.lab.bench.floors import floor, ideal_bytes
 from batchnorm.lab.bench.processes import in_new_process
 from batchnorm.lab.bench.registry import Case
-from batchnorm.lab.bench.request import Settings
-from batchnorm.lab.bench.results import Copies, KernelTiming, Result, Timing
+from batchnorm.lab.bench.request import BenchSettings
+from batchnorm.lab.bench.results import CaseResult, Copies, KernelTiming, Timing
 from batchnorm.lab.bench.timing import Quartiles, interleaved, quartiles, ratios, sampler
 
 __all__ = ["call_of", "measure_allocators", "measure_kernel", "time_across_allocators"]
@@ -22,13 +22,13 @@ __all__ = ["call_of", "measure_allocators", "measure_kernel", "time_across_alloc
 MICRO = 1e6
 
 
-def measure_kernel(case: Case, settings: Settings, cache: int) -> Result:
+def measure_kernel(case: Case, settings: BenchSettings, cache: int) -> CaseResult:
     """Time a case in this process; ``cache`` is the size of the last-level cache in bytes."""
     given = sides.inputs(case)
     ours = sides.ours(case, given)
     fault = find_fault(case, given, ours)
     if fault is not None:
-        return Result(case, fault=fault)
+        return CaseResult(case, fault=fault)
     calls = {
         "ours": sides.timed_call(case, given, ours),
         "torch": sides.timed_call(case, given, sides.stock(case, given)),
@@ -41,7 +41,7 @@ def measure_kernel(case: Case, settings: Settings, cache: int) -> Result:
     if "compiled" in calls:
         torch.compiler.reset()  # or the next shapes reach the limit of recompilations
     microseconds = _microseconds(times)
-    return Result(
+    return CaseResult(
         case,
         KernelTiming(
             rounds=len(times["ours"]),
@@ -58,13 +58,13 @@ def measure_kernel(case: Case, settings: Settings, cache: int) -> Result:
     )
 
 
-def measure_allocators(case: Case, settings: Settings) -> Result:
+def measure_allocators(case: Case, settings: BenchSettings) -> CaseResult:
     """Time a case in new processes, with the allocator tuned and as it is."""
     given = sides.inputs(case)
     fault = find_fault(case, given, sides.ours(case, given))
     if fault is not None:
-        return Result(case, fault=fault)
-    return Result(case, time_across_allocators(call_of, case, seconds=settings.seconds))
+        return CaseResult(case, fault=fault)
+    return CaseResult(case, time_across_allocators(call_of, case, seconds=settings.seconds))
 
 
 def call_of(case: Case, side: str) -> Callable[[], object]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from batchnorm.errors import MissingDependencyError
 from batchnorm.lab.bench.measure import time_across_allocators
 from batchnorm.lab.bench.registry import Layout, ModelCase
-from batchnorm.lab.bench.request import Settings
-from batchnorm.lab.bench.results import ModelTiming, Result, Share
+from batchnorm.lab.bench.request import BenchSettings
+from batchnorm.lab.bench.results import CaseResult, ModelTiming, Share
 from batchnorm.lab.bench.share import share_of_batch_norm
 from batchnorm.nn import BatchNorm2d
 
@@ -180,15 +180,15 @@ def step_of(case: ModelCase, side: str) -> Callable[[], object]:
     return step
 
 
-def measure_model(case: ModelCase, settings: Settings) -> Result:
+def measure_model(case: ModelCase, settings: BenchSettings) -> CaseResult:
     """Time the training steps of a network, in new processes, with the allocator tuned and as it is."""
     model = _stock_network(case.model, case.layout)
     fault = find_difference(model, with_our_layers(model), *batch_of(case.batch, case.layout))
     del model
     if fault is not None:
-        return Result(case, fault=fault)
+        return CaseResult(case, fault=fault)
     torch_share = share_of_batch_norm(step_of(case, "torch"))
     timing = time_across_allocators(step_of, case, seconds=settings.seconds)
     # The rest of the step, without batch norm, activations and additions, takes ours as long as torch.
     share = Share(torch=torch_share, ours=1 - (1 - torch_share) * timing.speedup.median)
-    return Result(case, ModelTiming(**vars(timing), share=share))
+    return CaseResult(case, ModelTiming(**vars(timing), share=share))

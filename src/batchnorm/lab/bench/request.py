@@ -12,16 +12,16 @@ from typing import Literal
 from batchnorm.errors import InputError, MissingDependencyError
 from batchnorm.lab.bench.registry import CASES, LAYOUTS, MODEL_NAMES, QUICK, AnyCase, ModelCase
 
-__all__ = ["Kind", "Request", "Settings", "cases_of", "check_out", "select"]
+__all__ = ["BenchKind", "BenchRequest", "BenchSettings", "cases_of", "check_out", "select"]
 
-Kind = Literal["kernels", "allocators", "models"]
+BenchKind = Literal["kernels", "allocators", "models"]
 
 ALWAYS_MAPPED = 32 * 2**20
 """Size in bytes from which glibc unmaps freed blocks, however often such blocks were freed before."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """How cases are timed.
 
     Attributes
@@ -43,7 +43,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchRequest:
     """Options that select what is timed; `kind` checks that they fit together."""
 
     allocators: bool = False
@@ -53,7 +53,7 @@ class Request:
     stock_allocator: bool = False
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> BenchKind:
         """The kind of cases.
 
         Raises
@@ -75,7 +75,7 @@ def check_out(out: Path | None) -> None:
         raise InputError(f"out must be a file in a folder that exists; got {str(out)!r}")
 
 
-def cases_of(kind: Kind, *, quick: bool = False, batch: int = 16) -> Sequence[AnyCase]:
+def cases_of(kind: BenchKind, *, quick: bool = False, batch: int = 16) -> Sequence[AnyCase]:
     """Return the cases of a kind: all of them, or the few quick kernels; ``batch`` is the number of images per step.
 
     Raises

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from batchnorm.lab.bench.registry import AnyCase, Case
-from batchnorm.lab.bench.request import Kind, Settings
+from batchnorm.lab.bench.request import BenchKind, BenchSettings
 from batchnorm.lab.bench.timing import Quartiles
 from batchnorm.lab.machine import Machine
 
-__all__ = ["BenchRun", "Copies", "KernelTiming", "ModelTiming", "Result", "Share", "TimedCase", "Timing"]
+__all__ = ["BenchRun", "CaseResult", "Copies", "KernelTiming", "ModelTiming", "Share", "TimedCase", "Timing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class ModelTiming(Timing):
 
 
 @dataclass(frozen=True)
-class Result:
+class CaseResult:
     """A case, and either its timing or the fault of our result, in which case it is not timed."""
 
     case: AnyCase
@@ -89,15 +89,15 @@ class TimedCase(NamedTuple):
 class BenchRun:
     """A run of ``batchnorm bench``; results are added as they are measured."""
 
-    kind: Kind
+    kind: BenchKind
     command: str
-    settings: Settings
+    settings: BenchSettings
     machine: Machine
-    results: list[Result] = field(default_factory=list)
+    results: list[CaseResult] = field(default_factory=list)
     complete: bool = False
 
     @property
-    def faults(self) -> list[Result]:
+    def faults(self) -> list[CaseResult]:
         """The results that are wrong, and so were not timed."""
         return [result for result in self.results if result.fault is not None]
 

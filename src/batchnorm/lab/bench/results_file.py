@@ -9,8 +9,8 @@ from typing import Any
 
 from batchnorm.errors import RunError
 from batchnorm.lab.bench.registry import AnyCase, Case, ModelCase
-from batchnorm.lab.bench.request import Settings
-from batchnorm.lab.bench.results import BenchRun, Copies, KernelTiming, ModelTiming, Result, Share, Timing
+from batchnorm.lab.bench.request import BenchSettings
+from batchnorm.lab.bench.results import BenchRun, CaseResult, Copies, KernelTiming, ModelTiming, Share, Timing
 from batchnorm.lab.bench.timing import Quartiles
 from batchnorm.lab.files import write_file
 from batchnorm.lab.machine import Machine
@@ -67,7 +67,7 @@ def _to_json(run: BenchRun) -> dict[str, Any]:
     }
 
 
-def _result_to_json(result: Result) -> dict[str, Any]:
+def _result_to_json(result: CaseResult) -> dict[str, Any]:
     case, timing = result.case, result.timing
     content = {"name": case.name, **asdict(case)}
     if isinstance(case, Case):
@@ -93,20 +93,20 @@ def _from_json(content: dict[str, Any]) -> BenchRun:
     return BenchRun(
         kind=content["kind"],
         command=content["command"],
-        settings=Settings(**content["settings"]),
+        settings=BenchSettings(**content["settings"]),
         machine=Machine(**content["machine"]),
         results=[_result_from_json(values) for values in content["results"]],
         complete=content["complete"],
     )
 
 
-def _result_from_json(values: dict[str, Any]) -> Result:
+def _result_from_json(values: dict[str, Any]) -> CaseResult:
     case: AnyCase
     if "model" in values:
         case = ModelCase(values["model"], values["layout"], values["batch"])
     else:
         case = Case(values["operation"], values["mode"], values["dtype"], tuple(values["shape"]), values["layout"])
-    return Result(case, None if values["fault"] else _timing_from_json(values), values["fault"])
+    return CaseResult(case, None if values["fault"] else _timing_from_json(values), values["fault"])
 
 
 def _timing_from_json(values: dict[str, Any]) -> Timing:

@@ -11,15 +11,15 @@ from batchnorm.kernels.allocator import tune_allocator
 from batchnorm.lab.bench.measure import measure_allocators, measure_kernel
 from batchnorm.lab.bench.models import measure_model
 from batchnorm.lab.bench.registry import AnyCase, ModelCase
-from batchnorm.lab.bench.request import Kind, Settings
-from batchnorm.lab.bench.results import BenchRun, Result
+from batchnorm.lab.bench.request import BenchKind, BenchSettings
+from batchnorm.lab.bench.results import BenchRun, CaseResult
 from batchnorm.lab.bench.results_file import write
 from batchnorm.lab.machine import describe, last_level_cache
 
 __all__ = ["perform", "start"]
 
 
-def start(kind: Kind, settings: Settings, command: str) -> BenchRun:
+def start(kind: BenchKind, settings: BenchSettings, command: str) -> BenchRun:
     """Return a run without results, and set this process's allocator and threads as the settings say."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -54,7 +54,7 @@ def perform(run: BenchRun, cases: Sequence[AnyCase], out: Path | None, say: Call
             write(run, out)
 
 
-def _measure(kind: Kind, case: AnyCase, settings: Settings) -> Result:
+def _measure(kind: BenchKind, case: AnyCase, settings: BenchSettings) -> CaseResult:
     if isinstance(case, ModelCase):
         return measure_model(case, settings)
     if kind == "allocators":

@@ -12,7 +12,19 @@ from torch.nn import functional as F
 from batchnorm.lab.bench.registry import OPERATIONS, Case
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-__all__ = ["DTYPES", "OURS", "Inputs", "Side", "copy", "inputs", "memory_format", "ours", "stock", "timed_call"]
+__all__ = [
+    "DTYPES",
+    "OURS",
+    "STOCK",
+    "Inputs",
+    "Side",
+    "copy",
+    "inputs",
+    "memory_format",
+    "ours",
+    "stock",
+    "timed_call",
+]
 
 EPS = 1e-5
 OURS: dict[int, type[nn.Module]] = {

@@ -21,7 +21,7 @@ class Details:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured for a claim: the measurements to judge, and the details, None where there are none."""
+    """The measurements of a claim, to be judged, and its details; None where it has none."""
 
     measurements: Sequence[Measurement]
     details: Details | None = None
@@ -40,7 +40,7 @@ class Claim:
     name, title, question : str
         Its name in ``claims=``, its heading, and what it asks.
     statement : str
-        What is claimed, as the beginning of the sentence of its verdict.
+        The assertion, as the beginning of the sentence of its verdict.
     design : function of a Study
         Returns how it is measured, in a paragraph.
     measure : function of a Study

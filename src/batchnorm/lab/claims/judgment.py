@@ -74,7 +74,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Power:
-    """What a number of pairs can show in a number of tests.
+    """The power of a number of pairs in a number of tests.
 
     Attributes
     ----------

@@ -12,7 +12,7 @@ __all__ = ["Extension"]
 
 
 class Extension(Protocol):
-    """What is measured besides the comparison itself, such as the claims of a study."""
+    """Measurements besides the comparison itself, such as the claims of a study."""
 
     @property
     def records(self) -> tuple[RecordName, ...]:

@@ -1,4 +1,4 @@
-"""What a comparison is asked for: a data set that can be read again, and the claims to measure."""
+"""The request for a comparison: a data set that can be read from its source, and the claims to measure."""
 
 from __future__ import annotations
 

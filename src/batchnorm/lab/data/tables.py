@@ -117,7 +117,7 @@ def _read_arrays(path: Path) -> pl.DataFrame:
                 raise DataError(f"arrays in an NPZ file must have 1 or 2 dimensions; {name} has {values.ndim}")
             new = {name: values} if values.ndim == 1 else {f"{name}_{i}": column for i, column in enumerate(values.T)}
             if duplicates := columns.keys() & new.keys():
-                raise DataError(f"columns of an NPZ file must have different names; two are {min(duplicates)!r}")
+                raise DataError(f"an NPZ file must have columns of different names; two are {min(duplicates)!r}")
             columns |= new
     lengths = {len(values) for values in columns.values()}
     if len(lengths) > 1:

@@ -97,7 +97,7 @@ def _in_words(finding: Finding) -> FindingText:
         reason=finding.reason or "",
         no_effect=number(finding.no_effect),
         p_holds=_p(finding.p_holds, finding.adjusted_holds),
-        margin=f"{number(finding.margin)} times" if finding.kind == "ratio" else number(finding.margin),
+        margin=f"{number(finding.margin)}x" if finding.kind == "ratio" else number(finding.margin),
         p_fails=_p(finding.p_fails, finding.adjusted_fails),
     )
 
@@ -139,7 +139,7 @@ def _pairs(findings: list[Finding]) -> Data:
     """Return the judged amounts, pair by pair."""
     return Data(
         "the pairs behind the verdict",
-        ["of", "what", "unit", "pair", "at least", "at most"],
+        ["subject", "effect", "unit", "pair", "at least", "at most"],
         [
             [finding.subject, finding.label, finding.unit, i, *pair]
             for finding in findings

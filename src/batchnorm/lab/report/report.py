@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from batchnorm.lab.report.figures import GROUPS, LABELS, Evidence, Figure
 from batchnorm.lab.training.runs import CONSECUTIVE, median_steps
 from batchnorm.lab.training.settings import ARMS, Arm
 
-__all__ = ["FILE", "Report", "Row", "Section", "figure_html", "report_data", "report_html", "write_report"]
+__all__ = ["FILE", "ReportPage", "Row", "Section", "figure_html", "report_data", "report_html", "write_report"]
 
 FILE = "report.html"
 SOON = "not yet"
@@ -77,7 +78,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportPage:
     """The content of the report, apart from its HTML."""
 
     name: str
@@ -146,15 +147,14 @@ def _test_score(values: ArmResult | None) -> str:
 
 
 def _unfinished(run: RunFile, evidence: Evidence) -> list[str]:
-    """Return the state of an incomplete run and the command that resumes it; nothing for a complete one."""
+    """Return the state of an incomplete run, and the command that resumes it if its data can be read again."""
     if run.status == "complete":
         return []
     finished = sum(len(stack.runs) for stack in run.stacks)
     stage = "the search of learning rates" if evidence.result is None else "the runs that confirm and vary the result"
-    return [
-        f"This comparison was stopped during {stage}; its {finished} finished runs are kept and drawn here.",
-        f"batchnorm compare --resume {run.folder}",
-    ]
+    state = f"This comparison was stopped during {stage}; its {finished} finished runs are kept and drawn here."
+    resume = [] if run.request.data is None else [f"batchnorm compare --resume {shlex.quote(str(run.folder))}"]
+    return [state, *resume]
 
 
 def _method(evidence: Evidence) -> Method:
@@ -239,7 +239,7 @@ def _made_with(run: RunFile) -> list[tuple[str, str]]:
             (
                 "training in stacks",
                 f"{stacking.runs} runs took {stacking.together:.0f} s of a core; one after another they would "
-                f"have taken {stacking.alone:.0f} s, {number(stacking.factor)} times as long",
+                f"have taken {stacking.alone:.0f} s, {number(stacking.factor)}x as long",
             )
         )
     return lines
@@ -264,13 +264,13 @@ def _sections(evidence: Evidence, claims: list[ClaimSection]) -> list[Section]:
     return [section for section in sections if section.figures]
 
 
-def report_data(run: RunFile) -> Report:
+def report_data(run: RunFile) -> ReportPage:
     """Return the content of the report of a run, finished or not."""
     evidence = Evidence(run)
     result, judgment, name = run.result, read_judgment(run), run.data.name
     claims = claim_sections(evidence, judgment.claims if judgment else [])
     verdict = result.verdict if result else None
-    return Report(
+    return ReportPage(
         name=name,
         verdict=verdict or f"The comparison on {name} is not finished, so there is no verdict yet.",
         caveat=result.caveat if result else None,

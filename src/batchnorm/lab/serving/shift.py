@@ -52,7 +52,7 @@ class Scores:
     adapted : float
         Score with statistics adapted to the other rows, without their labels.
     retrained : float or None
-        Score of the estimator fitted anew to the other rows; None for a Module, whose training is unknown.
+        Score of the estimator refitted on the other rows; None for a Module, whose training is unknown.
     rows, others : int
         Number of scored rows, and of rows that the remedies were given.
     prior : float

@@ -113,5 +113,5 @@ def recorded(record: R | None) -> R:
     [0.5]
     """
     if record is None:
-        raise RunError("a claim must find the records that it asks its runs for; a run of this folder has none")
+        raise RunError("a claim needs the records of its runs; a run of this folder has none")
     return record

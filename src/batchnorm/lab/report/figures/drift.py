@@ -96,7 +96,7 @@ def drift(_: Evidence, details: ShiftDetails) -> Figure:
         ),
         data=Data(
             "drift of every layer, and change of the gradient",
-            ["what", "arm", "step", "median", "low", "high"],
+            ["quantity", "arm", "step", "median", "low", "high"],
             [
                 *(
                     row

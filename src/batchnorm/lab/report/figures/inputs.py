@@ -117,7 +117,7 @@ def inputs(_: Evidence, details: InputsDetails) -> Figure:
         ),
         data=Data(
             "the loss, and the path of gradient descent on it",
-            ["inputs", "what", "step", "w1", "w2", "loss"],
+            ["inputs", "quantity", "step", "w1", "w2", "loss"],
             [
                 *(
                     [group, "gradient descent", step, *point, None]

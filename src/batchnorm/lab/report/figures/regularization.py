@@ -119,6 +119,6 @@ def regularization(evidence: Evidence, details: RegularizationDetails) -> Figure
             + (noisy if sizes else "")
         ),
         plots=plots,
-        table=FigureTable(["what", *LABELS.values()], rows),
-        data=Data("gap and noise", ["what", "arm", "at", "value", "low", "high"], data),
+        table=FigureTable(["quantity", *LABELS.values()], rows),
+        data=Data("gap and noise", ["quantity", "arm", "at", "value", "low", "high"], data),
     )

@@ -58,7 +58,7 @@ def stability(evidence: Evidence, details: StabilityDetails) -> Figure:
         table=sweep_table("learning rate", rates, trains, scores, in_order_of_arms(details.diverged)),
         data=Data(
             "every score at the end, and the change of the loss",
-            ["what", "arm", "learning rate", "step", "seed", "value", "low", "high"],
+            ["quantity", "arm", "learning rate", "step", "seed", "value", "low", "high"],
             [
                 *(["score at the end", arm, rate, None, seed, score, None, None]
                   for arm, rate, seed, score in score_rows(rates, scores)),
