@@ -89,7 +89,7 @@ def test_operators_of_virtual_batches_agree_with_the_reference():
 
 @pytest.mark.parametrize(("chunks", "chunk"), [(3, 3), (2, 0), (2, 5), (0, 2)])
 def test_chunks_that_do_not_use_up_the_samples_are_refused(chunks, chunk):
-    with pytest.raises(bn.InputError, match="must use up those of x"):
+    with pytest.raises(bn.InputError, match="must divide the samples of x"):
         MOMENTS(randn(5, 3), None, chunks, chunk)
 
 
