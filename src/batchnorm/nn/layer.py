@@ -109,7 +109,8 @@ class Layer(State):
         weight, bias = self.weight_and_bias()
         mean, var, batches = self.running_statistics(self.step_state.domain)
         statistics = (mean, var, batches, self._buffers["skipped_batches"])
-        y = ops.run_plan(plan, Operands(x, weight, bias, residual), statistics)
+        operands = Operands._make((x, weight, bias, residual, None))  # in half the time of Operands(...)
+        y = ops.run_plan(plan, operands, statistics)
         if y is not None and plan.update_running and has_processes():
             self.count_samples(x.shape[0])
         return y

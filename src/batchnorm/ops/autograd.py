@@ -113,7 +113,7 @@ class _DirectFunction(torch.autograd.Function):
         backward, moments, mask, rule = ctx.kept
         if torch_internals.count_dispatch_modes() != 0:
             backward = _backward_by_operator
-        operands = Operands(x, weight, bias, None, mask)
+        operands = Operands._make((x, weight, bias, None, mask))  # in half the time of Operands(...)
         return (*_gradients(backward, dy, operands, moments, rule, y=y, needs=ctx.needs_input_grad), None)
 
 

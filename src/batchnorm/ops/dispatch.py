@@ -44,7 +44,8 @@ def must_differentiate(dy: Tensor) -> bool:
     """Return whether a backward must consist of operations that autograd, vmap and the like know."""
     return not torch.compiler.is_compiling() and (
         torch.is_grad_enabled()
-        or torch_internals.may_be_transformed()
+        or torch_internals.transforms_are_active()  # not may_be_transformed(): each call costs a small batch time
+        or torch_internals.forward_mode_is_active()
         or torch_internals.is_legacy_batched(dy)  # torch.autograd.grad(..., is_grads_batched=True)
     )
 
