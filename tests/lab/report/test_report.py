@@ -7,6 +7,7 @@ import statistics
 import pytest
 
 from batchnorm.lab.comparison.conduct import compare
+from batchnorm.lab.comparison.request import Request
 from batchnorm.lab.comparison.run_file import RunFile, read_run
 from batchnorm.lab.data.columns import LeftOut
 from batchnorm.lab.data.dataset import prepare
@@ -35,7 +36,8 @@ def run(tmp_path_factory):
         left_out=[LeftOut(NASTY, "it has one value")],
         notes=[f"classification: {NASTY} has 10 values"],
     )
-    run = RunFile.create(tmp_path_factory.mktemp("run"), dataset.describe(), SETTINGS, command=f"echo {NASTY}")
+    folder, request = tmp_path_factory.mktemp("run"), Request(data="digits")
+    run = RunFile.create(folder, dataset.describe(), SETTINGS, request=request, command=f"echo {NASTY}")
     compare(dataset, run, jobs=1, progress=Silence())
     return run
 
@@ -287,6 +289,14 @@ def test_an_interrupted_run_is_drawn_as_far_as_it_got_and_says_how_to_go_on(run,
     assert f"batchnorm compare --resume {tmp_path}" in text
     assert {arm for figure in report_data(partial).drawings for plot in figure["plots"] for s in plot["series"]
             for arm in [s["group"]]} == {stack.arm for stack in partial.stacks}  # fmt: skip
+
+
+def test_an_interrupted_run_of_data_from_python_offers_no_command_to_resume_it(run, tmp_path):
+    partial = copied(run, tmp_path, status="interrupted", **PARTS["searched"](run))
+    partial.request = Request()
+    text = write_report(partial).read_text()
+    assert "are kept and drawn here" in text
+    assert "--resume" not in text.partition("<script")[0]
 
 
 def test_the_page_of_an_interrupted_run_opens_without_a_complaint(run, open_report, tmp_path):
