@@ -159,7 +159,8 @@ def figures() -> Values:
     """Yield the numbers that the figures of studies draw."""
     for name, found in found_studies().items():
         for number, shown in enumerate(found.figures.values()):
-            yield f"{name}: figure {number}", sorted_numbers(shown.figure)
+            drawn = sorted_numbers(shown.figure)
+            yield f"{name}: figure {number}", drawn[~np.isnan(drawn)]  # a gap may be NaN or None
 
 
 def fitted_classifier() -> Any:
