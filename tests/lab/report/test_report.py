@@ -47,13 +47,6 @@ def page_path(run):
     return write_report(run)
 
 
-@pytest.fixture(scope="module")
-def visit(new_visit, page_path):
-    visit = new_visit(page_path)
-    yield visit
-    visit.context.close()
-
-
 def drawing(report, key):
     return next(figure for figure in report.drawings if figure["key"] == key)
 

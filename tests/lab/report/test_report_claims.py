@@ -56,13 +56,6 @@ def page_path(study):
     return write_report(study)
 
 
-@pytest.fixture(scope="module")
-def visit(new_visit, page_path):
-    visit = new_visit(page_path)
-    yield visit
-    visit.context.close()
-
-
 def changed(study, folder, change):
     """The study as it is read back from disk, with its claims changed, in a folder of its own."""
     content = run_json(study)
