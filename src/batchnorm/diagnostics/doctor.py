@@ -20,7 +20,7 @@ from batchnorm.kernels.chosen import REMEDY, VARIABLE, Kernels, kernels
 from batchnorm.reports import Block, Entries, Report
 from batchnorm.version import __version__
 
-__all__ = ["Diagnosis", "doctor", "installed"]
+__all__ = ["Diagnosis", "doctor", "installed", "processor_name"]
 
 ENVIRONMENT = (
     VARIABLE,
@@ -142,7 +142,7 @@ def doctor() -> Diagnosis:
         },
         libraries=installed(_libraries_of_lab()),
         system=platform.platform(),
-        processor=_processor(),
+        processor=_processor_and_machine(),
         cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         kernels=found,
@@ -173,14 +173,16 @@ def _libraries_of_lab() -> list[str]:
     return [re.split(r"[^\w.-]", line)[0] for line in required if re.search(r"extra == .lab.", line)]
 
 
-def _processor() -> str:
-    """Return the trade name of the processor, where the system tells it."""
+def processor_name() -> str | None:
+    """Return the trade name of the processor; None where the system does not tell."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        named = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if named:
-            return f"{named[1]} ({platform.machine()})"
-    return platform.processor() or platform.machine()
+    named = re.search(r"^model name\s*:(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return named and named[1].strip()
+
+
+def _processor_and_machine() -> str:
+    name = processor_name()
+    return f"{name} ({platform.machine()})" if name else platform.processor() or platform.machine()
 
 
 def _devices() -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from batchnorm.diagnostics.doctor import processor_name
 from batchnorm.kernels.chosen import kernels
 from batchnorm.version import __version__
 
@@ -68,19 +69,10 @@ def machine() -> dict[str, str | int | None]:
     """Describe the machine briefly: system, processor, cores and version of Python."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor_name() or platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def caches() -> dict[str, int]:
@@ -123,7 +115,7 @@ def describe(*, allocator: str) -> Machine:
     """Describe the machine in full; ``allocator`` is the setting of glibc's allocator."""
     return Machine(
         system=f"{_system()}, {platform.machine()}",
-        processor=_processor(),
+        processor=processor_name() or platform.processor(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         python=platform.python_version(),
         libc=" ".join(platform.libc_ver()),

@@ -44,7 +44,7 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """Options that select what is timed; `kind` checks that they fit together."""
+    """Options that select the cases; `kind` checks that they fit together."""
 
     allocators: bool = False
     models: bool = False

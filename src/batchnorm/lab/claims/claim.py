@@ -38,7 +38,7 @@ class Claim:
     Attributes
     ----------
     name, title, question : str
-        Its name in ``claims=``, its heading, and what it asks.
+        Its name in ``claims=``, its heading, and its question.
     statement : str
         The assertion, as the beginning of the sentence of its verdict.
     design : function of a Study
