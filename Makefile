@@ -12,7 +12,7 @@ TORCH ?= 2.10.0
 TORCH_VENV := .venv-torch-$(TORCH)
 TORCH_TESTS := $(addprefix tests/,kernels ops nn statistics $(addprefix test_,$(addsuffix .py,\
     checks errors exports functional normalize processes reports text torch_internals)))
-QUICK := not (slow or browser or compile or distributed)
+QUICK := not (slow or browser or compile or distributed or peers)
 
 .PHONY: demo test test-quick test-torch coverage lint hooks bench sanitize clean
 
@@ -20,13 +20,13 @@ demo: $(VENV)/installed
 	$(BIN)/batchnorm compare digits
 
 # The tests of a file run in one process, because they share fixtures that take long to make.
-test: lint $(VENV)/axe
+test: lint $(VENV)/axe $(VENV)/peers
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile
 
 test-quick: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m '$(QUICK)'
 
-coverage: $(VENV)/axe
+coverage: $(VENV)/axe $(VENV)/peers
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile --cov --cov-report term:skip-covered
 
 # The tests of the core, on another version of torch, in an environment of its own. torch 2.14 deprecates torch.jit.
@@ -76,6 +76,11 @@ define INSTALL
 $(PYTHON) -m venv $(VENV)
 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 endef
+
+# Libraries that build on torch, for the tests in tests/peers; the constraints keep torch as it is.
+$(VENV)/peers: $(VENV)/installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,peers]' && touch $@ || \
+	    echo "make test: the extra peers could not be installed, so the tests that need it are skipped"
 
 $(VENV)/axe: $(VENV)/installed
 	@rm -rf $@.part && mkdir $@.part

@@ -13,6 +13,7 @@ MARKED_FIXTURES = {"chromium": "browser", "on_ranks": "distributed"}
 MARKED_FILES = {
     "compile": ["nn/test_compile.py", "nn/test_export.py"],
     "distributed": ["nn/test_sync*.py", "statistics/test_recalibrate_on_ranks.py", "test_scale_docs.py"],
+    "peers": ["peers/*"],
     "slow": [
         "kernels/test_fuzz.py",
         "kernels/test_native*.py",

@@ -1,12 +1,15 @@
 """Helpers that several test files share: ``from support import randn``."""
 
 import contextlib
+import functools
+import importlib
 import importlib.util
 import inspect
 import io
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +43,24 @@ needs_torchs_bias = pytest.mark.skipif(
 def skip_or_fail(reason):
     """Skip the running test because the machine lacks a tool; in CI, where every tool is installed, fail it."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+def peer(name):
+    """Import a library of the extra ``peers``, without its warnings; where it is missing, skip the test or fail it."""
+    if importlib.util.find_spec(name) is None:
+        skip_or_fail(f"{name} is not installed; make installs it with the extra peers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if "+cpu" in torch.__version__:
+            _declare_operators_of_torchvision()
+        return importlib.import_module(name)
+
+
+@functools.cache
+def _declare_operators_of_torchvision():
+    """Declare two operators of torchvision, which stop its import where its kernels need a CUDA build of torch."""
+    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 # Tensors
