@@ -14,11 +14,11 @@ from batchnorm import torch_internals
 
 ROOT = Path(batchnorm.__file__).parent
 
-CORE = ["errors", "checks", "text", "reports", "version", "torch_internals", "processes", "kernels", "ops"]
+CORE = ["errors", "extras", "checks", "text", "reports", "version", "torch_internals", "processes", "kernels", "ops"]
 CORE += ["functional", "nn", "statistics", "diagnostics"]
 LAB = ["json_records", "files", "machine", "console", "data", "training"]
 BRANCHES = [["estimators"], ["comparison", "claims", "report"], ["teaching"], ["serving"], ["bench"]]
-ENDS = ["notebook", "cli"]
+ENDS = ["notebook", "cli", "__main__"]
 
 HEAVY = ["typer", "rich", "plotly", "polars", "sklearn", "scipy", "joblib", "jinja2", "triton"]
 HEAVY += ["transformers", "batchnorm.lab"]

@@ -2,7 +2,9 @@
 
 ``import batchnorm as bn``. The first use of a public name loads torch and the core, and nothing heavier; if torch is
 loaded already, the import does. Until then the import is cheap, so that ``batchnorm --help`` answers at once. The
-estimators and the lab, which need ``pip install 'batchnorm[lab]'``, are loaded when they are used.
+estimators and the lab, which need ``pip install 'batchnorm[lab]'``, are loaded when they are used. Where their packages
+are missing, ``from batchnorm import *`` and ``dir()`` leave the estimators out, and using one of them raises a
+`MissingDependencyError`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from batchnorm.errors import (
     RunError,
     UnsupportedError,
 )
+from batchnorm.extras import are_installed, needs
 from batchnorm.version import __version__
 
 if TYPE_CHECKING:
@@ -127,6 +130,11 @@ class _Package(ModuleType):
     """Type of this module, in which ``kernels`` is the public function and never the subpackage of the same name."""
 
     @property
+    def __all__(self) -> list[str]:
+        """The public names that can be used here, so that ``from batchnorm import *`` works without the extra lab."""
+        return __dir__()
+
+    @property
     def kernels(self) -> Any:
         return importlib.import_module("batchnorm.kernels.chosen").kernels
 
@@ -150,13 +158,15 @@ def __getattr__(name: str) -> Any:
     if name == "lab":
         return importlib.import_module("batchnorm.lab")
     if name in _ESTIMATORS:
-        return getattr(importlib.import_module("batchnorm.lab.estimators"), name)
+        with needs(name):
+            return getattr(importlib.import_module("batchnorm.lab.estimators"), name)
     _load_core()
     return globals()[name]
 
 
 def __dir__() -> list[str]:
-    return __all__
+    usable = are_installed("sklearn", "scipy", "joblib")
+    return [name for name in __all__ if usable or name not in _ESTIMATORS]
 
 
 if "torch" in sys.modules:

@@ -51,7 +51,7 @@ def _without_command(
 def main() -> None:
     """Run the command line. An error is one sentence on stderr, and exit status 2."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="batchnorm", standalone_mode=False)
     except typer.TyperException as error:
         message = " ".join(error.format_message().split())
         typer.echo(f"error: {describe_usage_error(message)}", err=True)

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
 from batchnorm.errors import BatchNormError, InputError
+from batchnorm.extras import needs
 from batchnorm.lab.data.sources import BUILT_IN_NAMES
 
 __all__ = [
@@ -48,7 +49,8 @@ class Command(TyperCommand):
             The library raised an error of its own; the message has the names of options.
         """
         try:
-            return super().invoke(ctx)
+            with needs(f"batchnorm {self.name}"):
+                return super().invoke(ctx)
         except BatchNormError as error:
             names = {param.name: _option(param) for param in self.params if param.name}
             raise InputError(name_options(str(error), names)) from error
