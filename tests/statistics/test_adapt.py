@@ -248,7 +248,7 @@ def test_a_single_value_needs_a_prior():
 
 
 def test_forward_goes_with_a_loader():
-    with pytest.raises(bn.InputError, match="forward and group need a loader"):
+    with pytest.raises(bn.InputError, match="forward, device, samples and group need a loader"):
         bn.adapt(network(), forward=lambda model, batch: model(batch))
 
 

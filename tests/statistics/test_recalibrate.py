@@ -98,19 +98,19 @@ def from_bag(model, bag):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("wrap", "forward"),
+    ("wrap", "options"),
     [
-        (lambda x: x, None),
-        (lambda x: (x, "label"), None),
-        (lambda x: [x], None),
-        (lambda x: {"input": x}, None),
-        (Bag, from_bag),
+        (lambda x: x, {}),
+        (lambda x: (x, "label"), {}),
+        (lambda x: [x], {}),
+        (lambda x: {"input": x}, {}),
+        (Bag, {"forward": from_bag, "samples": lambda bag: len(bag.rows)}),
     ],
     ids=["tensor", "tuple", "list", "dict", "forward"],
 )
-def test_batches_of_any_kind_with_a_last_one_of_one_row(mode, wrap, forward):
+def test_batches_of_any_kind_with_a_last_one_of_one_row(mode, wrap, options):
     model, expected, x = mixed_network(), mixed_network(), data(33)
-    report = bn.recalibrate(model, [wrap(part) for part in x.split(16)], forward=forward, mode=mode)
+    report = bn.recalibrate(model, [wrap(part) for part in x.split(16)], **options, mode=mode)
     assert report.layers[0].count == 33
     assert_holds(model[1], expected[0](x))
     bn.recalibrate(expected, x.split(16), mode=mode)

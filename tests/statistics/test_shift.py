@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
+from batchnorm.statistics.batches import BatchReader
 from batchnorm.statistics.block_sums import MAX_BLOCKS, sum_inputs
 from batchnorm.statistics.layers import running_layers
 from support import randn
@@ -129,7 +130,7 @@ def test_a_layers_p_value_is_adjusted_for_their_number():
 
 def test_memory_is_bounded_and_all_rows_count():
     model, x = standard(), random(5000, 5)
-    found = sum_inputs(model, running_layers(model), x.split(300), name="the loader")
+    found = sum_inputs(BatchReader(model), running_layers(model), x.split(300), name="the loader")
     units = found.layers[""]
     assert len(units.counts) <= MAX_BLOCKS
     assert (found.samples, units.counts.tolist()) == (5000, [16.0] * 312 + [8.0])
@@ -175,7 +176,7 @@ def test_a_layer_used_twice_and_rows_made_of_samples_stay_with_their_sample():
 
     model = Model().eval()
     x = random(30, 1, 4).expand(30, 3, 4)  # a sample's four rows are the same
-    found = sum_inputs(model, running_layers(model), [x[:20], x[20:]], name="the loader").layers["norm"]
+    found = sum_inputs(BatchReader(model), running_layers(model), [x[:20], x[20:]], name="the loader").layers["norm"]
     assert found.counts.tolist() == [4.0] * 30
     torch.testing.assert_close(found.sums[:, :4], 4 * x[:, 0] / math.sqrt(1 + 1e-5), rtol=1e-9, atol=1e-12)
 

@@ -23,8 +23,9 @@ from batchnorm.checks import is_real
 from batchnorm.errors import InputError
 from batchnorm.nn.running import active_set
 from batchnorm.reports import Block, Report
+from batchnorm.statistics.batches import BatchReader, Device, Forward, Samples
 from batchnorm.statistics.changes import LayerChange, change_table, changes, drift_summary
-from batchnorm.statistics.forwards import Forward, uncompiled, with_input_hook
+from batchnorm.statistics.forwards import uncompiled, with_input_hook
 from batchnorm.statistics.layers import Layers, Statistics, unfrozen_layers, unwrapped, variance_to_keep
 from batchnorm.statistics.measuring import Measuring, PassOptions, check_passes, restored_on_error
 from batchnorm.statistics.moments import Moments
@@ -84,6 +85,8 @@ def adapt(
     *,
     prior: float = 16,
     forward: Forward | None = None,
+    device: Device = None,
+    samples: Samples = None,
     group: dist.ProcessGroup | None = None,
 ) -> Adaptation:
     """Move running statistics towards those of shifted data, without labels; the change can be undone.
@@ -111,6 +114,8 @@ def adapt(
         single samples 64 to 256 is better.
     forward : callable or None
         ``forward(model, batch)``, for batches that are not tensors, tuples, lists or mappings.
+    device, samples
+        As for `recalibrate`.
     group : ProcessGroup or None
         Under torch.distributed, each process reads a share of the data, and all end with the same statistics.
 
@@ -124,9 +129,10 @@ def adapt(
     ------
     InputError
         The prior is negative, there is no layer to adapt, the loader is empty or can be consumed only once, or moments
-        are not finite; with a prior of 0, there is a single value per channel.
+        are not finite; with a prior of 0, there is a single value per channel. Or the samples of a batch cannot be
+        counted.
     InputTypeError
-        Batches need ``forward``.
+        Batches need ``forward`` or ``samples``.
     UnsupportedError
         The model changes the domain of a layer in its forward.
     DistributedError
@@ -147,24 +153,26 @@ def adapt(
     model = unwrapped(model)
     layers = unfrozen_layers(model)
     if loader is None:
-        if forward is not None or group is not None:
-            raise InputError("forward and group need a loader; got none, which adapts to each batch by itself")
+        if any(option is not None for option in (forward, device, samples, group)):
+            raise InputError(
+                "forward, device, samples and group need a loader; got none, which adapts to each batch by itself"
+            )
         return Adaptation((), None, prior, _adapt_each_batch(layers, prior))
     check_passes(loader, len(layers))
-    samples = 0
+    used = 0
 
     def new_statistics(path: str, layer: TorchBatchNorm, moments: Moments, seen: int) -> Statistics:
-        nonlocal samples
-        samples = seen
+        nonlocal used
+        used = seen
         return _weighted(path, layer, moments, seen, prior)
 
-    options = PassOptions(forward=forward, group=group)
+    reader, options = BatchReader(model, forward, device, samples), PassOptions(group=group)
     with restored_on_error(model, layers) as before:
-        moments = Measuring(model, loader, new_statistics, options).layerwise(layers)
+        moments = Measuring(reader, loader, new_statistics, options).layerwise(layers)
         undo = ExitStack()
         for path in moments:
             undo.callback(active_set(layers[path]).write, *before[path])
-        return Adaptation(changes(layers, moments, before), samples, prior, undo)
+        return Adaptation(changes(layers, moments, before), used, prior, undo)
 
 
 def _weighted(path: str, layer: TorchBatchNorm, moments: Moments, samples: int, prior: float) -> Statistics:

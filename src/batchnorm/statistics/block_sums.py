@@ -7,19 +7,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from batchnorm import ops
 from batchnorm.errors import InputError
 from batchnorm.nn.running import active_set
-from batchnorm.statistics.forwards import (
-    Forward,
-    forward_pass,
-    number_of_samples,
-    restored,
-    uncompiled,
-    with_input_hook,
-)
+from batchnorm.statistics.batches import BatchReader
+from batchnorm.statistics.forwards import restored, uncompiled, with_input_hook
 from batchnorm.statistics.interrupts import allow_interrupts, defer_interrupts
 from batchnorm.statistics.layers import Layers
 from batchnorm.torch_internals import TorchBatchNorm
@@ -95,15 +89,14 @@ class InputSums(NamedTuple):
 
 
 def sum_inputs(
-    model: nn.Module,
+    reader: BatchReader,
     layers: Layers,
     loader: Iterable[Any],
     *,
     name: str,
-    forward: Forward | None = None,
     max_samples: int | None = None,
 ) -> InputSums:
-    """Run the model in eval mode over a loader, and sum the inputs of its layers.
+    """Run the reader's model in eval mode over a loader, and sum the inputs of its layers.
 
     Raises
     ------
@@ -116,6 +109,7 @@ def sum_inputs(
     samples, blocks, samples_per_block, batch_size = 0, 0, 1, 0
 
     def add(path: str, x: Tensor, mask: Tensor | None) -> None:
+        reader.check_rows(x.shape[0])
         if x.numel() and batch_size:
             rows, counts = _row_sums(x, mask, *scales[path])
             sample = torch.arange(len(counts)) * batch_size // len(counts)  # a sample may have several rows
@@ -128,15 +122,15 @@ def sum_inputs(
         defer_interrupts(),
         torch.no_grad(),
         uncompiled(),
-        restored(model),
+        restored(reader.model),
         with_input_hook(layers, add),
         allow_interrupts(),
     ):
-        model.eval()
+        reader.model.eval()
         for batch in loader:
             of_batch.clear()
-            batch_size = number_of_samples(batch)
-            forward_pass(model, batch, forward)
+            batch_size = reader.count(batch)
+            reader.run(batch)
             if batch_size == 0:
                 continue
             numbers = (samples + torch.arange(batch_size)) // samples_per_block

@@ -1,10 +1,10 @@
-"""Forward passes over the batches of a loader, and hooks that read the inputs of layers."""
+"""Hooks that read the inputs of layers in forward passes, and the state of a model that such passes restore."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,59 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchnorm.errors import InputTypeError
 from batchnorm.nn.running import RunningSet, active_set, channels_second
 from batchnorm.statistics.layers import Layers, Statistics
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["Forward", "InputHook", "forward_pass", "number_of_samples", "restored", "uncompiled", "with_input_hook"]
-
-Forward = Callable[[nn.Module, Any], object]
-"""Runs a model on one batch of a loader."""
+__all__ = ["InputHook", "restored", "uncompiled", "with_input_hook"]
 
 InputHook = Callable[[str, Tensor, Tensor | None], Statistics | None]
 """Takes the module path of a layer, its input as (N, C, *) and its mask (N, *).
 
 It may return a mean and a variance, with which a layer in eval mode then normalizes this input.
 """
-
-
-def _first(batch: Any) -> Any:
-    """Return the first tensor of a mapping, the first element of a tuple or list, or the batch itself."""
-    if isinstance(batch, Mapping):
-        return next((value for value in batch.values() if isinstance(value, Tensor)), None)
-    return batch[0] if isinstance(batch, tuple | list) and batch else batch
-
-
-def number_of_samples(batch: Any) -> int:
-    """Return the size of the batch's first tensor; 1 if it has none."""
-    first = _first(batch)
-    return first.shape[0] if isinstance(first, Tensor) and first.dim() else 1
-
-
-def forward_pass(model: nn.Module, batch: Any, forward: Forward | None) -> None:
-    """Run the model on one batch of a loader.
-
-    The model is given a tensor as it is, the first element of a tuple or list, and all values of a mapping by name,
-    unless ``forward(model, batch)`` does it.
-
-    Raises
-    ------
-    InputTypeError
-        The batch is none of these, and there is no ``forward``.
-    """
-    first = _first(batch)
-    if forward is not None:
-        forward(model, batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(first, Tensor):
-        model(first)
-    else:
-        raise InputTypeError(
-            "a batch must be a tensor, a tuple or list that begins with one, or a mapping; got "
-            f"{type(batch).__name__}. For other batches pass forward=, a function of model and batch"
-        )
 
 
 def _input_and_mask(layer: TorchBatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:

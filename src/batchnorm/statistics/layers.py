@@ -37,7 +37,7 @@ def running_layers(model: nn.Module) -> Layers:
     Raises
     ------
     InputError
-        There is none, or one is lazy and has not seen a batch yet.
+        There is none, one is lazy and has not seen a batch yet, or one is on meta.
     """
     layers = running.running_layers(model)
     if not layers:
@@ -47,6 +47,11 @@ def running_layers(model: nn.Module) -> Layers:
     for path, layer in layers.items():
         if isinstance(layer.running_mean, UninitializedBuffer):
             raise InputError(f"{path or 'the layer'} is lazy and must have seen a batch, which sets its channels")
+        if layer.running_mean is not None and layer.running_mean.is_meta:
+            raise InputError(
+                f"{path or 'the layer'} must have running statistics with values; they are on meta: load the "
+                "model's weights first"
+            )
     return layers
 
 

@@ -9,19 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm.errors import InputError, MissingDependencyError
 from batchnorm.nn.running import active_set
 from batchnorm.processes import process_group_of
-from batchnorm.statistics.forwards import (
-    Forward,
-    forward_pass,
-    number_of_samples,
-    restored,
-    uncompiled,
-    with_input_hook,
-)
+from batchnorm.statistics.batches import BatchReader
+from batchnorm.statistics.forwards import restored, uncompiled, with_input_hook
 from batchnorm.statistics.interrupts import allow_interrupts, defer_interrupts
 from batchnorm.statistics.layers import Layers, Statistics
 from batchnorm.statistics.moments import Moments
@@ -76,8 +70,6 @@ class PassOptions:
 
     Attributes
     ----------
-    forward : callable or None
-        Runs the model on a batch.
     max_samples : int or None
         End a pass after this number of samples.
     tolerance : float or None
@@ -90,7 +82,6 @@ class PassOptions:
         The processes that each read a share of the data.
     """
 
-    forward: Forward | None = None
     max_samples: int | None = None
     tolerance: float | None = None
     progress: str | None = None
@@ -112,9 +103,9 @@ class Measuring:
     """
 
     def __init__(
-        self, model: nn.Module, loader: Iterable[Any], new_statistics: NewStatistics, options: PassOptions
+        self, reader: BatchReader, loader: Iterable[Any], new_statistics: NewStatistics, options: PassOptions
     ) -> None:
-        self.model, self.loader, self.new_statistics, self.options = model, loader, new_statistics, options
+        self.reader, self.loader, self.new_statistics, self.options = reader, loader, new_statistics, options
         self.group = process_group_of(options.group)
         self.samples, self.passes, self.converged = 0, 0, True
 
@@ -157,7 +148,7 @@ class Measuring:
         running = active_set(layer)
         running.write(*self.new_statistics(path, layer, found.moments[path], found.samples))
         for name, values in (("mean", running.mean), ("variance", running.var)):
-            channels = values.isfinite().logical_not().nonzero().flatten().tolist()
+            channels = values.isfinite().logical_not().nonzero().flatten().cpu().tolist()
             if channels:
                 raise InputError(
                     f"the inputs of {path or 'the layer'} must have a finite {name}; got {values[channels[0]].item()} "
@@ -168,13 +159,20 @@ class Measuring:
         """Run one pass, and return its result over all processes; if it fails on one, it fails on all."""
         converged, failure, options = False, None, self.options
         self.passes += 1
-        with with_input_hook(over.layers, over.record), self._batches() as batches:
+
+        def record(path: str, x: Tensor, mask: Tensor | None) -> Statistics | None:
+            if self.passes == 1:  # the only pass that is certain to record the first layer
+                self.reader.check_rows(x.shape[0])
+            return over.record(path, x, mask)
+
+        with with_input_hook(over.layers, record), self._batches() as batches:
             try:
                 with allow_interrupts():
                     for batch in batches:
+                        samples = self.reader.count(batch)
                         with suppress(EnoughUses):
-                            forward_pass(self.model, batch, options.forward)
-                        over.end_batch(number_of_samples(batch))
+                            self.reader.run(batch)
+                        over.end_batch(samples)
                         converged = over.has_converged()
                         if converged or (options.max_samples is not None and over.samples >= options.max_samples):
                             break

@@ -12,8 +12,8 @@ from torch import nn
 from batchnorm.checks import is_real, is_whole
 from batchnorm.errors import InputError
 from batchnorm.reports import Block, Report
+from batchnorm.statistics.batches import BatchReader, Device, Forward, Samples
 from batchnorm.statistics.changes import LayerChange, change_table, changes, drift_summary
-from batchnorm.statistics.forwards import Forward
 from batchnorm.statistics.layers import Statistics, unfrozen_layers, unwrapped, variance_to_keep
 from batchnorm.statistics.measuring import Measuring, PassOptions, check_passes, restored_on_error
 from batchnorm.statistics.moments import Moments
@@ -62,6 +62,8 @@ def recalibrate(
     loader: Iterable[Any],
     *,
     forward: Forward | None = None,
+    device: Device = None,
+    samples: Samples = None,
     mode: Mode = "layerwise",
     max_samples: int | None = None,
     tolerance: float | None = None,
@@ -89,10 +91,15 @@ def recalibrate(
         differ in size. ``mode="layerwise"`` iterates over the loader several times.
     forward : callable or None
         ``forward(model, batch)``, for any other kind of batch.
+    device : device or None
+        Where batches are moved, nested ones too; None is the device of the model's parameters.
+    samples : int, callable or None
+        The number of samples of every batch, or a function that returns that of a batch. None counts the rows of the
+        tensor that the model is given, or of all tensors of a batch where they have the same number; other batches
+        raise an error.
     mode : {"layerwise", "at_once"}
     max_samples : int or None
-        End a pass after this number of samples on each process; 1,000 to 10,000 are usually enough. A batch has as many
-        samples as its first tensor has rows, and one sample if it has no tensor.
+        End a pass after this number of samples on each process; 1,000 to 10,000 are usually enough.
     tolerance : float or None
         End a pass when the standard errors of every channel's mean and variance are below this fraction of its standard
         deviation and its variance. They are estimated from the differences between batches, which must come in random
@@ -110,9 +117,10 @@ def recalibrate(
     Raises
     ------
     InputError
-        There is no layer to recalibrate, the loader is empty or can be consumed only once, or moments are not finite.
+        There is no layer to recalibrate, the loader is empty or can be consumed only once, moments are not finite, or
+        the samples of a batch cannot be counted.
     InputTypeError
-        Batches need ``forward``.
+        Batches need ``forward`` or ``samples``.
     UnsupportedError
         The model changes the domain of a layer in its forward.
     DistributedError
@@ -137,14 +145,13 @@ def recalibrate(
     if mode == "layerwise":
         check_passes(loader, len(layers), ALTERNATIVE)
     options = PassOptions(
-        forward=forward,
         max_samples=max_samples,
         tolerance=tolerance,
         progress="recalibrating" if progress else None,
         alternative=ALTERNATIVE,
         group=group,
     )
-    measuring = Measuring(model, loader, _measured, options)
+    measuring = Measuring(BatchReader(model, forward, device, samples), loader, _measured, options)
     with restored_on_error(model, layers) as before:
         moments = measuring.at_once(layers) if mode == "at_once" else measuring.layerwise(layers)
         return Recalibration(

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from batchnorm.errors import InputError
 from batchnorm.reports import Block, Report, Table
+from batchnorm.statistics.batches import BatchReader, Device, Forward, Samples
 from batchnorm.statistics.block_sums import BlockSums, InputSums, standardization, sum_inputs
 from batchnorm.statistics.changes import layer_name
 from batchnorm.statistics.distance import symmetrized_kl, wasserstein
-from batchnorm.statistics.forwards import Forward
 from batchnorm.statistics.layers import running_layers, unwrapped
 from batchnorm.torch_internals import TorchBatchNorm
 
@@ -134,6 +134,8 @@ def detect_shift(
     *,
     reference: Iterable[Any] | None = None,
     forward: Forward | None = None,
+    device: Device = None,
+    samples: Samples = None,
     alpha: float = 0.05,
     reference_samples: int = 256,
     max_samples: int | None = None,
@@ -162,6 +164,9 @@ def detect_shift(
         Batches without a shift.
     forward : callable or None
         ``forward(model, batch)``, for batches that are not tensors, tuples, lists or mappings.
+    device, samples
+        As for `recalibrate`. Where a layer is given several rows per sample (positions, nodes), those of a sample are
+        taken to be consecutive and as many as those of the others in the batch.
     alpha : float
         Accepted probability of a false alarm.
     reference_samples : int
@@ -180,9 +185,10 @@ def detect_shift(
     ------
     InputError
         The model has no layer with running statistics, there are fewer than 8 samples, inputs are not finite, alpha is
-        not a probability, or ``reference_samples`` or ``max_samples`` is below 1.
+        not a probability, ``reference_samples`` or ``max_samples`` is below 1, or the samples of a batch cannot be
+        counted.
     InputTypeError
-        Batches need ``forward``.
+        Batches need ``forward`` or ``samples``.
 
     Examples
     --------
@@ -204,8 +210,9 @@ def detect_shift(
             raise InputError(f"{name} must be at least 1; got {value!r}")
     model = unwrapped(model)
     layers = running_layers(model)
-    found = sum_inputs(model, layers, loader, name="the loader", forward=forward, max_samples=max_samples)
-    known = None if reference is None else sum_inputs(model, layers, reference, name="the reference", forward=forward)
+    reader = BatchReader(model, forward, device, samples)
+    found = sum_inputs(reader, layers, loader, name="the loader", max_samples=max_samples)
+    known = None if reference is None else sum_inputs(reader, layers, reference, name="the reference")
     count = reference_samples if known is None else known.samples
     test = _bootstrap(found, known, count, seed)
     return Shift(

@@ -20,6 +20,7 @@ from batchnorm.lab.data.tables import read_frame, target_of
 from batchnorm.lab.serving.served import Served
 from batchnorm.reports import Block, Entries, Report
 from batchnorm.statistics import Shift, adapt, detect_shift
+from batchnorm.statistics.batches import BatchReader
 
 __all__ = ["Scores", "ShiftReport", "TableRows", "examine", "read_rows"]
 
@@ -193,7 +194,7 @@ def examine(
 def _check_takes(served: Served, rows: NDArray[np.float64]) -> None:
     try:
         with torch.no_grad():
-            served.model(served.to_input(rows))
+            BatchReader(served.model).run(served.to_input(rows))
     except Exception as error:  # torch and the steps of a pipeline can raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"the model must take rows of {rows.shape[1]} features; it raises {reason}") from error
@@ -207,7 +208,8 @@ def _score(served: Served, features: NDArray[np.float64], target: NDArray[Any]) 
     if served.estimator is not None:
         return float(served.estimator.score(features, target))
     with torch.no_grad():
-        output = torch.cat([served.model(batch) for batch in _batches(served, features)])
+        reader = BatchReader(served.model)
+        output = torch.cat([reader.run(batch).cpu() for batch in _batches(served, features)])
     if output.dim() != 2 or output.shape[1] < 2:
         raise InputError(
             f"a score needs a model with one output per class, (N, classes); got {tuple(output.shape)}. Without a "
