@@ -1,6 +1,7 @@
 """The layers where models are copied, moved, saved, built without memory, traced and averaged, as torch's are."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -256,6 +257,28 @@ def test_a_trace_in_training_gives_the_models_gradients():
     model(x, mask).square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in traced.named_parameters()}
     assert_same_state(gradients, {name: parameter.grad for name, parameter in model.named_parameters()})
+
+
+class Doubled(bn.BatchNorm1d):
+    def forward(self, x, residual=None):
+        return super().forward(x, residual) * 2
+
+
+class Shifted(Doubled):
+    def forward(self, x):
+        return super().forward(x, residual=x) + 1
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_a_trace_of_a_subclass_runs_its_forward_once(mode):
+    model = nn.Sequential(bn.BatchNorm1d(3), nn.Sequential(Shifted(3), Doubled(3)))
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model).train(mode))
+    traced.graph.lint()
+    traced = pickle.loads(pickle.dumps(traced))
+    for _ in range(2):
+        x = torch.randn(4, 3)
+        assert torch.equal(traced(x), model.train(mode)(x))
+    assert_same_state(traced.state_dict(), model.state_dict())
 
 
 def test_neither_a_tensor_nor_a_proxy_is_an_input_type_error():

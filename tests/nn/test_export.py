@@ -1,4 +1,4 @@
-"""The layers through exporters: ONNX, torch.export, TorchScript."""
+"""The layers through exporters: ONNX, torch.export, torch.jit.trace."""
 
 import copy
 import io
@@ -9,7 +9,6 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
 
 import batchnorm as bn
 from batchnorm.nn.running import COUNTS
@@ -180,110 +179,7 @@ def test_export_in_training_gives_the_models_outputs_and_statistics():
     torch.testing.assert_close(dict(exported.named_buffers()), dict(model.named_buffers()), **CLOSE)
 
 
-# TorchScript.
-
-
-@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_script_gives_the_layers_outputs_and_statistics(activation, mode):
-    layer = trained(bn.BatchNorm2d(3, activation=activation), (4, 3, 5, 5)).train(mode)
-    scripted = torch.jit.script(copy.deepcopy(layer))
-    for residual in (None, torch.randn(4, 3, 5, 5)):
-        x = torch.randn(4, 3, 5, 5) * 2 + 1
-        torch.testing.assert_close(scripted(x, residual), layer(x, residual), **CLOSE)
-    states = {name.removeprefix("norm."): value for name, value in scripted.state_dict().items()}
-    torch.testing.assert_close(states, dict(layer.state_dict()), **CLOSE)
-
-
-@pytest.mark.parametrize("options", [{"affine": False}, {"bias": False}, {"momentum": None}, {"eps": 0.1}], ids=str)
-def test_script_keeps_torchs_options(options):
-    layer = bn.BatchNorm1d(3, **options)
-    scripted, x = torch.jit.script(copy.deepcopy(layer)), torch.randn(8, 3) + 1
-    for _ in range(2):
-        torch.testing.assert_close(scripted(x), layer(x), **CLOSE)
-    torch.testing.assert_close(scripted.eval()(x), layer.eval()(x), **CLOSE)
-
-
-@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 2), (4, 3, 5, 2, 2)], ids=str)
-def test_script_of_the_layer_of_any_dimensions_takes_them_all(shape):
-    layer, x = trained(bn.BatchNorm(3), shape), torch.randn(shape)
-    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x), **CLOSE)
-
-
-def test_script_gives_the_models_gradients():
-    model, x = trained(Block(), (4, 3, 5, 5)).train(), torch.randn(4, 3, 5, 5)
-    scripted = torch.jit.script(copy.deepcopy(model))
-    (model(x).tanh().sum() + scripted(x).tanh().sum()).backward()
-    # the convolutions before the layer sum 100 positions' gradients, which cancel: 100 * 6e-8 * values near 8
-    for one, other in zip(scripted.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=5e-5)
-
-
-def test_a_saved_script_runs_where_it_is_loaded():
-    model, x, buffer = trained(Block(), (4, 3, 5, 5)), torch.randn(4, 3, 5, 5), io.BytesIO()
-    torch.jit.save(torch.jit.script(model), buffer)
-    buffer.seek(0)
-    torch.testing.assert_close(torch.jit.load(buffer)(x), model(x), **CLOSE)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("virtual_batch_size", 2),
-        ("renorm", bn.Renorm(2.0, 1.0)),
-        ("unbiased", False),
-        ("small_batch", "running"),
-        ("channel_dim", -1),
-    ],
-    ids=str,
-)
-def test_script_in_training_names_the_option_that_torch_has_not(name, value):
-    with pytest.raises(bn.InputError, match=name):
-        torch.jit.script(bn.BatchNorm1d(3, **{name: value}))
-
-
-def test_script_in_eval_names_channel_dim_too():
-    with pytest.raises(bn.InputError, match="channel_dim=-1"):
-        torch.jit.script(bn.BatchNorm1d(3, channel_dim=-1).eval())
-
-
-@pytest.mark.parametrize("options", [{"virtual_batch_size": 2}, {"renorm": bn.Renorm(2.0, 1.0)}], ids=str)
-def test_script_in_eval_does_without_options_of_training(options):
-    layer, x = trained(bn.BatchNorm1d(3, **options), (8, 3)), torch.randn(4, 3)
-    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x), **CLOSE)
-
-
-def test_script_of_a_frozen_layer_in_training_uses_its_running_statistics():
-    layer, x = bn.freeze(trained(bn.BatchNorm1d(3), (8, 3))).train(), torch.randn(4, 3)
-    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x), **CLOSE)
-
-
-def test_script_of_a_frozen_layer_stays_frozen_through_train():
-    layer = bn.freeze(trained(bn.BatchNorm1d(3), (8, 3)))
-    before = layer.running_mean.clone()
-    torch.jit.script(layer).train()(torch.randn(4, 3))
-    assert torch.equal(layer.running_mean, before)
-
-
-def test_script_within_a_domain_has_that_domains_statistics():
-    layer, x = bn.add_domains(bn.BatchNorm1d(3), ["drawn"]), torch.randn(8, 3)
-    with bn.use_domain(layer, "drawn"):
-        trained(layer, (8, 3))
-        torch.testing.assert_close(torch.jit.script(layer)(x), layer(x), **CLOSE)
-
-
-def test_script_takes_the_gamma_that_pruning_has_left():
-    layer = bn.BatchNorm1d(4)
-    prune.l1_unstructured(layer, "weight", 0.5)
-    layer, x = layer.eval(), torch.randn(6, 4)
-    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
-
-
-def test_script_of_a_bfloat16_layer_with_float32_statistics_equals_it():
-    layer = trained(bn.BatchNorm1d(3, activation="relu"), (8, 3)).bfloat16()
-    x = torch.randn(8, 3, dtype=torch.bfloat16)
-    # bfloat16 has 8 bits: two roundings of the same number may fall on both sides of it, 2**-8 of it apart
-    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x), rtol=2**-7, atol=1e-3)
+# torch.jit.trace.
 
 
 @pytest.mark.parametrize("channel_dim", [1, -1])

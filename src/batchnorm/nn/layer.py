@@ -16,8 +16,8 @@ from batchnorm.nn import exporting
 from batchnorm.nn.layout import Batch, arrange, dimension_of_channels, refuse_channels, restore
 from batchnorm.nn.options import Nonfinite, Options, SmallBatch, checked_numbers, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
+from batchnorm.nn.scripting import Scriptable
 from batchnorm.nn.small_batch import label_of
-from batchnorm.nn.state import State
 from batchnorm.nn.step import Step, decide, decide_in_torch, normalize
 from batchnorm.nn.step_state import Plans
 from batchnorm.processes import has_processes
@@ -30,7 +30,7 @@ SHAPES, PLANS_PER_SHAPE = 64, 4
 """Plan cache limits: input shapes per layer, and plans per shape. Further inputs are checked at each call."""
 
 
-class Layer(State):
+class Layer(Scriptable):
     """Mixin with our `forward`. It precedes torch's class of the same name in the MRO."""
 
     def __init__(
@@ -77,8 +77,16 @@ class Layer(State):
 
         The mask is bool, True where a value counts. Its sizes are those of the input without the channels, or 1.
         """
+        # TorchScript compiles one branch of a condition that asks for it, but would compile what follows a return.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self.in_torchscript(input, residual, mask)
+        else:  # noqa: RET505
+            return self._forward(input, residual, mask)
+
+    def _forward(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:  # noqa: A002
         if not isinstance(input, Tensor):
-            return exporting.traced(lambda tracer: tracer.path_of_module(self), input, residual, mask)
+            base = None if type(self).forward is Layer.forward else call_forward
+            return exporting.traced(self, base, input, residual, mask)
         compiling = torch.compiler.is_compiling()
         reader = exporting.graph_reader(compiling)
         if reader is not None and not (reader == "torch.export" and self.trains()):  # it keeps our operators there
@@ -151,20 +159,6 @@ class Layer(State):
         dim = dimension_of_channels(operands.x, self.channel_dim)
         return exporting.in_torch_operators(operands, step.running, step.rule, dim)
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        weight, bias = self.weight_and_bias()
-        source = exporting.ScriptSource(
-            self.num_features,
-            weight,
-            bias,
-            self.running(self.active_domain, update=self.track_running_stats),
-            decide_in_torch(self).rule,
-            self.options(),
-            self.training,
-            self.frozen_statistics,
-        )
-        return exporting.scriptable(source)
-
     def extra_repr(self) -> str:
         """Return torch's settings, then those of ours that differ from their defaults."""
         settings = {field.name: (getattr(self, field.name), field.default) for field in fields(Options)}
@@ -172,6 +166,11 @@ class Layer(State):
         settings["domains"] = (self.domain_names, [])
         ours = "".join(f", {name}={value!r}" for name, (value, default) in settings.items() if value != default)
         return super().extra_repr() + ours  # type: ignore[no-untyped-call, no-any-return]
+
+
+def call_forward(layer: Layer, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:  # noqa: A002
+    """Return what our `forward` does, without what a subclass adds to it; graphs of torch.fx name this function."""
+    return Layer.forward(layer, input, residual, mask)
 
 
 def layers_of(model: nn.Module) -> dict[str, Layer]:

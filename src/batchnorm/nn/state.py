@@ -14,7 +14,7 @@ from batchnorm.checks import Activation
 from batchnorm.errors import InputError
 from batchnorm.nn.options import Nonfinite, Options, SmallBatch, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
-from batchnorm.nn.running import COUNTS, RunningBuffers
+from batchnorm.nn.running import COUNTS, STATISTICS, RunningBuffers
 from batchnorm.nn.step_state import StepState
 from batchnorm.nn.sync import SharedGroup
 
@@ -73,6 +73,12 @@ class State(RunningBuffers):
         if name == "nonfinite":
             mean = self.running_mean
             self.skipped_batches = self.new_skipped_batches(None if mean is None else mean.device)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the running statistics that a forward would use now, those of the active domain."""
+        if name in STATISTICS and "step_state" in self.__dict__:
+            return self.running_statistics(self.step_state.domain)[STATISTICS.index(name)]
+        return super().__getattr__(name)
 
     def options(self) -> Options:
         """Return the options that torch's layers do not have."""
