@@ -207,17 +207,17 @@ def assert_same_network(estimator, other, *, atol=0.0):
 # The command line
 
 
-def run_command(*arguments, cwd=".", status=0):
+def run_command(*arguments, cwd=".", status=0, columns=80):
     """Run ``batchnorm ARGUMENTS`` in this process, in a folder, and check its exit status.
 
-    The terminal has 80 columns. Returns ``stdout`` and ``stderr``.
+    Returns ``stdout`` and ``stderr``.
     """
     from batchnorm.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(cwd):
         patch.setattr(sys, "argv", ["batchnorm", *map(str, arguments)])
-        patch.setenv("COLUMNS", "80")
+        patch.setenv("COLUMNS", str(columns))
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
             main()
     assert (ended.value.code or 0) == status, err.getvalue()

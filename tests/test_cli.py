@@ -1,5 +1,6 @@
 """The command line as a user runs it: its output, its exit status, its files."""
 
+import inspect
 import json
 import os
 import pty
@@ -15,6 +16,7 @@ import polars as pl
 import pytest
 
 import batchnorm as bn
+from batchnorm.cli import app
 from batchnorm.cli.compare import CLAIMS as OFFERED_CLAIMS
 from batchnorm.cli.compare import Task as OfferedTask
 from batchnorm.lab.claims import CLAIMS
@@ -164,6 +166,26 @@ def test_help_and_version():
     assert "compare" in run_command().stdout
     assert "compare" in run_command("--help").stdout
     assert run_command("--version").stdout == f"batchnorm {bn.__version__}\n"
+
+
+@pytest.mark.parametrize("width", [50, 80, 200])
+def test_the_list_of_commands_has_each_summary_whole(width):
+    text = run_command("--help", columns=width).stdout
+    assert max(map(len, text.splitlines())) <= min(width, 80)
+    listed = " ".join(text.partition("Commands:")[2].split())
+    for command in app.registered_commands:
+        assert f"{command.callback.__name__} {inspect.getdoc(command.callback).splitlines()[0]}" in listed
+    assert "..." not in listed
+
+
+@pytest.mark.parametrize("command", [command.callback.__name__ for command in app.registered_commands])
+def test_the_help_of_a_command_names_what_it_takes_and_shows_no_types(command):
+    text = run_command(command, "--help").stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.findall(r"<[^>]*>|\{[^}]*\}|\b(INTEGER|FLOAT|PATH|STR|INT)\b", text) == []
+    usage, _, described = text.partition("\n\n")
+    for argument in usage.split("[OPTIONS]")[1].split():
+        assert re.search(rf"^  {argument.strip('[]')}  ", described, re.MULTILINE)
 
 
 HEAVY = ["torch", "numpy", "scipy", "sklearn", "polars", "plotly", "joblib", "jinja2"]

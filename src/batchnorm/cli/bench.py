@@ -22,7 +22,7 @@ def bench(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Time six cases only, in at most 30 s.")] = False,
     seconds: Annotated[
-        float, typer.Option(help="Seconds per case; there are at least 5 rounds.", callback=at_least(0))
+        float, typer.Option(help="Seconds per case; there are at least 5 rounds.", metavar="S", callback=at_least(0))
     ] = 1.0,
     compile: Annotated[  # noqa: A002 (the option's name)
         bool, typer.Option("--compile", help="Time torch.compile too, in float32 with backward.")
@@ -34,9 +34,9 @@ def bench(
         bool, typer.Option("--allocators", help="Time large arrays with the allocator tuned and as it is.")
     ] = False,
     models: Annotated[bool, typer.Option("--models", help="Time training steps of ResNet-50 and MobileNetV2.")] = False,
-    batch: Annotated[int, typer.Option(help="Images per step, with --models.", callback=at_least(2))] = 16,
+    batch: Annotated[int, typer.Option(help="Images per step, with --models.", metavar="N", callback=at_least(2))] = 16,
     threads: Annotated[
-        int | None, typer.Option(help="Number of threads (default: torch's).", callback=at_least(1))
+        int | None, typer.Option(help="Number of threads (default: torch's).", metavar="N", callback=at_least(1))
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Results file to write, in JSON.", metavar="FILE")] = None,
     table: Annotated[

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from batchnorm.cli.options import Data, Json, Quiet, Target, at_least, parse_names, parse_numbers
+from batchnorm.cli.options import Data, Json, Quiet, Target, at_least, one_of, parse_names, parse_numbers
 from batchnorm.errors import InputError
 from batchnorm.lab.comparison.folders import check_empty, check_run_folder
 from batchnorm.lab.data.sources import check_source
@@ -31,35 +31,47 @@ def compare(
     *,
     data: Data = "digits",
     target: Target = None,
-    task: Annotated[Task | None, typer.Option(help="Kind of target (default: inferred from the column).")] = None,
+    task: Annotated[
+        Task | None, typer.Option(help="Kind of target (default: inferred from the column).", metavar=one_of(Task))
+    ] = None,
     numeric: Annotated[str | None, typer.Option(help="Columns to treat as numbers.", metavar="A,B")] = None,
     categorical: Annotated[str | None, typer.Option(help="Columns to treat as categories.", metavar="A,B")] = None,
     rows: Annotated[
         int | None,
-        typer.Option(help="Number of rows of placement, which is generated (default: 1000).", callback=at_least(10)),
+        typer.Option(help="Rows of placement, which is generated (default: 1000).", metavar="N", callback=at_least(10)),
     ] = None,
     hidden: Annotated[str, typer.Option(help="Units per hidden layer.", metavar="N,N")] = "100,100,100",
-    activation: Annotated[Activation, typer.Option(help="Activation of the hidden layers.")] = "sigmoid",
-    batch_size: Annotated[int, typer.Option(help="Rows per mini-batch.")] = 60,
-    optimizer: Annotated[Optimizer, typer.Option(help="Optimizer of every arm.")] = "sgd",
+    activation: Annotated[
+        Activation, typer.Option(help="Activation of the hidden layers.", metavar=one_of(Activation))
+    ] = "sigmoid",
+    batch_size: Annotated[int, typer.Option(help="Rows per mini-batch.", metavar="N")] = 60,
+    optimizer: Annotated[Optimizer, typer.Option(help="Optimizer of every arm.", metavar=one_of(Optimizer))] = "sgd",
     learning_rates: Annotated[
         str | None,
         typer.Option(help="Learning rates to try, without extension (default: 7, and more at an edge).", metavar="R,R"),
     ] = None,
-    search_seeds: Annotated[int, typer.Option(help="Runs per learning rate in the search.")] = 3,
-    seeds: Annotated[int, typer.Option(help="Runs per arm at its best learning rate.")] = 10,
-    steps: Annotated[int, typer.Option(help="Gradient steps per run.")] = 2000,
+    search_seeds: Annotated[int, typer.Option(help="Runs per learning rate in the search.", metavar="N")] = 3,
+    seeds: Annotated[int, typer.Option(help="Runs per arm at its best learning rate.", metavar="N")] = 10,
+    steps: Annotated[int, typer.Option(help="Gradient steps per run.", metavar="N")] = 2000,
     init: Annotated[
         str | None,
-        typer.Option(help="Initial weights: xavier, he or gaussian:SD (default: he for relu, else xavier)."),
+        typer.Option(
+            help="Initial weights: xavier, he or gaussian:SD (default: he for relu, else xavier).", metavar="SCHEME"
+        ),
     ] = None,
-    init_scale: Annotated[float, typer.Option(help="Factor of the initial weights.")] = 1.0,
-    inputs: Annotated[Inputs, typer.Option(help="Scale of the input columns.")] = "standardized",
+    init_scale: Annotated[float, typer.Option(help="Factor of the initial weights.", metavar="FACTOR")] = 1.0,
+    inputs: Annotated[
+        Inputs, typer.Option(help="Scale of the input columns.", metavar=one_of(Inputs))
+    ] = "standardized",
     target_score: Annotated[
         float | None,
-        typer.Option(help="Validation score to reach (default: 0.99 of the best score without batch norm)."),
+        typer.Option(
+            help="Validation score to reach (default: 0.99 of the best score without batch norm).", metavar="SCORE"
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the split, the initial weights and the batch order.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the split, the initial weights and the batch order.", metavar="N")
+    ] = 0,
     study: Annotated[bool, typer.Option("--study", help="Also test every claim about batch norm.")] = False,
     claim: Annotated[
         list[str] | None,
@@ -71,10 +83,15 @@ def compare(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(help="Number of processes, of one thread each (default: one per core).", callback=at_least(1)),
+        typer.Option(
+            help="Number of processes, of one thread each (default: one per core).",
+            metavar="N",
+            callback=at_least(1),
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="New or empty folder for the results (default: batchnorm-runs/NAME-N).")
+        Path | None,
+        typer.Option(help="New or empty folder for the results (default: batchnorm-runs/NAME-N).", metavar="FOLDER"),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Folder of an unfinished run to continue.", metavar="FOLDER")

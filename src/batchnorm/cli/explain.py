@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.options import SOURCES, Json, Target
+from batchnorm.cli.options import SOURCES, Json, Target, one_of
 from batchnorm.lab.data.sources import check_source
 from batchnorm.lab.training.settings import Activation
 
@@ -21,7 +21,9 @@ def explain(
         typer.Argument(help=f"Data set of the 4 rows (default: the example of the notes): {SOURCES}.", metavar="DATA"),
     ] = None,
     target: Target = None,
-    activation: Annotated[Activation, typer.Option(help="Activation of the neuron.")] = "sigmoid",
+    activation: Annotated[
+        Activation, typer.Option(help="Activation of the neuron.", metavar=one_of(Activation))
+    ] = "sigmoid",
     html: Annotated[
         Path | None, typer.Option(help="File to write as an interactive page.", metavar="FILE", show_default=False)
     ] = None,

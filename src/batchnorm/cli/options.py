@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperOption
@@ -23,6 +23,7 @@ __all__ = [
     "between",
     "describe_usage_error",
     "name_options",
+    "one_of",
     "parse_names",
     "parse_numbers",
 ]
@@ -32,13 +33,42 @@ Number = TypeVar("Number", int, float)
 SOURCES = f"{', '.join(BUILT_IN_NAMES)}, or the path of a CSV, TSV, Parquet or NPZ file"
 
 Data = Annotated[str, typer.Argument(help=f"Data set: {SOURCES}.", metavar="DATA")]
-Target = Annotated[str | None, typer.Option(help="Column to predict (default: y, or that of the data set).")]
+Target = Annotated[
+    str | None, typer.Option(help="Column to predict (default: y, or that of the data set).", metavar="COLUMN")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 
 
 class Command(TyperCommand):
-    """A command whose errors name options, where those of the library name parameters."""
+    """A command whose help names its arguments alone, and whose errors name options rather than parameters."""
+
+    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Return the arguments as ``NAME``, and the optional ones as ``[NAME]``."""
+        names = [
+            _option(param) if param.required else f"[{_option(param)}]"
+            for param in self.params
+            if isinstance(param, TyperArgument)
+        ]
+        return ["[OPTIONS]", *names]
+
+    def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write the sections of the arguments and of the options; Typer's own adds the type to each argument."""
+        arguments, options = [], []
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and isinstance(param, TyperArgument):
+                arguments.append((_option(param), record[1]))
+            elif record is not None:
+                options.append(record)
+        for title, records in (("Arguments", arguments), ("Options", options)):
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """Return the first sentence of the help, which a narrow terminal wraps; Typer's own would cut it."""
+        return (self.help or "").partition("\n\n")[0]
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run the command.
@@ -61,6 +91,16 @@ def _option(param: Any) -> str:
     if isinstance(param, TyperArgument):
         return str(param.metavar)
     return max(param.opts, key=len) if isinstance(param, TyperOption) else str(param.name)
+
+
+def one_of(choices: Any) -> str:
+    """Return the values of a `Literal` as help shows them.
+
+    >>> from typing import Literal
+    >>> one_of(Literal["sgd", "adam"])
+    'sgd|adam'
+    """
+    return "|".join(get_args(choices))
 
 
 def at_least(minimum: float) -> Callable[[typer.CallbackParam, Any], Any]:
@@ -87,6 +127,10 @@ def describe_usage_error(message: str) -> str:
 
     >>> describe_usage_error("Invalid value for '--task': Value error, 'x' is not one of 'a', 'b'.")
     "--task must be one of a, b; got 'x'"
+    >>> describe_usage_error(
+    ...     "Invalid value for '--steps': Input should be a valid integer, unable to parse string as an integer"
+    ... )
+    "invalid value for '--steps': it must be a whole number"
     >>> describe_usage_error("No such option: --fast")
     'no such option: --fast'
     """
@@ -95,6 +139,10 @@ def describe_usage_error(message: str) -> str:
         option, value, choices = found.groups()
         choices = choices.replace("'", "")
         return f"{option} must be one of {choices}; got {value}"
+    for kind, number in {"integer": "a whole number", "number": "a number"}.items():
+        message = re.sub(
+            rf"Input should be a valid {kind}, unable to parse string as an? {kind}", f"it must be {number}", message
+        )
     return f"{message[:1].lower()}{message[1:]}"
 
 

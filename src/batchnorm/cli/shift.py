@@ -23,7 +23,9 @@ def shift(
     weights: Annotated[
         Path | None, typer.Option(help="State dict to load, from torch.save or safetensors.", metavar="FILE")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="Column to predict; adds scores to the result.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Column to predict; adds scores to the result.", metavar="COLUMN")
+    ] = None,
     columns: Annotated[
         str | None, typer.Option(help="Columns of the features, in the order of the model's inputs.", metavar="A,B")
     ] = None,
@@ -31,13 +33,22 @@ def shift(
         str | None,
         typer.Option(help="Data set without a shift (default: the stored statistics).", metavar="DATA"),
     ] = None,
-    alpha: Annotated[float, typer.Option(help="Probability of a false alarm.", callback=between(0, 1))] = 0.05,
+    alpha: Annotated[
+        float, typer.Option(help="Probability of a false alarm.", metavar="P", callback=between(0, 1))
+    ] = 0.05,
     reference_samples: Annotated[
         int,
-        typer.Option(help="Samples that the stored statistics count as, without --reference.", callback=at_least(1)),
+        typer.Option(
+            help="Samples that the stored statistics count as, without --reference.",
+            metavar="N",
+            callback=at_least(1),
+        ),
     ] = 256,
     prior: Annotated[
-        float, typer.Option(help="Samples that the stored statistics count as in adaptation.", callback=at_least(0))
+        float,
+        typer.Option(
+            help="Samples that the stored statistics count as in adaptation.", metavar="N", callback=at_least(0)
+        ),
     ] = 16,
     fail_on_shift: Annotated[
         bool, typer.Option("--fail-on-shift", help="Exit with status 1 if the data has shifted.")
