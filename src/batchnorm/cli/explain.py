@@ -38,7 +38,8 @@ def explain(
 
     from batchnorm.lab.data.tables import read_table
     from batchnorm.lab.teaching.explain_page import write_page
-    from batchnorm.lab.teaching.worked_example import NOTES, from_table, worked_example
+    from batchnorm.lab.teaching.from_table import from_table
+    from batchnorm.lab.teaching.worked_example import NOTES, worked_example
 
     batch = NOTES if data is None else from_table(read_table(data, target))
     example = worked_example(batch, activation=activation)

@@ -92,6 +92,7 @@ class ExplainPage:
     names: list[str]
     target: str | None
     rows: list[ExampleRow]
+    remarks: list[str]
     assumed: list[str]
     chosen_by_us: bool
     sliders: list[Slider]
@@ -119,6 +120,7 @@ def page_data(example: Figures) -> ExplainPage:
         names=names,
         target=example.target,
         rows=example.rows,
+        remarks=example.remarks,
         assumed=[f"{name} of row {row.row}" for row in example.rows for name in row.assumed],
         chosen_by_us=neuron.chosen_by_us,
         sliders=[

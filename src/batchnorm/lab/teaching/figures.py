@@ -164,6 +164,8 @@ class Figures:
     target : str or None
         Name of the target.
     rows : list of ExampleRow
+    remarks : list of str
+        Sentences that say where rows, features and target come from.
     neuron : Neuron
     eps, momentum, learning_rate : float
     bound : float
@@ -177,6 +179,7 @@ class Figures:
     features: list[str]
     target: str | None
     rows: list[ExampleRow]
+    remarks: list[str]
     neuron: Neuron
     eps: float
     momentum: float | None

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-import polars as pl
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,8 +20,6 @@ from torch.nn import functional as F
 from batchnorm.diagnostics.explain import explain
 from batchnorm.errors import DataError, InputError
 from batchnorm.kernels import reference
-from batchnorm.lab.data.columns import running_index
-from batchnorm.lab.data.tables import Table
 from batchnorm.lab.teaching.figures import (
     ExampleRow,
     Figures,
@@ -35,49 +32,15 @@ from batchnorm.lab.teaching.figures import (
     ParameterStep,
     RunningFigures,
 )
+from batchnorm.lab.teaching.mini_batch import NOTES, MiniBatch
 from batchnorm.lab.teaching.worked_text import worked_text
 from batchnorm.lab.training.network import ACTIVATIONS
 from batchnorm.nn import BatchNorm1d
 from batchnorm.reports import Report
 
-__all__ = ["NOTES", "MiniBatch", "WorkedExample", "from_table", "worked_example"]
+__all__ = ["NOTES", "MiniBatch", "WorkedExample", "worked_example"]
 
 REPEATS = 100
-ROWS = 4
-
-
-@dataclass(frozen=True)
-class MiniBatch:
-    """A few rows of two features x1, x2, and the values to predict from them.
-
-    Attributes
-    ----------
-    names : pair of str
-        Names of the features.
-    features : sequence of pairs of float
-        x1 and x2 of each row.
-    target_name : str
-        Name of the target.
-    target : sequence of float or None
-        One number per row; None leaves out the loss and the gradient step.
-    assumed : frozenset of (int, str)
-        Cells that are assumed rather than known: the row, counted from 1, and the name of the feature or target.
-    """
-
-    names: tuple[str, str]
-    features: Sequence[Sequence[float]]
-    target_name: str = "target"
-    target: Sequence[float] | None = None
-    assumed: frozenset[tuple[int, str]] = frozenset()
-
-
-NOTES = MiniBatch(
-    names=("cgpa", "iq"),
-    features=((8.9, 100.0), (6.2, 89.0), (9.1, 91.0), (7.7, 76.0)),
-    target_name="placed",
-    target=(1.0, 0.0, 0.0, 1.0),
-    assumed=frozenset({(3, "iq"), (4, "placed")}),
-)
 
 
 @dataclass(frozen=True, repr=False)
@@ -178,6 +141,7 @@ def worked_example(
         features=list(batch.names),
         target=None if target is None else batch.target_name,
         rows=_rows(batch, x, target),
+        remarks=list(batch.remarks),
         neuron=Neuron(
             weights=w.tolist(),
             bias=b,
@@ -305,20 +269,3 @@ def _gradient_step(layer: BatchNorm1d, x: Tensor, target: Tensor, learning_rate:
         beta=ParameterStep(beta, gradients[1].item(), layer.bias.item()),
         loss=LossStep(loss.item(), F.mse_loss(layer(x).flatten(), target).item()),
     )
-
-
-def from_table(table: Table) -> MiniBatch:
-    """Return the first 4 complete rows: two columns of numbers that are no index, and a target that is a number."""
-    frame = table.frame
-    columns = [c for c in frame.iter_columns() if c.dtype.is_numeric() and c.name != table.target]
-    names = [column.name for column in columns if not running_index(column)][:2]
-    if len(names) < 2:
-        raise DataError(
-            f"the worked example must have 2 columns of numbers besides the target; got {', '.join(names) or 'none'}"
-        )
-    dtype = frame.schema[table.target]
-    targets = [table.target] if dtype.is_numeric() or dtype == pl.Boolean else []
-    numbers = frame.select(pl.col(names + targets).cast(pl.Float64))
-    rows = numbers.filter(pl.all_horizontal(pl.all().is_finite())).head(ROWS)
-    target = rows[table.target].to_list() if targets else None
-    return MiniBatch((names[0], names[1]), rows.select(names).rows(), table.target, target)

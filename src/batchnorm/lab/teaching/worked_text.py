@@ -75,6 +75,9 @@ def _neuron(f: Figures) -> list[str]:
             "assumptions too."
         )
         lines.append("")
+    if f.remarks:
+        lines += [line for remark in f.remarks for line in _wrapped(remark)]
+        lines.append("")
     lines += _wrapped(f"The features differ in scale: sd {sd1:.4g} for {x1}, {sd2:.4g} for {x2}.")
     if neuron.chosen_by_us:
         lines += _wrapped(
