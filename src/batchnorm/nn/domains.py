@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import InputError
+from batchnorm.nn.contexts import Setting
 from batchnorm.nn.layer import Layer, layers_of
+from batchnorm.nn.opening import settings
 
 __all__ = ["add_domains", "use_domain"]
 
@@ -77,6 +79,8 @@ def add_domains(model: nn.Module, names: Iterable[str]) -> nn.Module:
 def use_domain(model: nn.Module, name: str) -> Iterator[None]:
     """Use the running statistics of one domain, which training within the context also updates.
 
+    The domain is active in this thread and asyncio task only.
+
     Raises
     ------
     InputError
@@ -89,14 +93,8 @@ def use_domain(model: nn.Module, name: str) -> Iterator[None]:
             raise InputError(
                 f"{path or 'the layer'} must have the domain {name!r}, which batchnorm.add_domains adds; got {known}"
             )
-    before = {layer: layer.active_domain for layer in layers.values()}
-    for layer in before:
-        layer.step_state.change(domain=name)
-    try:
+    with settings(dict.fromkeys(layers.values(), Setting(domain=name))):
         yield
-    finally:
-        for layer, active in before.items():
-            layer.step_state.change(domain=active)
 
 
 def _layers(model: nn.Module) -> dict[str, Layer]:

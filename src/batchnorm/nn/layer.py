@@ -12,10 +12,12 @@ from batchnorm import ops, torch_internals
 from batchnorm.checks import Activation, check
 from batchnorm.kernels.plan import Plan
 from batchnorm.kernels.records import Operands
-from batchnorm.nn import exporting
+from batchnorm.nn import contexts, exporting
+from batchnorm.nn.contexts import LayerContext
 from batchnorm.nn.layout import Batch, arrange, dimension_of_channels, refuse_channels, restore
 from batchnorm.nn.options import Nonfinite, Options, SmallBatch, checked_numbers, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
+from batchnorm.nn.running import channels_second
 from batchnorm.nn.scripting import Scriptable
 from batchnorm.nn.small_batch import label_of
 from batchnorm.nn.step import Step, decide, decide_in_torch, normalize
@@ -87,10 +89,13 @@ class Layer(Scriptable):
         if not isinstance(input, Tensor):
             base = None if type(self).forward is Layer.forward else call_forward
             return exporting.traced(self, base, input, residual, mask)
-        compiling = torch.compiler.is_compiling()
+        compiling, state = torch.compiler.is_compiling(), self.step_state
+        context = contexts.in_force(state.key, compiling)
+        if context.hooks:
+            context = self._after_hooks(context, input, mask)
         reader = exporting.graph_reader(compiling)
         if reader is not None and not (reader == "torch.export" and self.trains()):  # it keeps our operators there
-            return self._in_torch_operators(reader, Operands(input, *self.weight_and_bias(), residual, mask))
+            return self._in_torch_operators(reader, Operands(input, *self.weight_and_bias(), residual, mask), context)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         plans = None
         if (
@@ -100,9 +105,9 @@ class Layer(Scriptable):
             and type(input) is Tensor  # its sizes are numbers
             and torch_internals.graph_task_id() == -1
         ):
-            plans = self.step_state.plans
-            for plan in plans.get(input.shape, ()):
-                y = self._run_plan(plan, input, residual)
+            plans = state.plans_in(context)
+            for plan in plans.get(input.shape, ()) if plans is not None else ():
+                y = self._run_plan(plan, input, residual, context)
                 if y is not None:
                     return y
         dim = 1 if self.channel_dim == 1 else dimension_of_channels(input, self.channel_dim)
@@ -110,12 +115,21 @@ class Layer(Scriptable):
             label = "" if compiling else label_of(self)  # a graph sees no frames
             refuse_channels(input, dim, self.num_features, label)
         batch = arrange(input, residual, mask, dim)
-        return restore(self._normalize(batch, plans if dim == 1 else None), batch, dim)
+        return restore(self._normalize(batch, plans if dim == 1 else None, context), batch, dim)
 
-    def _run_plan(self, plan: Plan, x: Tensor, residual: Tensor | None) -> Tensor | None:
+    def _after_hooks(self, context: LayerContext, x: Tensor, mask: Tensor | None) -> LayerContext:
+        """Call the hooks of open contexts, and return the context with the statistics that the last of them gave."""
+        x = channels_second(self, x)
+        for hook in context.hooks:
+            found = hook(self, x, mask)
+            if found is not None:
+                context = context._replace(adapted=found)
+        return context
+
+    def _run_plan(self, plan: Plan, x: Tensor, residual: Tensor | None, context: LayerContext) -> Tensor | None:
         """Return y by a plan; None if it was made for tensors of other dtypes, layouts and the like."""
         weight, bias = self.weight_and_bias()
-        mean, var, batches = self.running_statistics(self.step_state.domain)
+        mean, var, batches = self.statistics_in(context)
         statistics = (mean, var, batches, self._buffers["skipped_batches"])
         operands = Operands._make((x, weight, bias, residual, None))  # in half the time of Operands(...)
         y = ops.run_plan(plan, operands, statistics)
@@ -123,11 +137,11 @@ class Layer(Scriptable):
             self.count_samples(x.shape[0])
         return y
 
-    def _normalize(self, batch: Batch, plans: Plans | None) -> Tensor:
+    def _normalize(self, batch: Batch, plans: Plans | None, context: LayerContext) -> Tensor:
         """Return y for a batch, and add a plan for later batches like it to the plans, where they are given."""
         check(batch.x, batch.residual, batch.mask)
         operands = Operands(batch.x, *self.weight_and_bias(), batch.residual, batch.mask)
-        step = decide(self, batch)
+        step = decide(self, batch, context)
         if step.counts and has_processes():
             self.count_samples(batch.samples)
         if plans is not None and step.can_plan:
@@ -151,11 +165,11 @@ class Layer(Scriptable):
             plans[x.shape] = [*of_shape, plan]
         return y
 
-    def _in_torch_operators(self, reader: exporting.Reader, operands: Operands) -> Tensor:
+    def _in_torch_operators(self, reader: exporting.Reader, operands: Operands, context: LayerContext) -> Tensor:
         """Return y by torch's own operators, for tools that read them."""
         if self.trains():
             exporting.refuse_options(self.options(), reader)
-        step = decide_in_torch(self)
+        step = decide_in_torch(self, context)
         dim = dimension_of_channels(operands.x, self.channel_dim)
         return exporting.in_torch_operators(operands, step.running, step.rule, dim)
 

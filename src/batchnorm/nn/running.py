@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from batchnorm import torch_internals
 from batchnorm.kernels.records import Running
+from batchnorm.nn import contexts, stock
+from batchnorm.nn.contexts import LayerContext
 from batchnorm.nn.layout import dimension_of_channels
 from batchnorm.nn.options import Nonfinite
 from batchnorm.nn.step_state import StepState
@@ -26,6 +28,7 @@ __all__ = [
     "RunningSet",
     "active_set",
     "channels_second",
+    "context_of",
     "is_frozen",
     "keeps_unbiased_variance",
     "running_layers",
@@ -55,8 +58,8 @@ class RunningBuffers(TorchBatchNorm):
 
     @property
     def active_domain(self) -> str | None:
-        """The domain whose running statistics are used."""
-        return self.step_state.domain
+        """The domain whose running statistics a forward in this thread or task would use."""
+        return contexts.in_force(self.step_state.key, torch.compiler.is_compiling()).domain
 
     @property
     def domain_names(self) -> list[str]:
@@ -73,7 +76,18 @@ class RunningBuffers(TorchBatchNorm):
 
     def running(self, domain: str | None, *, update: bool) -> Running:
         """Return a domain's running statistics as a record, with how a batch updates them."""
-        mean, var, batches = self.running_statistics(domain)
+        return self.running_in(LayerContext(domain), update=update)
+
+    def statistics_in(self, context: LayerContext) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the running mean, the running variance and the count of batches that a context uses."""
+        mean, var, batches = self.running_statistics(context.domain)
+        if context.adapted is not None:
+            mean, var = context.adapted
+        return mean, var, batches
+
+    def running_in(self, context: LayerContext, *, update: bool) -> Running:
+        """Return the running statistics that a context uses as a record, with how a batch updates them."""
+        mean, var, batches = self.statistics_in(context)
         return Running(mean, var, batches, self.momentum, self._buffers[SKIPPED], self.unbiased, update)
 
     def register_counts(self, device: torch.device | str | None) -> None:
@@ -90,7 +104,9 @@ class RunningBuffers(TorchBatchNorm):
     def register_domain(self, domain: str) -> None:
         """Give a domain running statistics of its own, which begin as a copy of the layer's."""
         for kind in STATISTICS:
-            self.register_buffer(_named(kind, domain), self.get_buffer(kind).clone())
+            values = self._buffers[kind]  # the attribute may be another domain's
+            assert values is not None
+            self.register_buffer(_named(kind, domain), values.clone())
         self.register_buffer(_named(SAMPLES, domain), torch.zeros_like(self.get_buffer(SAMPLES)), persistent=False)
 
     def count_samples(self, samples: int) -> None:
@@ -116,20 +132,23 @@ class RunningSet:
     layer : Module
     domain : str or None
         None is the layer's own set, the only one that torch's layers have.
+    adapted : tuple of (Tensor, Tensor) or None
+        The mean and variance that are used instead of the stored ones.
     """
 
     layer: TorchBatchNorm
     domain: str | None = None
+    adapted: tuple[Tensor, Tensor] | None = None
 
     @property
     def mean(self) -> Tensor:
         """The running mean (C,)."""
-        return self.layer.get_buffer(_named("running_mean", self.domain))
+        return self._stored("running_mean") if self.adapted is None else self.adapted[0]
 
     @property
     def var(self) -> Tensor:
         """The running variance (C,)."""
-        return self.layer.get_buffer(_named("running_var", self.domain))
+        return self._stored("running_var") if self.adapted is None else self.adapted[1]
 
     @property
     def batches(self) -> Tensor | None:
@@ -151,19 +170,14 @@ class RunningSet:
 
     @torch.no_grad()
     def write(self, mean: Tensor, var: Tensor) -> None:
-        """Write the running mean and variance in place."""
-        self.mean.copy_(mean)
-        self.var.copy_(var)
+        """Write the stored running mean and variance in place."""
+        self._stored("running_mean").copy_(mean)
+        self._stored("running_var").copy_(var)
 
-    def replace(self, mean: Tensor, var: Tensor) -> None:
-        """Replace the buffers of the running mean and variance by other tensors, whose values are not copied.
-
-        Layers of ours take the tensors as they are: in float64 they hold a mean that float32 could not.
-        """
-        for kind, values in (("running_mean", mean), ("running_var", var)):
-            name = _named(kind, self.domain)
-            ours = isinstance(self.layer, RunningBuffers)
-            self.layer._buffers[name] = values if ours else values.to(self.layer.get_buffer(name).dtype)
+    def _stored(self, kind: str) -> Tensor:
+        values = self.layer._buffers[_named(kind, self.domain)]
+        assert values is not None
+        return values
 
 
 def running_layers(model: nn.Module) -> dict[str, TorchBatchNorm]:
@@ -181,9 +195,17 @@ def running_sets(layer: TorchBatchNorm) -> list[RunningSet]:
     return [RunningSet(layer, domain) for domain in (None, *domains)]
 
 
+def context_of(layer: TorchBatchNorm) -> LayerContext:
+    """Return the settings of contexts for a layer, ours or torch's, in this thread and task."""
+    if isinstance(layer, RunningBuffers):
+        return contexts.in_force(layer.step_state.key, torch.compiler.is_compiling())
+    return stock.context_of(layer)
+
+
 def active_set(layer: TorchBatchNorm) -> RunningSet:
-    """Return the running statistics that a forward of the layer would use now."""
-    return RunningSet(layer, layer.active_domain if isinstance(layer, RunningBuffers) else None)
+    """Return the running statistics that a forward of the layer would use now, in this thread and task."""
+    context = context_of(layer)
+    return RunningSet(layer, context.domain, context.adapted)
 
 
 def is_frozen(layer: TorchBatchNorm, model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.checks import Activation
 from batchnorm.errors import InputError
+from batchnorm.nn import contexts
 from batchnorm.nn.options import Nonfinite, Options, SmallBatch, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
 from batchnorm.nn.running import COUNTS, STATISTICS, RunningBuffers
@@ -69,15 +70,16 @@ class State(RunningBuffers):
         changes = name not in self.__dict__ or self.__dict__[name] is not value  # train() sets the mode at each step
         super().__setattr__(name, value)
         if changes and "step_state" in self.__dict__:
-            self.step_state.change()
+            self.step_state.drop_plans()
         if name == "nonfinite":
             mean = self.running_mean
             self.skipped_batches = self.new_skipped_batches(None if mean is None else mean.device)
 
     def __getattr__(self, name: str) -> Any:
-        """Return the running statistics that a forward would use now, those of the active domain."""
+        """Return the running statistics that a forward in this thread would use; torch's lookup knows the stored."""
         if name in STATISTICS and "step_state" in self.__dict__:
-            return self.running_statistics(self.step_state.domain)[STATISTICS.index(name)]
+            context = contexts.in_force(self.step_state.key, torch.compiler.is_compiling())
+            return self.statistics_in(context)[STATISTICS.index(name)]
         return super().__getattr__(name)
 
     def options(self) -> Options:

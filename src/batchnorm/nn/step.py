@@ -11,6 +11,7 @@ from batchnorm import ops, torch_internals
 from batchnorm.kernels.records import Operands, Rule, Running
 from batchnorm.nn import accumulated, sync
 from batchnorm.nn.accumulated import Pool
+from batchnorm.nn.contexts import LayerContext
 from batchnorm.nn.layout import Batch
 from batchnorm.nn.small_batch import label_of, refuse_single_value, warn_of_one_sample
 from batchnorm.nn.state import State
@@ -27,11 +28,13 @@ class Step(NamedTuple):
     Attributes
     ----------
     running : Running
-        The running statistics of the active domain, and whether this batch updates them.
+        The running statistics that are in force, and whether this batch updates them.
     rule : Rule
         With ``training`` the statistics of the batch are used.
     pool : Pool or None
         Takes the moments of this batch, instead of an update.
+    domain : str or None
+        The domain of the running statistics.
     global_moments : GlobalMoments or None
         The moments of all processes' parts of the batch.
     keeps_correction : bool
@@ -45,14 +48,15 @@ class Step(NamedTuple):
     running: Running
     rule: Rule
     pool: Pool | None = None
+    domain: str | None = None
     global_moments: GlobalMoments | None = None
     keeps_correction: bool = False
     counts: bool = False
     can_plan: bool = False
 
 
-def decide(layer: State, batch: Batch) -> Step:
-    """Decide what a forward on the batch uses and updates.
+def decide(layer: State, batch: Batch, context: LayerContext) -> Step:
+    """Decide what a forward on the batch uses and updates within a context.
 
     Raises
     ------
@@ -65,7 +69,7 @@ def decide(layer: State, batch: Batch) -> Step:
     """
     x, state = batch.x, layer.step_state
     compiling = torch.compiler.is_compiling()
-    mean, var, batches = layer.running_statistics(state.domain)
+    mean, var, batches = layer.statistics_in(context)
     trains = layer.trains()
     uses_batch_statistics = trains or (mean is None and var is None)
     everywhere = _global_moments(layer, batch) if layer.sync and trains else None
@@ -81,9 +85,9 @@ def decide(layer: State, batch: Batch) -> Step:
         warn_of_one_sample(layer, batch.shape)
     # Activation checkpointing runs forward again within the backward; a compiled graph has the forward once.
     recomputing = not compiling and torch_internals.graph_task_id() != -1
-    counts = trains and layer.track_running_stats and not recomputing and not state.updates_paused
-    pool = state.pool if counts else None
-    running = layer.running(state.domain, update=counts and pool is None)
+    counts = trains and layer.track_running_stats and not recomputing and not context.updates_paused
+    pool = context.pool if counts else None
+    running = layer.running_in(context, update=counts and pool is None)
     rule = Rule(layer.eps, layer.activation, uses_batch_statistics)
     if not trains:
         return Step(running, rule, can_plan=True)
@@ -99,20 +103,19 @@ def decide(layer: State, batch: Batch) -> Step:
             keeps_correction = _may_run_again()
     # With sync there may be processes later, when a plan would not see them.
     can_plan = layer.renorm is None and pool is None and not layer.sync
-    return Step(running, rule, pool, everywhere, keeps_correction, counts, can_plan)
+    return Step(running, rule, pool, context.domain, everywhere, keeps_correction, counts, can_plan)
 
 
-def decide_in_torch(layer: State) -> Step:
+def decide_in_torch(layer: State, context: LayerContext) -> Step:
     """Decide the same for a forward that is made of torch's own operators, which check sizes themselves."""
-    state = layer.step_state
     trains = layer.trains()
-    running = layer.running(state.domain, update=trains and layer.track_running_stats and not state.updates_paused)
+    running = layer.running_in(context, update=trains and layer.track_running_stats and not context.updates_paused)
     return Step(running, Rule(layer.eps, layer.activation, trains or running.mean is None))
 
 
 def normalize(operands: Operands, step: Step, state: StepState) -> Tensor:
     """Return y, and keep for later what the step says."""
-    running, rule, pool, everywhere, keeps_correction, *_ = step
+    running, rule, pool, domain, everywhere, keeps_correction, *_ = step
     if everywhere is not None:
         found = sync.normalize(operands, running, rule, everywhere)
     elif pool is not None or rule.limits is not None:
@@ -123,7 +126,7 @@ def normalize(operands: Operands, step: Step, state: StepState) -> Tensor:
         assert found.correction is not None
         state.first_runs.keep(found.moments, found.correction)
     if found.moments is not None and pool is not None:
-        accumulated.add(pool, state.domain, found.moments, running)
+        accumulated.add(pool, domain, found.moments, running)
     return found.y
 
 

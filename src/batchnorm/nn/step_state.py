@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from batchnorm.kernels.plan import Plan
-from batchnorm.nn.accumulated import Pool
+from batchnorm.nn.contexts import PLAIN, LayerContext, new_key
 from batchnorm.nn.renorm import FirstRuns
 
 __all__ = ["Plans", "StepState"]
@@ -23,34 +22,37 @@ class StepState:
 
     Attributes
     ----------
-    domain : str or None
-        The domain whose running statistics are used.
-    updates_paused : bool
-        `no_stat_updates` is active.
-    pool : Pool or None
-        Moments of micro-batches, while `accumulate` is active.
+    key : str
+        The layer's name in `contexts`.
     first_runs : FirstRuns
         Corrections of batch renormalization, for forwards that activation checkpointing may run again.
     plans : Plans
         Replaced rather than cleared, since a forward on another thread may be about to add to it.
+    plans_without_updates : Plans
+        The plans for forwards within contexts that pause updates.
     ranks_agreed : bool
         With ``sync``, all ranks have been seen at this layer together.
     warned_of_one_sample : bool
     """
 
-    domain: str | None = None
-    updates_paused: bool = False
-    pool: Pool | None = None
+    key: str = field(default_factory=new_key)
     first_runs: FirstRuns = field(default_factory=FirstRuns)
     plans: Plans = field(default_factory=dict)
+    plans_without_updates: Plans = field(default_factory=dict)
     ranks_agreed: bool = False
     warned_of_one_sample: bool = False
 
-    def change(self, **values: Any) -> None:
-        """Set attributes on which plans depend, and drop the plans."""
-        for name, value in values.items():
-            setattr(self, name, value)
-        self.plans = {}
+    def plans_in(self, context: LayerContext) -> Plans | None:
+        """Return the plans that are valid within a context; None if each forward must be decided anew."""
+        if context is PLAIN:
+            return self.plans
+        if context.updates_paused:
+            return self.plans_without_updates
+        return self.plans if context.pool is None else None  # which domain it is decides nothing in a plan
+
+    def drop_plans(self) -> None:
+        """Drop the plans because a setting of the layer has changed."""
+        self.plans, self.plans_without_updates = {}, {}
 
     def fresh(self) -> StepState:
         """Return the state that a copy of the layer begins with; it does not repeat the warning."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,18 +10,23 @@ from torch import nn
 
 from batchnorm.errors import InputError
 from batchnorm.nn import accumulated
-from batchnorm.nn.layer import layers_of, stock_layers_of
+from batchnorm.nn.accumulated import Pool
+from batchnorm.nn.contexts import Setting
+from batchnorm.nn.layer import Layer, layers_of, stock_layers_of
+from batchnorm.nn.opening import settings
+from batchnorm.nn.running import context_of
 
 __all__ = ["accumulate", "no_stat_updates"]
+
+_COMMITTING = threading.Lock()
 
 
 @contextmanager
 def no_stat_updates(model: nn.Module) -> Iterator[None]:
     """Leave the running statistics and counts of all batch normalization layers unchanged.
 
-    Nothing else changes: in training mode the statistics of the batch are used. In torch's layers the context sets
-    ``track_running_stats`` to False. A copy made within it never updates its statistics if the layers are torch's, and
-    does if they are ours.
+    Nothing else changes: in training mode the statistics of the batch are used. Updates are paused in this thread and
+    asyncio task only, and not in copies.
 
     Examples
     --------
@@ -31,19 +37,9 @@ def no_stat_updates(model: nn.Module) -> Iterator[None]:
     >>> layer.running_mean
     tensor([0., 0.])
     """
-    ours = [layer for layer in layers_of(model).values() if not layer.step_state.updates_paused]
-    stock = [layer for layer in stock_layers_of(model).values() if layer.track_running_stats]
-    for layer in ours:
-        layer.step_state.change(updates_paused=True)
-    for other in stock:
-        other.track_running_stats = False  # torch's forward then leaves the buffers out
-    try:
+    layers = [*layers_of(model).values(), *stock_layers_of(model).values()]
+    with settings(dict.fromkeys(layers, Setting(updates_paused=True))):
         yield
-    finally:
-        for layer in ours:
-            layer.step_state.change(updates_paused=False)
-        for other in stock:
-            other.track_running_stats = True
 
 
 @contextmanager
@@ -55,7 +51,8 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     differ from those of the whole batch, in training as well. Only the whole batch gives those (with activation
     checkpointing if memory is short), since the statistics of each layer need all samples at once.
 
-    If an exception is raised within, the pooled moments are dropped.
+    If an exception is raised within, the pooled moments are dropped. Batches of other threads and asyncio tasks are not
+    pooled, and update the running statistics as usual.
 
     Raises
     ------
@@ -83,16 +80,12 @@ def accumulate(model: nn.Module) -> Iterator[None]:
             "accumulate needs batchnorm's layers, since torch's are updated by each micro-batch; got "
             f"{len(stock)} of torch's, the first at {stock[0] or 'the model itself'}"
         )
-    if any(layer.step_state.pool is not None for layer in layers):
+    if any(context_of(layer).pool is not None for layer in layers):
         raise InputError("accumulate cannot be nested; it is already active on this model")
-    for layer in layers:
-        layer.step_state.change(pool={})
-    try:
+    pools: dict[Layer, Pool] = {layer: {} for layer in layers}
+    with settings({layer: Setting(pool=pool) for layer, pool in pools.items()}):
         yield
-        pools = [(layer, layer.step_state.pool) for layer in layers]
-    finally:
-        for layer in layers:
-            layer.step_state.change(pool=None)
-    for layer, pool in pools:
-        for domain, parts in (pool or {}).items():
-            accumulated.commit(parts, layer.running(domain, update=True))
+    with _COMMITTING:
+        for layer, pool in pools.items():
+            for domain, parts in pool.items():
+                accumulated.commit(parts, layer.running(domain, update=True))

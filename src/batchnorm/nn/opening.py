@@ -1,0 +1,67 @@
+"""Opening of contexts for layers, ours and torch's."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from batchnorm.nn import stock
+from batchnorm.nn.contexts import OpenContext, Setting
+from batchnorm.nn.running import RunningBuffers
+from batchnorm.torch_internals import TorchBatchNorm
+
+__all__ = ["change_setting", "end_with_layers", "open_context", "settings"]
+
+
+def open_context(chosen: Mapping[TorchBatchNorm, Setting]) -> OpenContext:
+    """Open a context with a setting for each layer in this thread and task, which lasts until its ``leave()``.
+
+    It holds no reference to the layers.
+    """
+    context = OpenContext({})
+    for layer, setting in chosen.items():
+        if not isinstance(layer, RunningBuffers):
+            stock.follow_contexts(layer)
+            context.at_end.append(_unfollowing(layer))
+        context.settings[_key(layer)] = setting
+    context.enter()
+    return context
+
+
+@contextmanager
+def settings(chosen: Mapping[TorchBatchNorm, Setting]) -> Iterator[OpenContext]:
+    """Open a context with a setting for each layer until the end of the block."""
+    context = open_context(chosen)
+    try:
+        yield context
+    finally:
+        context.leave()
+
+
+def change_setting(context: OpenContext, layer: TorchBatchNorm, setting: Setting) -> None:
+    """Change the setting that an open context makes for a layer."""
+    context.settings[_key(layer)] = setting
+
+
+def end_with_layers(context: OpenContext, layers: Iterable[TorchBatchNorm]) -> None:
+    """Drop the setting for each layer when the layer is deleted."""
+    for layer in layers:
+        finalizer = weakref.finalize(layer, context.settings.pop, _key(layer), None)
+        finalizer.atexit = False
+        context.at_end.append(finalizer.detach)
+
+
+def _key(layer: TorchBatchNorm) -> str:
+    return layer.step_state.key if isinstance(layer, RunningBuffers) else stock.key_of(layer)
+
+
+def _unfollowing(layer: TorchBatchNorm) -> Callable[[], None]:
+    reference = weakref.ref(layer)
+
+    def unfollow() -> None:
+        followed = reference()
+        if followed is not None:
+            stock.unfollow_contexts(followed)
+
+    return unfollow

@@ -1,0 +1,106 @@
+"""Torch's own layers within contexts, each through a class of its own while a context is open.
+
+The class asks `contexts` at each forward, so the layer's attributes and buffers stay as they are, other threads see none
+of it, and copies and pickles are of torch's class. torch's parametrizations change the class of a module likewise.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import threading
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.nn import contexts
+from batchnorm.nn.contexts import PLAIN, Adapted, LayerContext, OpenContext, Setting
+from batchnorm.torch_internals import TorchBatchNorm
+
+__all__ = ["context_of", "follow_contexts", "key_of", "unfollow_contexts"]
+
+_LOCK = threading.RLock()
+_CLASSES: WeakKeyDictionary[TorchBatchNorm, type[TorchBatchNorm]] = WeakKeyDictionary()
+_USES: WeakKeyDictionary[TorchBatchNorm, int] = WeakKeyDictionary()
+
+
+def follow_contexts(layer: TorchBatchNorm) -> None:
+    """Let the forward of a layer of torch's follow open contexts."""
+    with _LOCK:
+        followed = _CLASSES.get(layer)
+        if followed is None or not isinstance(layer, followed.__base__ or object):
+            followed = _CLASSES[layer] = _following(type(layer))
+        _USES[layer] = _USES.get(layer, 0) + 1
+        if _USES[layer] == 1:
+            layer.__class__ = followed
+
+
+def key_of(layer: TorchBatchNorm) -> str:
+    """Return the key of a layer that follows contexts."""
+    return type(layer)._contexts_key  # type: ignore[attr-defined, no-any-return]
+
+
+def unfollow_contexts(layer: TorchBatchNorm) -> None:
+    """Undo one call of `follow_contexts`."""
+    with _LOCK:
+        _USES[layer] -= 1
+        if _USES[layer] == 0:
+            del _USES[layer]
+            if type(layer) is _CLASSES[layer]:
+                layer.__class__ = _CLASSES[layer].__base__
+
+
+def context_of(layer: TorchBatchNorm) -> LayerContext:
+    """Return the settings that are in force for a layer of torch's in this thread and task."""
+    key = getattr(type(layer), "_contexts_key", None)
+    return PLAIN if key is None else contexts.in_force(key, torch.compiler.is_compiling())
+
+
+def _following(original: Any) -> type[TorchBatchNorm]:
+    """Return a class for one layer, which behaves as the original outside of contexts."""
+
+    class Following(original):  # type: ignore[misc]
+        _contexts_key = contexts.new_key()
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("running_mean", "running_var"):
+                adapted = context_of(self).adapted
+                if adapted is not None:
+                    values, stored = adapted[name == "running_var"], self._buffers[name]
+                    return values if stored is None else values.to(stored.dtype)
+            return original.__getattr__(self, name)
+
+        @property
+        def track_running_stats(self) -> bool:
+            """Torch's setting; False while updates are paused, when torch's forward leaves the buffers out."""
+            return self.__dict__["track_running_stats"] and not context_of(self).updates_paused
+
+        @track_running_stats.setter
+        def track_running_stats(self, value: bool) -> None:
+            self.__dict__["track_running_stats"] = value
+
+        def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 (torch's name for it)
+            found = None
+            for hook in context_of(self).hooks:
+                found = hook(self, input, None) or found
+            if found is None:
+                return original.forward(self, input, *args, **kwargs)  # super() fails once the class is torch's again
+            adapted = OpenContext({self._contexts_key: Setting(adapted=Adapted(*found, None))})
+            adapted.enter()
+            try:
+                return original.forward(self, input, *args, **kwargs)
+            finally:
+                adapted.leave()
+
+        def __reduce_ex__(self, _protocol: Any) -> Any:
+            return copyreg.__newobj__, (original,), self.__getstate__()  # type: ignore[attr-defined]
+
+        def __prepare_scriptable__(self) -> nn.Module:
+            plain = original.__new__(original)
+            plain.__dict__.update(self.__dict__)
+            return plain  # type: ignore[no-any-return]
+
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(Following, name, getattr(original, name))
+    return Following
