@@ -1,7 +1,7 @@
 """The settings that open contexts make for layers, per thread and asyncio task.
 
-`use_domain`, `no_stat_updates`, `accumulate` and `adapt` keep their settings here, by the keys of layers, and nothing on
-the layers themselves: other threads and tasks see none of them, and copies, which get keys of their own, are plain.
+`use_domain`, `no_stat_updates`, `accumulate` and `adapt` keep their settings here, by the keys of layers, and nothing
+on the layers themselves: other threads and tasks see none of them, and copies, which get keys of their own, are plain.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Torch's own layers within contexts, each through a class of its own while a context is open.
 
-The class asks `contexts` at each forward, so the layer's attributes and buffers stay as they are, other threads see none
+The class asks `contexts` at each forward. The layer's attributes and buffers stay as they are, other threads see none
 of it, and copies and pickles are of torch's class. torch's parametrizations change the class of a module likewise.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.nn import contexts
-from batchnorm.nn.contexts import PLAIN, Adapted, LayerContext, OpenContext, Setting
+from batchnorm.nn.contexts import PLAIN, LayerContext
 from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["context_of", "follow_contexts", "key_of", "unfollow_contexts"]
@@ -29,7 +29,7 @@ def follow_contexts(layer: TorchBatchNorm) -> None:
     """Let the forward of a layer of torch's follow open contexts."""
     with _LOCK:
         followed = _CLASSES.get(layer)
-        if followed is None or not isinstance(layer, followed.__base__ or object):
+        if followed is None or type(layer) not in followed.__mro__:
             followed = _CLASSES[layer] = _following(type(layer))
         _USES[layer] = _USES.get(layer, 0) + 1
         if _USES[layer] == 1:
@@ -48,7 +48,7 @@ def unfollow_contexts(layer: TorchBatchNorm) -> None:
         if _USES[layer] == 0:
             del _USES[layer]
             if type(layer) is _CLASSES[layer]:
-                layer.__class__ = _CLASSES[layer].__base__
+                layer.__class__ = type(layer).__mro__[1]
 
 
 def context_of(layer: TorchBatchNorm) -> LayerContext:
@@ -84,14 +84,19 @@ def _following(original: Any) -> type[TorchBatchNorm]:
             found = None
             for hook in context_of(self).hooks:
                 found = hook(self, input, None) or found
-            if found is None:
-                return original.forward(self, input, *args, **kwargs)  # super() fails once the class is torch's again
-            adapted = OpenContext({self._contexts_key: Setting(adapted=Adapted(*found, None))})
-            adapted.enter()
-            try:
-                return original.forward(self, input, *args, **kwargs)
-            finally:
-                adapted.leave()
+            layer = self if found is None else self._with_statistics(*found)
+            return original.forward(layer, input, *args, **kwargs)  # super() fails once the class is torch's again
+
+        def _with_statistics(self, mean: Tensor, var: Tensor) -> TorchBatchNorm:
+            """Return a layer of torch's that shares all but its statistics with this one."""
+            layer: TorchBatchNorm = original.__new__(original)
+            buffers = dict(self._buffers)
+            for name, values in (("running_mean", mean), ("running_var", var)):
+                stored = buffers[name]
+                buffers[name] = values if stored is None else values.to(stored.dtype)
+            layer.__dict__.update(self.__dict__, _buffers=buffers)
+            layer.__dict__["track_running_stats"] = self.track_running_stats
+            return layer
 
         def __reduce_ex__(self, _protocol: Any) -> Any:
             return copyreg.__newobj__, (original,), self.__getstate__()  # type: ignore[attr-defined]

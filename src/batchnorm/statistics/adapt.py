@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +22,16 @@ from torch import Tensor, nn
 from batchnorm import ops
 from batchnorm.checks import is_real
 from batchnorm.errors import InputError
+from batchnorm.nn.contexts import OpenContext
+from batchnorm.nn.opening import end_with_layers, open_context
 from batchnorm.nn.running import active_set
 from batchnorm.reports import Block, Report
 from batchnorm.statistics.batches import BatchReader, Device, Forward, Samples
 from batchnorm.statistics.changes import LayerChange, change_table, changes, drift_summary
-from batchnorm.statistics.forwards import uncompiled, with_input_hook
+from batchnorm.statistics.forwards import uncompiled
+from batchnorm.statistics.interrupts import defer_interrupts
 from batchnorm.statistics.layers import Layers, Statistics, unfrozen_layers, unwrapped, variance_to_keep
-from batchnorm.statistics.measuring import Measuring, PassOptions, check_passes, restored_on_error
+from batchnorm.statistics.measuring import HIDING, Measuring, PassOptions, Replacement, check_passes, replacing
 from batchnorm.statistics.moments import Moments
 from batchnorm.torch_internals import TorchBatchNorm
 
@@ -51,13 +55,34 @@ class Adaptation(Report):
     layers: tuple[LayerChange, ...]
     samples: int | None
     prior: float
-    _undo: ExitStack
+    _context: OpenContext
+    _replacement: Replacement | None
 
     def undo(self) -> None:
-        """Restore the running statistics from before; a second call does nothing."""
-        self._undo.close()
+        """End the adaptation, in all threads and tasks that have it; a second call does nothing."""
+        self._context.leave()
+
+    def keep(self) -> None:
+        """Write the adapted statistics into the stored ones, for all threads and for checkpoints.
+
+        This ends the adaptation, and cannot be undone.
+
+        Raises
+        ------
+        InputError
+            Each batch is adapted to by itself, or the adaptation has ended.
+        """
+        if self._replacement is None:
+            raise InputError("only an adaptation to a loader has statistics to keep; this one adapts to each batch")
+        if not self._context.is_open:
+            raise InputError("an adaptation must be in force to be kept; this one has ended")
+        with defer_interrupts():
+            self._replacement.keep()
 
     def __enter__(self) -> Adaptation:
+        if self._context.is_open:
+            self._context.narrow()
+            self._context.enter()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,7 +182,7 @@ def adapt(
             raise InputError(
                 "forward, device, samples and group need a loader; got none, which adapts to each batch by itself"
             )
-        return Adaptation((), None, prior, _adapt_each_batch(layers, prior))
+        return Adaptation((), None, prior, _adapt_each_batch(layers, prior), None)
     check_passes(loader, len(layers))
     used = 0
 
@@ -167,12 +192,11 @@ def adapt(
         return _weighted(path, layer, moments, seen, prior)
 
     reader, options = BatchReader(model, forward, device, samples), PassOptions(group=group)
-    with restored_on_error(model, layers) as before:
-        moments = Measuring(reader, loader, new_statistics, options).layerwise(layers)
-        undo = ExitStack()
-        for path in moments:
-            undo.callback(active_set(layers[path]).write, *before[path])
-        return Adaptation(changes(layers, moments, before), used, prior, undo)
+    with replacing(model, layers) as replacement:
+        moments = Measuring(reader, loader, new_statistics, options, replacement).layerwise(layers)
+        _outlast(replacement.context, layers)
+        report = changes(layers, moments, replacement.stored)
+        return Adaptation(report, used, prior, replacement.context, replacement)
 
 
 def _weighted(path: str, layer: TorchBatchNorm, moments: Moments, samples: int, prior: float) -> Statistics:
@@ -185,12 +209,11 @@ def _weighted(path: str, layer: TorchBatchNorm, moments: Moments, samples: int, 
     return mean + share * (moments.mean - mean), var + share * (variance_to_keep(layer, moments) - var)
 
 
-def _adapt_each_batch(layers: Layers, prior: float) -> ExitStack:
-    """Let the layers use adapted statistics for the duration of each forward, until the stack is closed."""
+def _adapt_each_batch(layers: Layers, prior: float) -> OpenContext:
+    """Let the layers use adapted statistics for the duration of each forward, until the context is left."""
 
     @torch.no_grad()
-    def adapted(path: str, x: Tensor, mask: Tensor | None) -> Statistics | None:
-        layer = layers[path]
+    def adapted(path: str, layer: TorchBatchNorm, x: Tensor, mask: Tensor | None) -> Statistics | None:
         if layer.training or not x.shape[0]:
             return None
         moments = Moments.of_batch(ops.moments(x, mask))
@@ -199,7 +222,17 @@ def _adapt_each_batch(layers: Layers, prior: float) -> ExitStack:
         running = active_set(layer)
         return torch.where(finite, mean, running.mean), torch.where(finite, var, running.var)
 
-    undo = ExitStack()
-    undo.enter_context(uncompiled())
-    undo.enter_context(with_input_hook(layers, adapted))
-    return undo
+    hooks = {layer: HIDING._replace(hook=partial(adapted, path)) for path, layer in layers.items()}
+    eager = ExitStack()
+    with defer_interrupts():
+        eager.enter_context(uncompiled())
+        context = open_context(hooks)
+        context.at_end.append(eager.close)
+        _outlast(context, layers)
+    return context
+
+
+def _outlast(context: OpenContext, layers: Layers) -> None:
+    """Keep an adaptation without a ``with`` block in force until it is undone or the layers are deleted."""
+    context.stay()
+    end_with_layers(context, layers.values())

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchnorm.nn.running import RunningSet, active_set, channels_second
+from batchnorm.nn.contexts import Setting
+from batchnorm.nn.opening import settings
 from batchnorm.statistics.layers import Layers, Statistics
-from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["InputHook", "restored", "uncompiled", "with_input_hook"]
 
@@ -25,53 +25,49 @@ It may return a mean and a variance, with which a layer in eval mode then normal
 """
 
 
-def _input_and_mask(layer: TorchBatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """Return the input as (N, C, *) and the mask (N, *) or None that a layer is called with."""
-    given = dict(zip(("input", "residual", "mask"), args, strict=False)) | kwargs
-    return channels_second(layer, given["input"]), given.get("mask")
-
-
-class _HookedLayer:
-    """Hooks of one layer, which may replace its running statistics for the duration of a forward."""
-
-    def __init__(self, path: str, hook: InputHook) -> None:
-        self.path, self.hook = path, hook
-        self.replaced: tuple[RunningSet, Statistics] | None = None
-
-    def before(self, layer: TorchBatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        statistics = self.hook(self.path, *_input_and_mask(layer, args, kwargs))
-        if statistics is not None:
-            running = active_set(layer)
-            self.replaced = running, (running.mean, running.var)
-            running.replace(*statistics)
-
-    def after(self, *_: object) -> None:
-        if self.replaced is not None:
-            running, stored = self.replaced
-            running.replace(*stored)
-            self.replaced = None
-
-
 @contextmanager
 def with_input_hook(layers: Layers, hook: InputHook) -> Iterator[None]:
-    """Call the hook at every input of the layers, before they run."""
-    with ExitStack() as stack:
-        for path, layer in layers.items():
-            hooked = _HookedLayer(path, hook)
-            stack.callback(hooked.after)  # torch calls no hook after a KeyboardInterrupt
-            stack.callback(layer.register_forward_pre_hook(hooked.before, with_kwargs=True).remove)
-            stack.callback(layer.register_forward_hook(hooked.after, always_call=True).remove)
+    """Call the hook at every input of the layers in this thread and task, before they normalize it."""
+
+    def setting(path: str) -> Setting:
+        return Setting(hook=lambda _, x, mask: hook(path, x, mask))
+
+    with settings({layer: setting(path) for path, layer in layers.items()}):
         yield
+
+
+class _Eager:
+    """Counts who needs compiled models to run eagerly: torch's stance is one for all threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._stance: AbstractContextManager[None] | None = None
+
+    def add(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._stance is None and "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
+
+    def remove(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+_EAGER = _Eager()
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run compiled models eagerly, because compiled code does not see new hooks."""
-    if "torch._dynamo" not in sys.modules:
+    """Run compiled models eagerly, those of other threads too, because hooks cannot be compiled."""
+    _EAGER.add()
+    try:
         yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    finally:
+        _EAGER.remove()
 
 
 @contextmanager

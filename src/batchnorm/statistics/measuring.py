@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from batchnorm.errors import InputError, MissingDependencyError
-from batchnorm.nn.running import active_set
+from batchnorm.nn.contexts import Adapted, Setting
+from batchnorm.nn.opening import change_setting, open_context
+from batchnorm.nn.running import RunningSet, active_set
 from batchnorm.processes import process_group_of
 from batchnorm.statistics.batches import BatchReader
 from batchnorm.statistics.forwards import restored, uncompiled, with_input_hook
@@ -22,7 +24,7 @@ from batchnorm.statistics.moments import Moments
 from batchnorm.statistics.passes import EnoughUses, LoaderPass, PassResult, gather_results, in_order
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["Measuring", "NewStatistics", "PassOptions", "check_passes", "restored_on_error"]
+__all__ = ["Measuring", "NewStatistics", "PassOptions", "Replacement", "check_passes", "replacing"]
 
 NewStatistics = Callable[[str, TorchBatchNorm, Moments, int], Statistics]
 """Takes the module path of a layer, the layer, the moments of its inputs and the number of samples.
@@ -31,27 +33,68 @@ It returns the running statistics that the layer gets.
 """
 
 
+HIDING = Setting(updates_paused=True, hides_adaptations=True)
+
+
+class Replacement:
+    """Running statistics that replace the stored ones of layers, in this thread and task, until `keep` or `drop`.
+
+    At first they are the stored ones, also within an earlier adaptation.
+
+    Attributes
+    ----------
+    stored : dict of (Tensor, Tensor)
+        Copies of the stored mean and variance of each layer, by module path.
+    context : OpenContext
+    """
+
+    def __init__(self, layers: Layers) -> None:
+        self._layers = layers
+        self._sets = {path: RunningSet(layer, active_set(layer).domain) for path, layer in layers.items()}
+        self.stored = {path: (each.mean.clone(), each.var.clone()) for path, each in self._sets.items()}
+        self._new: dict[str, Statistics] = {}
+        self._written = False
+        self.context = open_context(dict.fromkeys(layers.values(), HIDING))
+
+    def use(self, path: str, mean: Tensor, var: Tensor) -> None:
+        """Replace the statistics of a layer, in the dtype of the stored ones."""
+        stored_mean, stored_var = self.stored[path]
+        mean, var = mean.detach().to(stored_mean), var.detach().to(stored_var)
+        self._new[path] = mean, var
+        adapted = Adapted(mean, var, self._sets[path].domain)
+        change_setting(self.context, self._layers[path], HIDING._replace(adapted=adapted))
+
+    def keep(self) -> None:
+        """Write the new statistics into the stored ones, and end the replacement."""
+        self._written = True
+        for path, new in self._new.items():
+            self._sets[path].write(*new)
+        self.context.leave()
+
+    def drop(self) -> None:
+        """End the replacement with the stored statistics as they were."""
+        self.context.leave()
+        if self._written:
+            for path, stored in self.stored.items():
+                self._sets[path].write(*stored)
+
+
 @contextmanager
-def restored_on_error(model: nn.Module, layers: Layers) -> Iterator[Mapping[str, Statistics]]:
-    """Run the model in eval mode, and restore the running statistics of the layers after an error.
+def replacing(model: nn.Module, layers: Layers) -> Iterator[Replacement]:
+    """Run the model in eval mode with a replacement of the layers' statistics, which is dropped after an error.
 
     Modes and random generators are restored in any case. Ctrl-C is deferred except within `allow_interrupts`.
-
-    Yields
-    ------
-    dict of (Tensor, Tensor)
-        Copies of the running mean and variance of each layer as they were.
     """
-    sets = {path: active_set(layer) for path, layer in layers.items()}
-    before = {path: (running.mean.clone(), running.var.clone()) for path, running in sets.items()}
+    replacement = None
     try:
         with defer_interrupts(), torch.no_grad(), uncompiled(), restored(model):
+            replacement = Replacement(layers)
             model.eval()
-            yield before
+            yield replacement
     except BaseException:
         with defer_interrupts():
-            for path, running in sets.items():
-                running.write(*before[path])
+            if replacement is not None:
+                replacement.drop()
         raise
 
 
@@ -103,9 +146,15 @@ class Measuring:
     """
 
     def __init__(
-        self, reader: BatchReader, loader: Iterable[Any], new_statistics: NewStatistics, options: PassOptions
+        self,
+        reader: BatchReader,
+        loader: Iterable[Any],
+        new_statistics: NewStatistics,
+        options: PassOptions,
+        replacement: Replacement,
     ) -> None:
         self.reader, self.loader, self.new_statistics, self.options = reader, loader, new_statistics, options
+        self.replacement = replacement
         self.group = process_group_of(options.group)
         self.samples, self.passes, self.converged = 0, 0, True
 
@@ -145,8 +194,8 @@ class Measuring:
 
     def _write(self, path: str, layer: TorchBatchNorm, found: PassResult) -> None:
         """Give the layer its new running statistics, and raise `InputError` unless these are finite."""
+        self.replacement.use(path, *self.new_statistics(path, layer, found.moments[path], found.samples))
         running = active_set(layer)
-        running.write(*self.new_statistics(path, layer, found.moments[path], found.samples))
         for name, values in (("mean", running.mean), ("variance", running.var)):
             channels = values.isfinite().logical_not().nonzero().flatten().cpu().tolist()
             if channels:

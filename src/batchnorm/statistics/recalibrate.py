@@ -15,7 +15,7 @@ from batchnorm.reports import Block, Report
 from batchnorm.statistics.batches import BatchReader, Device, Forward, Samples
 from batchnorm.statistics.changes import LayerChange, change_table, changes, drift_summary
 from batchnorm.statistics.layers import Statistics, unfrozen_layers, unwrapped, variance_to_keep
-from batchnorm.statistics.measuring import Measuring, PassOptions, check_passes, restored_on_error
+from batchnorm.statistics.measuring import Measuring, PassOptions, check_passes, replacing
 from batchnorm.statistics.moments import Moments
 from batchnorm.torch_internals import TorchBatchNorm
 
@@ -151,15 +151,18 @@ def recalibrate(
         alternative=ALTERNATIVE,
         group=group,
     )
-    measuring = Measuring(BatchReader(model, forward, device, samples), loader, _measured, options)
-    with restored_on_error(model, layers) as before:
+    reader = BatchReader(model, forward, device, samples)
+    with replacing(model, layers) as replacement:
+        measuring = Measuring(reader, loader, _measured, options, replacement)
         moments = measuring.at_once(layers) if mode == "at_once" else measuring.layerwise(layers)
-        return Recalibration(
-            layers=changes(layers, moments, before),
+        report = Recalibration(
+            layers=changes(layers, moments, replacement.stored),
             samples=measuring.samples,
             passes=measuring.passes,
             converged=None if tolerance is None else measuring.converged,
         )
+        replacement.keep()
+        return report
 
 
 def _measured(path: str, layer: TorchBatchNorm, moments: Moments, samples: int) -> Statistics:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from batchnorm import ops
 from batchnorm.kernels.records import BatchMoments
 from batchnorm.nn import BatchNorm1d
+from batchnorm.nn.running import context_of
 from batchnorm.nn.step import decide_in_torch
 
 __all__ = ["SampleWeightedBatchNorm1d", "weighted_rows"]
@@ -49,7 +50,7 @@ class SampleWeightedBatchNorm1d(BatchNorm1d):
         They are averaged with `torch.lerp`, and the rule (momentum 1) puts the result in their place: its own average
         rounds differently, and a fit shall give the same numbers in every version.
         """
-        running = decide_in_torch(self).running
+        running = decide_in_torch(self, context_of(self)).running
         assert running.mean is not None
         assert running.var is not None
         assert running.momentum is not None
