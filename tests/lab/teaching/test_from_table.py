@@ -85,7 +85,7 @@ def test_dates_count_days_and_booleans_are_numbers():
     batch = batch_of("y", sold=days, new=[True, False, True, True], y=[0, 1, 1, 0])
     assert batch.features == [(3, 1), (2, 0), (1, 1), (0, 1)]
     assert "sold counts days from 2024-01-03 00:00:00." in batch.remarks
-    assert "took is in days." in batch_of("y", took=days - days[0], a=NOISE[:4], b=OTHER[:4], y=[0, 1, 1, 0]).remarks
+    assert "took is in days." in batch_of("y", took=days - days[0], a=NOISE[:4], y=[0, 1, 1, 0]).remarks
     assert batch_of("y", a=NOISE[:4], b=OTHER[:4], y=days.dt.date()).target == [1, 2 / 3, 1 / 3, 0]
 
 
