@@ -12,7 +12,12 @@ HERE = Path(__file__).parent
 MARKED_FIXTURES = {"chromium": "browser", "on_ranks": "distributed"}
 MARKED_FILES = {
     "compile": ["nn/test_compile.py", "nn/test_export.py"],
-    "distributed": ["nn/test_sync*.py", "statistics/test_recalibrate_on_ranks.py", "test_scale_docs.py"],
+    "distributed": [
+        "nn/test_dtensor.py",
+        "nn/test_sync*.py",
+        "statistics/test_recalibrate_on_ranks.py",
+        "test_scale_docs.py",
+    ],
     "peers": ["peers/*"],
     "slow": [
         "kernels/test_fuzz.py",

@@ -20,6 +20,7 @@ __all__ = [
     "check",
     "check_activation",
     "check_count",
+    "check_dense",
     "check_momentum",
     "check_numbers",
     "is_real",
@@ -62,6 +63,17 @@ def check_numbers(momentum: float | None, eps: float, activation: str | None) ->
     check_activation(activation)
 
 
+def check_dense(x: Tensor) -> None:
+    """Raise `InputError` for a nested or sparse tensor, or another that does not keep all its values by strides."""
+    if x.is_nested:
+        raise InputError(
+            "input must be a dense tensor; got a nested one. Pad it with torch.nested.to_padded_tensor, and give the "
+            "layer a mask, such as that of batchnorm.lengths_to_mask"
+        )
+    if x.layout is not torch.strided:
+        raise InputError(f"input must be a dense tensor; got one of layout {x.layout}. Give input.to_dense()")
+
+
 def check(x: Tensor, residual: Tensor | None, mask: Tensor | None, **per_channel: Tensor | None) -> None:
     """Raise an error unless shapes and dtypes fit: x and residual (N, C, *), mask (N, *), all others (C,).
 
@@ -72,6 +84,7 @@ def check(x: Tensor, residual: Tensor | None, mask: Tensor | None, **per_channel
     InputTypeError
         The residual or the mask is no tensor.
     """
+    check_dense(x)
     if x.dim() < 2:
         raise InputError(f"input must have at least 2 dimensions, (N, C, *); got shape {tuple(x.shape)}")
     if not x.is_floating_point():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +75,11 @@ def batch_norm(
     tensor([[-1., -1.],
             [ 1.,  1.]])
     """
+    tensors = (input, running_mean, running_var, weight, bias, residual, mask)
+    if ops.are_overridden(*tensors):
+        given = (*tensors[:5], training, momentum, eps)
+        options: dict[str, Any] = {"activation": activation, "residual": residual, "mask": mask}
+        return ops.call_overridden(batch_norm, tensors, given, **options)  # type: ignore[no-any-return]
     check(input, residual, mask, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     check_numbers(momentum, eps, activation)
     if training:
@@ -158,6 +163,11 @@ def normalize(
     >>> y.flatten(), stats.mean, stats.var, stats.count
     (tensor([-1.,  1.]), tensor([1.]), tensor([1.5000]), tensor(1))
     """
+    tensors = (input, *stats, weight, bias, residual, mask)
+    if ops.are_overridden(*tensors):
+        options: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "activation": activation}
+        y, *found = ops.call_overridden(_normalize, tensors, tensors, **options, channel_dim=channel_dim)
+        return y, Stats(*map(ops.without_subclass, found))
     if not -input.dim() <= channel_dim < input.dim():
         raise InputError(f"channel_dim={channel_dim} must be a dimension of the input; got shape {tuple(input.shape)}")
     x = input.movedim(channel_dim, 1)
@@ -175,6 +185,13 @@ def normalize(
         return y, stats
     assert batch is not None
     return y, Stats(*ops.running.updated(Running(mean, var, count, momentum), batch))
+
+
+def _normalize(*tensors: Any, **options: Any) -> tuple[Tensor, ...]:
+    """Do as `normalize`, with all tensors and results in a row, in which subclasses of Tensor can read them."""
+    x, mean, var, count, weight, bias, residual, mask = tensors
+    y, stats = normalize(x, Stats(mean, var, count), weight, bias, residual=residual, mask=mask, **options)
+    return y, *stats
 
 
 def lengths_to_mask(lengths: Tensor, size: int | None = None) -> Tensor:

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from typing import NamedTuple, get_type_hints
 
 import torch
+from torch import Tensor
 
+from batchnorm.errors import InputError
 from batchnorm.kernels.records import Operands, Rule, Running
 
 __all__ = ["DTYPES", "FUSED", "CallLayout", "pack_backward", "pack_forward"]
@@ -61,10 +63,10 @@ class CallLayout(NamedTuple):
             length=length,
             chunks=rule.chunks,
             chunk=rule.chunk * rows_per_sample,
-            weight_dtype=0 if weight is None else DTYPES[weight.dtype],
-            bias_dtype=0 if bias is None else DTYPES[bias.dtype],
-            running_mean_dtype=0 if mean is None else DTYPES[mean.dtype],
-            running_var_dtype=0 if var is None else DTYPES[var.dtype],
+            weight_dtype=_dtype_code(weight),
+            bias_dtype=_dtype_code(bias),
+            running_mean_dtype=_dtype_code(mean),
+            running_var_dtype=_dtype_code(var),
             batch_statistics=rule.training,
             activation=FUSED[rule.activation],
             update_running=rule.training and running.update,
@@ -89,6 +91,15 @@ class CallLayout(NamedTuple):
     def pack(self) -> bytes:
         """Return the beginning of a record."""
         return _CONSTANTS.pack(*self)
+
+
+def _dtype_code(values: Tensor | None) -> int:
+    if values is None:
+        return 0
+    if values.dtype not in DTYPES:
+        known = ", ".join(str(dtype) for dtype in DTYPES)
+        raise InputError(f"weight, bias and running statistics must have one of the dtypes {known}; got {values.dtype}")
+    return DTYPES[values.dtype]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -141,11 +141,11 @@ def moments(x: Tensor, mask: Tensor | None = None) -> BatchMoments:
 def stacked(parts: Sequence[BatchMoments]) -> BatchMoments:
     """Return the moments (K, C) of several batches, and their counts (K,), for `pooled`."""
     mean, var = torch.stack([part.mean for part in parts]), torch.stack([part.var for part in parts])
-    # torch.full keeps a size open in a compiled graph, which torch.as_tensor would fix.
+    # new_full keeps a size open in a compiled graph, which as_tensor would fix, and gives a DTensor of one.
     counts = [
         part.count.to(mean.dtype)
         if isinstance(part.count, Tensor)
-        else torch.full((), part.count, dtype=mean.dtype, device=mean.device)
+        else part.mean.new_full((), part.count).to(mean.dtype)
         for part in parts
     ]
     return BatchMoments(mean, var, torch.stack(counts))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import functools
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm import ops, torch_internals
-from batchnorm.checks import Activation, check
+from batchnorm.checks import Activation, check, check_dense
+from batchnorm.errors import UnsupportedError
 from batchnorm.kernels.plan import Plan
 from batchnorm.kernels.records import Operands
 from batchnorm.nn import contexts, exporting
@@ -104,12 +106,18 @@ class Layer(Scriptable):
             and torch_internals.count_dispatch_modes() == 0
             and type(input) is Tensor  # its sizes are numbers
             and torch_internals.graph_task_id() == -1
+            and not input.is_nested  # then it has no shape
         ):
             plans = state.plans_in(context)
             for plan in plans.get(input.shape, ()) if plans is not None else ():
                 y = self._run_plan(plan, input, residual, context)
                 if y is not None:
                     return y
+        overriding = (input, residual, mask, *self.weight_and_bias())
+        if not compiling and ops.are_overridden(*overriding):
+            by_torch = functools.partial(self._by_torch, input, residual, mask)
+            return ops.call_overridden(batch_norm, overriding, (input, residual, mask, self), otherwise=by_torch)  # type: ignore[no-any-return]
+        check_dense(input)
         dim = 1 if self.channel_dim == 1 else dimension_of_channels(input, self.channel_dim)
         if input.shape[dim] != self.num_features:
             label = "" if compiling else label_of(self)  # a graph sees no frames
@@ -173,6 +181,16 @@ class Layer(Scriptable):
         dim = dimension_of_channels(operands.x, self.channel_dim)
         return exporting.in_torch_operators(operands, step.running, step.rule, dim)
 
+    def _by_torch(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Return y by torch's own forward, for a class of tensors that takes no function but torch's."""
+        options = replace(self.options(), nonfinite="skip")
+        if not (residual is None and mask is None and options == Options()) or self.trains() != self.training:
+            raise UnsupportedError(
+                f"{type(x).__name__} takes torch's batch norm and no other function, so the layer must have the "
+                f"default options, and neither residual nor mask; got {options}"
+            )
+        return TorchBatchNorm.forward(self, x)
+
     def extra_repr(self) -> str:
         """Return torch's settings, then those of ours that differ from their defaults."""
         settings = {field.name: (getattr(self, field.name), field.default) for field in fields(Options)}
@@ -185,6 +203,11 @@ class Layer(Scriptable):
 def call_forward(layer: Layer, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:  # noqa: A002
     """Return what our `forward` does, without what a subclass adds to it; graphs of torch.fx name this function."""
     return Layer.forward(layer, input, residual, mask)
+
+
+def batch_norm(x: Tensor, residual: Tensor | None, mask: Tensor | None, layer: Layer) -> Tensor:
+    """Return the output of a layer, as a function of its input that subclasses of Tensor see."""
+    return layer._forward(x, residual, mask)
 
 
 def layers_of(model: nn.Module) -> dict[str, Layer]:

@@ -136,6 +136,7 @@ def _global_moments(layer: State, batch: Batch) -> GlobalMoments | None:
     if group is None:
         return None
     sync.refuse_transforms()
+    sync.refuse_dtensor(batch.x)
     state = layer.step_state
     if torch.compiler.is_compiling():
         # A graph exchanges no names; nor does this rank later, outside of it, when the others would not answer.

@@ -33,7 +33,15 @@ from batchnorm.kernels.records import BatchMoments, Operands, Rule, Running
 from batchnorm.ops import Normalized, operators
 from batchnorm.processes import Group, all_gather_through_store, gather_in_graph, sum_in_graph
 
-__all__ = ["GlobalMoments", "SharedGroup", "check_same_layer", "global_moments", "normalize", "refuse_transforms"]
+__all__ = [
+    "GlobalMoments",
+    "SharedGroup",
+    "check_same_layer",
+    "global_moments",
+    "normalize",
+    "refuse_dtensor",
+    "refuse_transforms",
+]
 
 SAME_LAYERS = "with sync=True all ranks must run the same layers in the same order"
 _FIRST_BATCHES: Counter[str] = Counter()
@@ -77,6 +85,15 @@ def refuse_transforms() -> None:
     if torch_internals.is_transformed():
         raise UnsupportedError(
             "sync=True exchanges statistics with other processes, which torch.func's transforms cannot do"
+        )
+
+
+def refuse_dtensor(x: Tensor) -> None:
+    """Raise `UnsupportedError` for a DTensor, whose values are those of all processes of its mesh."""
+    if ops.is_sharded(x):
+        raise UnsupportedError(
+            "a DTensor has the statistics of its whole mesh without sync=True, which takes parts of a batch; got "
+            f"sync=True and a DTensor of shape {tuple(x.shape)}"
         )
 
 

@@ -10,6 +10,7 @@ the reference, which consists of differentiable operations.
 from batchnorm.ops import operators, running
 from batchnorm.ops.autograd import sign_of_activation
 from batchnorm.ops.chunks import corrected
+from batchnorm.ops.dispatch import is_sharded
 from batchnorm.ops.normalization import (
     Normalized,
     apply_activation,
@@ -19,12 +20,17 @@ from batchnorm.ops.normalization import (
     normalize,
     run_plan,
 )
+from batchnorm.ops.subclasses import are_overridden, without_subclass
+from batchnorm.ops.subclasses import call as call_overridden
 
 __all__ = [
     "Normalized",
     "apply_activation",
+    "are_overridden",
     "batch_norm",
+    "call_overridden",
     "corrected",
+    "is_sharded",
     "make_plan",
     "moments",
     "normalize",
@@ -32,4 +38,5 @@ __all__ = [
     "run_plan",
     "running",
     "sign_of_activation",
+    "without_subclass",
 ]

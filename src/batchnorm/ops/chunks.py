@@ -104,10 +104,15 @@ def pool(moments: Tensor, x: Tensor, mask: Tensor | None, rule: Rule) -> BatchMo
     if rule.chunks == 1:
         return BatchMoments(moments[0], moments[1], reference.count_of(x, mask))
     samples = x.shape[0]
-    counted = torch.ones_like(x[:, 0], dtype=torch.bool) if mask is None else mask.expand(samples, *x.shape[2:])
-    per_sample = counted.reshape(samples, -1).sum(1).to(moments.dtype)
-    chunk_of_sample = (torch.arange(samples, device=x.device) // rule.chunk).clamp(max=rule.chunks - 1)
-    counts = moments.new_zeros(rule.chunks).index_add_(0, chunk_of_sample, per_sample)
+    # Made of new_ones and cumsum, which give a DTensor where the moments are one, as arange does not.
+    ones = moments.new_ones(samples)
+    if mask is None:
+        per_sample = ones * x.shape[2:].numel()
+    else:
+        per_sample = mask.expand(samples, *x.shape[2:]).reshape(samples, -1).sum(1).to(moments.dtype)
+    chunk_of_sample = ((ones.cumsum(0) - 1).long() // rule.chunk).clamp(max=rule.chunks - 1)
+    chunk = moments.new_ones(rule.chunks).cumsum(0).long() - 1
+    counts = torch.where(chunk.unsqueeze(1) == chunk_of_sample, per_sample, 0.0).sum(1)
     return reference.pooled(BatchMoments(moments[0], moments[1], counts))
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from batchnorm import torch_internals
 from batchnorm.kernels import native
@@ -13,6 +16,7 @@ from batchnorm.kernels.records import Operands, Rule, Running
 __all__ = [
     "is_direct",
     "is_native",
+    "is_sharded",
     "is_unwatched",
     "must_differentiate",
     "no_modes",
@@ -23,6 +27,16 @@ __all__ = [
 def is_native(x: Tensor, like_x: Tensor | None = None) -> bool:
     """Return whether the native kernels take x, and ``like_x`` (a residual or an output) beside it."""
     return native.supports(x) and (like_x is None or like_x.dtype == x.dtype) and cpu_kernel() == "native"
+
+
+def is_sharded(*tensors: Tensor | None) -> bool:
+    """Return whether one of the tensors is a DTensor."""
+    return any(_is_dtensor(values) for values in tensors if type(values) not in (Tensor, Parameter))
+
+
+def _is_dtensor(values: Tensor | None) -> bool:
+    distributed = sys.modules.get("torch.distributed.tensor")  # importing it takes half a second
+    return distributed is not None and isinstance(values, distributed.DTensor)
 
 
 def no_modes() -> bool:

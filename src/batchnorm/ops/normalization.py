@@ -13,10 +13,11 @@ from batchnorm.kernels.call import FUSED
 from batchnorm.kernels.native import Statistics
 from batchnorm.kernels.plan import Plan, can_plan
 from batchnorm.kernels.records import BatchMoments, Operands, Rule, Running
-from batchnorm.ops import chunks, operators
+from batchnorm.ops import chunks, operators, sharding
 from batchnorm.ops.autograd import backward_directly, differentiable, differentiable_by_operators
 from batchnorm.ops.dispatch import is_direct, is_native, is_unwatched, records_gradients
 from batchnorm.ops.running import update_
+from batchnorm.ops.subclasses import without_subclass
 
 __all__ = ["Normalized", "apply_activation", "batch_norm", "make_plan", "moments", "normalize", "run_plan"]
 
@@ -48,7 +49,13 @@ def normalize(operands: Operands, running: Running, rule: Rule, *, moments: bool
     activation = rule.activation
     if activation not in FUSED:
         rule = rule._replace(activation=None)
-    if not is_direct(operands, running, rule):
+    direct = is_direct(operands, running, rule)
+    if not direct:
+        sharding.admit(*operands)
+        operands = Operands._make(map(without_subclass, operands))
+        running = Running._make(map(without_subclass, running))
+        direct = is_direct(operands, running, rule)
+    if not direct:
         y, batch, correction = _by_operators(operands, running, rule)
     else:
         if not native.is_ready(operands.x):
@@ -152,6 +159,8 @@ def run_plan(plan: Plan, operands: Operands, statistics: Statistics) -> Tensor |
 @torch.no_grad()
 def moments(x: Tensor, mask: Tensor | None = None) -> BatchMoments:
     """Return mean and biased variance (C,) of x (N, C, *), and the count of values, without a gradient."""
+    sharding.admit(x)
+    x, mask = without_subclass(x), without_subclass(mask)
     if torch_internals.may_be_transformed():
         return reference.moments(x, mask)
     rule = Rule(1.0, None, training=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,12 +14,16 @@ from batchnorm.kernels import native
 from batchnorm.kernels.records import BatchMoments, Gradients, Operands, Rule, Running
 from batchnorm.kernels.reference import statistics_dtype
 from batchnorm.ops import chunks
-from batchnorm.ops.dispatch import is_native
+from batchnorm.ops.dispatch import is_native, is_sharded
+from batchnorm.ops.subclasses import without_subclass
 
-__all__ = ["backward", "forward", "moments"]
+__all__ = ["NAMES", "backward", "forward", "moments"]
 
 Record = TypeVar("Record", Operands, Rule)
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
+
+NAMES: dict[str, tuple[list[str], list[str]]] = {}
+"""The names of the arguments and of the results of each operator."""
 
 _LIBRARY = torch.library.Library("batchnorm", "DEF")  # type: ignore[no-untyped-call]
 
@@ -34,6 +39,7 @@ class _Operator:
         declared = [argument.split()[1].split("=") for argument in arguments.split(", ")]
         self._names = [name for name, *_ in declared]
         self._defaults = {name: None if value == "None" else int(value) for name, *rest in declared for value in rest}
+        NAMES[name] = self._names, re.findall(r"Tensor (\w+)", results) or [name]
         schema = f"{name}({arguments}) -> {results}"
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
@@ -46,7 +52,8 @@ class _Operator:
 
     def _by_name(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def flat(*arguments: Any, **given: Any) -> Any:
-            return function(self._defaults | dict(zip(self._names, arguments, strict=False)) | given)
+            named = self._defaults | dict(zip(self._names, arguments, strict=False)) | given
+            return function({name: without_subclass(value) for name, value in named.items()})
 
         return flat
 
@@ -94,9 +101,10 @@ def backward(
     dy: Tensor, operands: Operands, moments: Tensor, rule: Rule, *, y: Tensor | None = None, wanted: Sequence[bool]
 ) -> Gradients:
     """Call ``batchnorm::backward`` for the gradients that are ``wanted``."""
-    asked = list(wanted[:4])
+    # torch keeps what it has found for DTensors without regard to `wanted`.
+    asked = [True] * 4 if is_sharded(dy, operands.x) else list(wanted[:4])
     found = _BACKWARD(operands, rule, dy=dy, moments=moments, y=y, wanted=asked)
-    return Gradients(*[gradient if wants else None for gradient, wants in zip(found, asked, strict=True)])
+    return Gradients(*[gradient if wants else None for gradient, wants in zip(found, wanted, strict=False)])
 
 
 def moments(x: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:

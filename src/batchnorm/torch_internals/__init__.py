@@ -14,6 +14,7 @@ from __future__ import annotations
 from batchnorm.torch_internals.autograd import fast_apply, graph_task_id, has_saved_tensors_hooks
 from batchnorm.torch_internals.dispatch import (
     compiled_module,
+    constant_while_compiling,
     count_dispatch_modes,
     dispatch_mode_class,
     jit_tracing_state,
@@ -24,7 +25,13 @@ from batchnorm.torch_internals.dispatch import (
 from batchnorm.torch_internals.distributed import collectives, collectives_while_compiling, default_store
 from batchnorm.torch_internals.layers import TorchBatchNorm, TorchLazyNorm
 from batchnorm.torch_internals.lookup import PATHS
-from batchnorm.torch_internals.tensors import has_storage, is_functional, is_zero_tensor, tensor_guards
+from batchnorm.torch_internals.tensors import (
+    has_storage,
+    is_functional,
+    is_zero_tensor,
+    tensor_guards,
+    without_torch_functions,
+)
 from batchnorm.torch_internals.transforms import (
     forward_mode_is_active,
     interpreter_stack,
@@ -43,6 +50,7 @@ __all__ = [
     "collectives",
     "collectives_while_compiling",
     "compiled_module",
+    "constant_while_compiling",
     "count_dispatch_modes",
     "default_store",
     "dispatch_mode_class",
@@ -65,4 +73,5 @@ __all__ = [
     "vmap_is_active",
     "without_compile_wrappers",
     "without_modes",
+    "without_torch_functions",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from batchnorm.torch_internals.lookup import accessor
 
 __all__ = [
     "compiled_module",
+    "constant_while_compiling",
     "count_dispatch_modes",
     "dispatch_mode_class",
     "jit_tracing_state",
@@ -21,6 +22,8 @@ __all__ = [
     "without_compile_wrappers",
     "without_modes",
 ]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @accessor(
@@ -98,6 +101,16 @@ def compiled_module(module: nn.Module) -> nn.Module | None:
     """Return the module that ``torch.compile(module)`` wraps, or None."""
     inner = getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else None
+
+
+def constant_while_compiling(function: _F) -> _F:
+    """Let torch.compile call the function, which returns a constant, instead of tracing it.
+
+    ``torch.compiler.assume_constant_result`` does this, and imports the compiler. A torch that does not know the mark
+    traces the function.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def without_compile_wrappers(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from batchnorm.torch_internals.lookup import accessor
 from batchnorm.torch_internals.transforms import inside_vmap
 
-__all__ = ["has_storage", "is_functional", "is_zero_tensor", "tensor_guards"]
+__all__ = ["has_storage", "is_functional", "is_zero_tensor", "tensor_guards", "without_torch_functions"]
 
 
 @accessor(
@@ -58,3 +59,19 @@ def _compares(guards: Any) -> bool:
 def tensor_guards() -> Any:
     """Return torch.compile's class that compares tensors with earlier ones in all but their values, or None."""
     return None
+
+
+def _hides_subclasses(without: Callable[[], Any]) -> bool:
+    class Subclass(Tensor):
+        pass
+
+    x = torch.zeros(1).as_subclass(Subclass)
+    with without():
+        inside = type(x + 1)
+    return inside is Tensor and type(x + 1) is Subclass
+
+
+@accessor("torch._C.DisableTorchFunctionSubclass", probe=_hides_subclasses)
+def without_torch_functions() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which no subclass sees the functions called with it; where there is none they see them."""
+    return contextlib.nullcontext()
