@@ -15,7 +15,7 @@ from batchnorm import torch_internals
 ROOT = Path(batchnorm.__file__).parent
 
 CORE = ["errors", "extras", "checks", "text", "reports", "version", "torch_internals", "processes", "kernels", "ops"]
-CORE += ["functional", "nn", "statistics", "diagnostics"]
+CORE += ["functional", "nn", "statistics", "surgery", "diagnostics"]
 LAB = ["json_records", "files", "machine", "console", "data", "training"]
 BRANCHES = [["estimators"], ["comparison", "claims", "report"], ["teaching"], ["serving"], ["bench"]]
 ENDS = ["notebook", "cli", "__main__"]

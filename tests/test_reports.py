@@ -48,6 +48,7 @@ REPORTS = {
     "Recalibration": lambda: bn.recalibrate(*layer_and_batches()),
     "Adaptation": lambda: bn.adapt(*layer_and_batches()),
     "Shift": lambda: bn.detect_shift(*layer_and_batches()),
+    "Surgery": lambda: bn.to_torch(layer_and_batches()[0])[1],
     "Kernels": bn.kernels,
     "Diagnosis": bn.doctor,
     "Comparison": lambda: Comparison.of(read_run(ROOT / "docs/results/digits-study")),

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from batchnorm.statistics.adapt import Adaptation, adapt
     from batchnorm.statistics.recalibrate import Recalibration, recalibrate
     from batchnorm.statistics.snapshot import Snapshot, restore, snapshot
+    from batchnorm.surgery import Surgery, to_torch
 
 __all__ = [
     "Adaptation",
@@ -90,6 +91,7 @@ __all__ = [
     "Shift",
     "Snapshot",
     "Stats",
+    "Surgery",
     "UnsupportedError",
     "__version__",
     "accumulate",
@@ -109,6 +111,7 @@ __all__ = [
     "recalibrate",
     "restore",
     "snapshot",
+    "to_torch",
     "tune_allocator",
     "unfreeze",
     "use_domain",
@@ -120,6 +123,7 @@ _CORE = [
     "batchnorm.kernels.chosen",
     "batchnorm.nn",
     "batchnorm.statistics",
+    "batchnorm.surgery",
     "batchnorm.diagnostics.explain",
     "batchnorm.diagnostics.doctor",
 ]

@@ -13,7 +13,7 @@ from batchnorm.diagnostics.explanation import Calculation, Explanation
 from batchnorm.errors import InputError, InputTypeError, UnsupportedError
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import reference
-from batchnorm.nn.running import keeps_unbiased_variance
+from batchnorm.nn.running import epsilon_of, keeps_unbiased_variance
 from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["Calculation", "Explanation", "explain"]
@@ -130,6 +130,7 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
     eval_output = copied.eval().forward(x)
     train_output = copied.train().forward(x)
 
+    eps = epsilon_of(layer)
     var = reference.moments(x).var.to(reference.widened(x).dtype)
     mean, unbiased_var = torch.zeros_like(var), torch.ones_like(var)
     # with a momentum of 1 these become the mean and unbiased variance of the batch
@@ -138,8 +139,8 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
         mean=mean,
         var=var,
         sd=var.sqrt(),
-        z_hat=batch_norm(x, None, None, training=True, eps=layer.eps),
-        y=batch_norm(x, None, None, weight, bias, training=True, eps=layer.eps),
+        z_hat=batch_norm(x, None, None, training=True, eps=eps),
+        y=batch_norm(x, None, None, weight, bias, training=True, eps=eps),
         output=train_output,
     )
     inference = None
@@ -148,8 +149,8 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
             mean=running_mean,
             var=running_var,
             sd=running_var.sqrt(),
-            z_hat=batch_norm(x, running_mean, running_var, eps=layer.eps),
-            y=batch_norm(x, running_mean, running_var, weight, bias, eps=layer.eps),
+            z_hat=batch_norm(x, running_mean, running_var, eps=eps),
+            y=batch_norm(x, running_mean, running_var, weight, bias, eps=eps),
             output=eval_output,
         )
     count = x.numel() // x.shape[1]
@@ -158,7 +159,7 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
         z=x,
         count=count,
         bound=math.sqrt(count - 1),
-        eps=layer.eps,
+        eps=eps,
         gamma=weight,
         beta=bias,
         activation=getattr(layer, "activation", None),

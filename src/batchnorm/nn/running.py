@@ -29,6 +29,7 @@ __all__ = [
     "active_set",
     "channels_second",
     "context_of",
+    "epsilon_of",
     "is_frozen",
     "keeps_unbiased_variance",
     "running_layers",
@@ -60,6 +61,12 @@ class RunningBuffers(TorchBatchNorm):
     def active_domain(self) -> str | None:
         """The domain whose running statistics a forward in this thread or task would use."""
         return contexts.in_force(self.step_state.key, torch.compiler.is_compiling()).domain
+
+    def epsilon(self) -> float:
+        """Return eps. Asked for as an attribute, it stops tools that would compute torch's formula with it."""
+        if "eps" in self.__dict__:
+            return self.__dict__["eps"]  # type: ignore[no-any-return]
+        return self.eps  # a subclass computes it
 
     @property
     def domain_names(self) -> list[str]:
@@ -108,6 +115,10 @@ class RunningBuffers(TorchBatchNorm):
             assert values is not None
             self.register_buffer(_named(kind, domain), values.clone())
         self.register_buffer(_named(SAMPLES, domain), torch.zeros_like(self.get_buffer(SAMPLES)), persistent=False)
+
+    def buffers_torch_lacks(self) -> list[str]:
+        """Return the names of the buffers that torch's layers do not have: counts, and the statistics of domains."""
+        return [name for name in self._buffers if name.startswith((*COUNTS, *(f"{kind}_" for kind in STATISTICS)))]
 
     def count_samples(self, samples: int) -> None:
         """Count the samples that update the running statistics: this process's weight in `pool_running_stats`."""
@@ -214,6 +225,11 @@ def is_frozen(layer: TorchBatchNorm, model: nn.Module) -> bool:
     A layer of torch's that is in eval mode counts as frozen where the model around it is in training mode.
     """
     return layer.frozen_statistics if isinstance(layer, RunningBuffers) else model.training and not layer.training
+
+
+def epsilon_of(layer: TorchBatchNorm) -> float:
+    """Return eps of a layer, ours or torch's."""
+    return layer.epsilon() if isinstance(layer, RunningBuffers) else layer.eps
 
 
 def keeps_unbiased_variance(layer: TorchBatchNorm) -> bool:

@@ -1,33 +1,31 @@
 """Layers in TorchScript: the branch of `forward` that ``torch.jit.script`` compiles, in torch's own operators."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.errors import InputError, UnsupportedError
 from batchnorm.nn.exporting import STOCK, refusal, refuse_options
-from batchnorm.nn.running import COUNTS, STATISTICS
-from batchnorm.nn.state import State
+from batchnorm.nn.reading import Readable
 
 __all__ = ["Scriptable"]
 
 
-class Scriptable(State):
+class Scriptable(Readable):
     """A layer that TorchScript compiles where it stands; the model that is scripted keeps its layers."""
 
     # TorchScript reads the annotations of the first class that has any, as types: hence no postponed annotations here.
     script_refusal: str
     script_widens: bool
 
-    __jit_unused_properties__ = ("active_domain", "domain_names", "__jit_ignored_attributes__")
+    __jit_unused_properties__ = ("active_domain", "domain_names", "eps", "__jit_ignored_attributes__")
 
     @property
     def __jit_ignored_attributes__(self) -> list[str]:
-        """The buffers that a script does not get, since it would save them: counts, and statistics of domains."""
-        ours = (*COUNTS, *(f"{kind}_" for kind in STATISTICS))
-        return [name for name in self._buffers if name.startswith(ours)]
+        """The buffers that a script does not get, since it would save them."""
+        return self.buffers_torch_lacks()
 
-    def __prepare_scriptable__(self) -> State:
+    def __prepare_scriptable__(self) -> nn.Module:
         """Check that TorchScript can compile the layer, and set the two attributes that it alone reads.
 
         Raises

@@ -9,9 +9,9 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from batchnorm.errors import InputError, warn
+from batchnorm.errors import InputError, UnsupportedError, warn
 
-__all__ = ["label_of", "refuse_single_value", "warn_of_one_sample"]
+__all__ = ["label_of", "refuse_samples_apart", "refuse_single_value", "warn_of_one_sample"]
 
 
 def refuse_single_value(layer: nn.Module, shape: Sequence[int]) -> NoReturn:
@@ -26,6 +26,15 @@ def refuse_single_value(layer: nn.Module, shape: Sequence[int]) -> NoReturn:
     raise InputError(
         f"{label}batch statistics need more than 1 value per channel; got input of shape {tuple(shape)}. "
         f"Ways out: {'; '.join(ways)}"
+    )
+
+
+def refuse_samples_apart(layer: nn.Module, shape: Sequence[int]) -> NoReturn:
+    """Raise the error of a vmap over the samples, as for gradients per sample: alone, each would get another y."""
+    raise UnsupportedError(
+        f"{label_of(layer)}batch normalization in training mixes the samples of a batch, so that no gradient belongs "
+        f"to one sample; got one sample under vmap, of shape {tuple(shape)}. Ways out: batchnorm.freeze(model), or "
+        "another normalization (for Opacus, ModuleValidator.fix(batchnorm.to_torch(model)[0]))"
     )
 
 

@@ -13,7 +13,7 @@ from batchnorm.nn import accumulated, sync
 from batchnorm.nn.accumulated import Pool
 from batchnorm.nn.contexts import LayerContext
 from batchnorm.nn.layout import Batch
-from batchnorm.nn.small_batch import label_of, refuse_single_value, warn_of_one_sample
+from batchnorm.nn.small_batch import label_of, refuse_samples_apart, refuse_single_value, warn_of_one_sample
 from batchnorm.nn.state import State
 from batchnorm.nn.step_state import StepState
 from batchnorm.nn.sync import GlobalMoments
@@ -65,7 +65,7 @@ def decide(layer: State, batch: Batch, context: LayerContext) -> Step:
     DistributedError
         With ``sync``, at the layer's first batch: the ranks are not at the same layer.
     UnsupportedError
-        With ``sync``, under a transform of torch.func.
+        With ``sync``, under a transform of torch.func; or under vmap on one sample.
     """
     x, state = batch.x, layer.step_state
     compiling = torch.compiler.is_compiling()
@@ -80,6 +80,8 @@ def decide(layer: State, batch: Batch, context: LayerContext) -> Step:
             refuse_single_value(layer, batch.shape)
         trains = uses_batch_statistics = False
         everywhere = None
+    if trains and batch.samples == 1 and not compiling and torch_internals.vmap_is_active():
+        refuse_samples_apart(layer, batch.shape)
     if trains and not compiling and batch.samples == 1 and everywhere is None and not state.warned_of_one_sample:
         state.warned_of_one_sample = True
         warn_of_one_sample(layer, batch.shape)
@@ -88,7 +90,7 @@ def decide(layer: State, batch: Batch, context: LayerContext) -> Step:
     counts = trains and layer.track_running_stats and not recomputing and not context.updates_paused
     pool = context.pool if counts else None
     running = layer.running_in(context, update=counts and pool is None)
-    rule = Rule(layer.eps, layer.activation, uses_batch_statistics)
+    rule = Rule(layer.epsilon(), layer.activation, uses_batch_statistics)
     if not trains:
         return Step(running, rule, can_plan=True)
     if layer.virtual_batch_size is not None:
@@ -110,7 +112,7 @@ def decide_in_torch(layer: State, context: LayerContext) -> Step:
     """Decide the same for a forward that is made of torch's own operators, which check sizes themselves."""
     trains = layer.trains()
     running = layer.running_in(context, update=trains and layer.track_running_stats and not context.updates_paused)
-    return Step(running, Rule(layer.eps, layer.activation, trains or running.mean is None))
+    return Step(running, Rule(layer.epsilon(), layer.activation, trains or running.mean is None))
 
 
 def normalize(operands: Operands, step: Step, state: StepState) -> Tensor:
@@ -142,7 +144,7 @@ def _global_moments(layer: State, batch: Batch) -> GlobalMoments | None:
         # A graph exchanges no names; nor does this rank later, outside of it, when the others would not answer.
         state.ranks_agreed = True
     elif not state.ranks_agreed:
-        label = f"{label_of(layer)}{layer.num_features} channels of {batch.x.dtype}, eps={layer.eps}"
+        label = f"{label_of(layer)}{layer.num_features} channels of {batch.x.dtype}, eps={layer.epsilon()}"
         sync.check_same_layer(label, group, layer.process_group)
         state.ranks_agreed = True
     return sync.global_moments(batch.x, batch.mask, group)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchnorm import ops
 from batchnorm.errors import InputError
-from batchnorm.nn.running import active_set
+from batchnorm.nn.running import active_set, epsilon_of
 from batchnorm.statistics.batches import BatchReader
 from batchnorm.statistics.forwards import restored, uncompiled, with_input_hook
 from batchnorm.statistics.interrupts import allow_interrupts, defer_interrupts
@@ -181,4 +181,5 @@ def standardization(layer: TorchBatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     """Return the running mean, sqrt(var + eps), and the running variance in units of its square, (C,) float64."""
     running = active_set(layer)
     mean, var = (values.detach().cpu().double() for values in (running.mean, running.var))
-    return mean, (var + layer.eps).sqrt(), var / (var + layer.eps)
+    eps = epsilon_of(layer)
+    return mean, (var + eps).sqrt(), var / (var + eps)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from batchnorm.nn.running import active_set
+from batchnorm.nn.running import active_set, epsilon_of
 from batchnorm.reports import Table
 from batchnorm.statistics.distance import symmetrized_kl
 from batchnorm.statistics.layers import Layers, Statistics, variance_to_keep
@@ -45,9 +45,10 @@ def changes(
     def change(path: str, moments: Moments) -> LayerChange:
         layer = layers[path]
         running, kept = active_set(layer), variance_to_keep(layer, moments)
+        eps = epsilon_of(layer)
 
         def drift(mean: Tensor, var: Tensor) -> float:
-            return float(symmetrized_kl(mean.double(), var.double() + layer.eps, moments.mean, kept + layer.eps).mean())
+            return float(symmetrized_kl(mean.double(), var.double() + eps, moments.mean, kept + eps).mean())
 
         return LayerChange(path, int(moments.count), drift(*before[path]), drift(running.mean, running.var))
 

@@ -18,7 +18,7 @@ from batchnorm import ops
 from batchnorm.errors import DistributedError, InputError, UnsupportedError
 from batchnorm.kernels import reference
 from batchnorm.kernels.records import BatchMoments
-from batchnorm.nn.running import active_set
+from batchnorm.nn.running import active_set, epsilon_of
 from batchnorm.processes import all_gather_objects
 from batchnorm.statistics.changes import layer_name
 from batchnorm.statistics.layers import Layers, Statistics
@@ -160,7 +160,7 @@ class LoaderPass:
         if tolerance is None or not self.errors:
             return False
         return all(
-            errors.within(tolerance, self.measured[path].pooled(), self.layers[path].eps)
+            errors.within(tolerance, self.measured[path].pooled(), epsilon_of(self.layers[path]))
             for path, errors in self.errors.items()
         )
 

@@ -23,7 +23,7 @@ from batchnorm.torch_internals.dispatch import (
     without_modes,
 )
 from batchnorm.torch_internals.distributed import collectives, collectives_while_compiling, default_store
-from batchnorm.torch_internals.layers import TorchBatchNorm, TorchLazyNorm
+from batchnorm.torch_internals.layers import TorchBatchNorm, TorchLazyNorm, move_hooks_of_the_output
 from batchnorm.torch_internals.lookup import PATHS
 from batchnorm.torch_internals.tensors import (
     has_storage,
@@ -67,6 +67,7 @@ __all__ = [
     "is_zero_tensor",
     "jit_tracing_state",
     "may_be_transformed",
+    "move_hooks_of_the_output",
     "tensor_guards",
     "traces_pre_dispatch",
     "transforms_are_active",

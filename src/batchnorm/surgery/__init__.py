@@ -1,0 +1,6 @@
+"""Surgery: layers of a model replaced by others, with a report of what was done."""
+
+from batchnorm.surgery.report import Replacement, Surgery
+from batchnorm.surgery.torch_layers import to_torch
+
+__all__ = ["Replacement", "Surgery", "to_torch"]
