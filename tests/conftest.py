@@ -75,6 +75,14 @@ def set_threads():
 
 
 @pytest.fixture
+def filled_empties():
+    """Let new memory hold NaN, or the greatest integer, so that values that are never written show."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def native_kernels():
     """Make sure that CPU tensors use the native kernels."""
     assert cpu_kernel() == "native"

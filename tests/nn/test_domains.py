@@ -253,10 +253,56 @@ def test_a_domain_added_later_copies_the_layers_statistics_and_leaves_those_ther
     assert not equal(statistics(layer, "drawn"), statistics(layer))
 
 
-def test_resetting_resets_the_domains_too_and_the_repr_names_them():
+def test_resetting_outside_of_domains_leaves_them_and_the_repr_names_them():
     layer = bn.add_domains(bn.BatchNorm1d(3), NAMES)
+    layer(batch(2.0))
     with bn.use_domain(layer, "real"):
         layer(batch(2.0))
+    of_real = statistics(layer, "real")
     layer.reset_running_stats()
-    assert equal(statistics(layer, "real"), [torch.zeros(3), torch.ones(3), torch.tensor(0)])
+    assert equal(statistics(layer), [torch.zeros(3), torch.ones(3), torch.tensor(0)])
+    assert equal(statistics(layer, "real"), of_real)
     assert "domains=['real', 'drawn']" in repr(layer)
+
+
+def test_resetting_within_a_domain_resets_its_statistics_and_no_others():
+    model = trained()
+    before = [statistics(model[1], name) for name in (None, "drawn")]
+    with bn.use_domain(model, "real"):
+        model[1].reset_running_stats()
+    assert equal(statistics(model[1], "real"), [torch.zeros(3), torch.ones(3), torch.tensor(0)])
+    for name, others in zip((None, "drawn"), before, strict=True):
+        assert equal(statistics(model[1], name), others)
+
+
+def test_update_bn_within_a_domain_measures_it_and_leaves_the_others():
+    model, rows = trained(), torch.randn(40, 4)
+    layer, before = model[1], [statistics(model[1], name) for name in (None, "drawn")]
+    with bn.use_domain(model, "real"):
+        torch.optim.swa_utils.update_bn(rows.split(10), model)
+    inputs = model[0](rows).detach()
+    # Means of float32 values below 8: a few roundings of 6e-8 times 8.
+    torch.testing.assert_close(layer.running_mean_real, inputs.mean(0), rtol=0, atol=2e-6)
+    assert int(layer.num_batches_tracked_real) == 4
+    for name, others in zip((None, "drawn"), before, strict=True):
+        assert equal(statistics(layer, name), others)
+
+
+@pytest.mark.parametrize("set_buffer", [setattr, bn.BatchNorm1d.register_buffer], ids=["setattr", "register_buffer"])
+def test_statistics_set_within_a_domain_are_the_domains(set_buffer):
+    layer = bn.add_domains(bn.BatchNorm1d(3), NAMES)
+    of_all, of_drawn = statistics(layer), statistics(layer, "drawn")
+    with bn.use_domain(layer, "real"):
+        set_buffer(layer, "running_mean", torch.full((3,), 7.0))
+    assert layer.running_mean_real.tolist() == [7.0] * 3
+    assert equal(statistics(layer), of_all)
+    assert equal(statistics(layer, "drawn"), of_drawn)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_loaded_within_a_domain_fills_every_set(assign):
+    source, model = trained(), network()
+    with bn.use_domain(model, "real"):
+        model.load_state_dict(copy.deepcopy(source.state_dict()), assign=assign)
+    for name in (None, *NAMES):
+        assert equal(statistics(model[1], name), statistics(source[1], name))

@@ -16,14 +16,6 @@ from support import assert_same_state, saved_and_loaded
 SHAPES = {bn.BatchNorm1d: (6, 3, 4), bn.BatchNorm2d: (6, 3, 4, 2), bn.BatchNorm3d: (6, 3, 2, 4, 2)}
 
 
-@pytest.fixture
-def filled_empties():
-    """Let new memory hold NaN, or the greatest integer, so that values that are never written show."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def trained(layer, shape=(8, 3, 4, 2)):
     generator = torch.Generator().manual_seed(2)
     for _ in range(3):

@@ -11,6 +11,7 @@ from batchnorm.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNor
 from batchnorm.nn.layer import Layer
 from batchnorm.nn.layout import dimension_of_channels
 from batchnorm.nn.options import Options, checked_numbers, checked_options
+from batchnorm.nn.running import filling
 from batchnorm.torch_internals import TorchLazyNorm
 
 __all__ = ["LazyBatchNorm", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
@@ -44,7 +45,8 @@ class _Lazy(TorchLazyNorm, Layer):
         """Infer the number of channels from the first batch, or from the state loaded before it."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         dim = dimension_of_channels(input, self.channel_dim)
-        super().initialize_parameters(input.movedim(dim, 1))
+        with filling():  # statistics that were frozen before have no values yet
+            super().initialize_parameters(input.movedim(dim, 1))
         known = next((values for values in (self.weight, self.running_mean) if values is not None), None)
         self.num_features = input.shape[dim] if known is None else known.shape[0]
 

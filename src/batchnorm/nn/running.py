@@ -7,12 +7,16 @@ suffix, as in ``running_mean_real``. Only the skipped batches are counted per la
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from batchnorm import torch_internals
+from batchnorm.errors import warn
 from batchnorm.kernels.records import Running
 from batchnorm.nn import contexts, stock
 from batchnorm.nn.contexts import LayerContext
@@ -30,6 +34,8 @@ __all__ = [
     "channels_second",
     "context_of",
     "epsilon_of",
+    "filling",
+    "is_filling",
     "is_frozen",
     "keeps_unbiased_variance",
     "running_layers",
@@ -41,7 +47,27 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 SKIPPED, SAMPLES = "skipped_batches", "samples_seen"
 COUNTS = (SKIPPED, SAMPLES)
-"""Counts that no state dict has: batches left out, and samples, which are counted where there are several processes."""
+"""Counts that no state dict has: batches left out, and samples, which are counted where there are several processes.
+
+No checkpoint fills them. So on the meta device they are None, and the layer begins them at 0 where it first needs them.
+"""
+
+_FILLING = ContextVar("filling", default=False)
+
+
+@contextmanager
+def filling() -> Iterator[None]:
+    """Let buffers be set by their names: frozen ones too, and the layer's own even where a domain is active."""
+    token = _FILLING.set(True)
+    try:
+        yield
+    finally:
+        _FILLING.reset(token)
+
+
+def is_filling() -> bool:
+    """Return whether `filling` is active in this thread."""
+    return _FILLING.get()
 
 
 def _named(kind: str, domain: str | None) -> str:
@@ -52,7 +78,7 @@ class RunningBuffers(TorchBatchNorm):
     """The running statistics of a layer of ours: one set per domain, and one that is used outside of all domains."""
 
     channel_dim: int
-    frozen_statistics: bool
+    frozen_statistics: bool = False  # torch's constructor asks before ours has set it
     nonfinite: Nonfinite
     step_state: StepState
     unbiased: bool
@@ -95,18 +121,58 @@ class RunningBuffers(TorchBatchNorm):
     def running_in(self, context: LayerContext, *, update: bool) -> Running:
         """Return the running statistics that a context uses as a record, with how a batch updates them."""
         mean, var, batches = self.statistics_in(context)
-        return Running(mean, var, batches, self.momentum, self._buffers[SKIPPED], self.unbiased, update)
+        skipped = self._buffers[SKIPPED]
+        if skipped is None and update and self.counts_skipped():
+            skipped = self._new_count()  # the batch must be skipped even where the count cannot be kept
+        return Running(mean, var, batches, self.momentum, skipped, self.unbiased, update)
 
-    def register_counts(self, device: torch.device | str | None) -> None:
+    def counts_skipped(self) -> bool:
+        """Return whether batches that are not finite are skipped, and counted."""
+        return self.nonfinite == "skip" and self._buffers["running_mean"] is not None
+
+    def register_counts(self) -> None:
         """Register the counts that no state dict has."""
-        self.register_buffer(SKIPPED, self.new_skipped_batches(device), persistent=False)
-        samples = torch.zeros((), dtype=torch.int64, device=device) if self.track_running_stats else None
-        self.register_buffer(SAMPLES, samples, persistent=False)
+        for name in COUNTS:
+            self.register_buffer(name, None, persistent=False)
+        self._begin_counts()
 
-    def new_skipped_batches(self, device: torch.device | str | None) -> Tensor | None:
-        """Return a count of 0 skipped batches; None where batches are not skipped."""
-        skips = self.track_running_stats and self.nonfinite == "skip"
-        return torch.zeros((), dtype=torch.int64, device=device) if skips else None
+    def begin_counts(self) -> None:
+        """Begin at 0 each count that is None, unless the running statistics are on the meta device.
+
+        Within a mode, a transform or an export nothing is begun: the tensor would be one of theirs, and outlive them.
+        """
+        if torch.compiler.is_compiling():
+            if not torch.compiler.is_exporting():
+                self._begin_counts()
+        elif torch_internals.count_dispatch_modes() == 0 and not torch_internals.is_transformed():
+            with torch.inference_mode(False):  # training could not update tensors that were made in it
+                self._begin_counts()
+
+    def _begin_counts(self) -> None:
+        buffers = self._buffers
+        if buffers["running_mean"] is None:
+            return
+        wanted = [_named(SAMPLES, domain) for domain in (None, *self.domain_names)]
+        if self.counts_skipped():
+            wanted.append(SKIPPED)
+        for name in wanted:
+            if buffers.get(name) is None:
+                count = self._new_count()
+                if not count.is_meta:
+                    buffers[name] = count
+
+    def _new_count(self) -> Tensor:
+        """Return a 0 that is stored as the running statistics are."""
+        like = self._buffers["num_batches_tracked"]
+        like = self._buffers["running_mean"] if like is None else like
+        assert like is not None
+        return like.new_zeros((), dtype=torch.int64)
+
+    def drop_counts(self) -> None:
+        """Set the counts on the meta device to None: nothing but the layer gives them a value."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_meta and name.startswith(COUNTS):
+                self._buffers[name] = None
 
     def register_domain(self, domain: str) -> None:
         """Give a domain running statistics of its own, which begin as a copy of the layer's."""
@@ -114,7 +180,8 @@ class RunningBuffers(TorchBatchNorm):
             values = self._buffers[kind]  # the attribute may be another domain's
             assert values is not None
             self.register_buffer(_named(kind, domain), values.clone())
-        self.register_buffer(_named(SAMPLES, domain), torch.zeros_like(self.get_buffer(SAMPLES)), persistent=False)
+        self.register_buffer(_named(SAMPLES, domain), None, persistent=False)
+        self.begin_counts()
 
     def buffers_torch_lacks(self) -> list[str]:
         """Return the names of the buffers that torch's layers do not have: counts, and the statistics of domains."""
@@ -126,12 +193,52 @@ class RunningBuffers(TorchBatchNorm):
         if seen is not None and not torch_internals.is_transformed():
             seen.add_(samples)
 
+    # Changes that come from outside of the layer. They reach one set of running statistics, and none that is frozen.
+
     def reset_running_stats(self) -> None:
-        """Set the running statistics, those of every domain too, and the counts to their initial values."""
-        super().reset_running_stats()
-        for name, buffer in self._buffers.items():
-            if buffer is not None and name.startswith((*(f"{kind}_" for kind in STATISTICS), *COUNTS)):
-                buffer.fill_(1 if name.startswith("running_var_") else 0)
+        """Set the running statistics of the active domain, or else the layer's own, to their initial values.
+
+        Frozen ones stay as they are, with a warning.
+        """
+        if "step_state" not in self.__dict__:  # torch's constructor calls this
+            super().reset_running_stats()
+        elif self.track_running_stats and not self.keeps_frozen("running_mean", "reset_running_stats()"):
+            domain = self.active_domain
+            for values, initial in zip(self.running_statistics(domain), (0, 1, 0), strict=True):
+                if values is not None:
+                    values.fill_(initial)
+            for count in (self._buffers[_named(SAMPLES, domain)], None if domain else self._buffers[SKIPPED]):
+                if count is not None:
+                    count.zero_()
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Register a buffer as torch's modules do, unless the name is one of frozen running statistics."""
+        set_name = self.name_to_set(name)
+        if set_name is not None:
+            super().register_buffer(set_name, tensor, persistent)
+
+    def name_to_set(self, name: str) -> str | None:
+        """Return the name of the buffer that is meant by ``layer.name = ...``, of the active domain; None if frozen."""
+        if not name.startswith(STATISTICS) or name not in self._buffers or is_filling():
+            return name
+        if "step_state" not in self.__dict__:
+            return name
+        name = _named(name, self.active_domain) if name in STATISTICS else name
+        return None if self.keeps_frozen(name, f"setting {name}") else name
+
+    def keeps_frozen(self, name: str, change: str) -> bool:
+        """Return whether running statistics have values that are frozen, and warn once that the change is ignored."""
+        values = self._buffers[name]
+        if not self.frozen_statistics or is_filling() or values is None or values.is_meta or is_lazy(values):
+            return False
+        self.warn_of_frozen(change, "running statistics")
+        return True
+
+    def warn_of_frozen(self, change: str, part: str) -> None:
+        """Warn, once per layer, that a change is ignored."""
+        if not self.step_state.warned_of_frozen:
+            self.step_state.warned_of_frozen = True
+            warn(f"{change} leaves frozen {part} as they are; to change them, call batchnorm.unfreeze first")
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedBuffer
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from batchnorm.checks import Activation
 from batchnorm.errors import InputError
 from batchnorm.nn import contexts
 from batchnorm.nn.options import Nonfinite, Options, SmallBatch, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
-from batchnorm.nn.running import COUNTS, STATISTICS, RunningBuffers
+from batchnorm.nn.running import COUNTS, STATISTICS, RunningBuffers, filling, is_filling
 from batchnorm.nn.step_state import StepState
 from batchnorm.nn.sync import SharedGroup
 
@@ -23,11 +23,17 @@ __all__ = ["State"]
 
 OPTIONS = tuple(field.name for field in fields(Options))
 SETTINGS = {*OPTIONS, "eps", "momentum", "training", "track_running_stats"}
+INITIAL = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+"""The values of a new layer."""
 
 
 def _is_narrow(values: Tensor) -> bool:
     """Return whether running statistics of this dtype would stop changing, because its steps are too coarse."""
     return values.is_floating_point() and values.dtype.itemsize < 4
+
+
+def _is_on_meta(values: Tensor | None) -> bool:
+    return values is not None and values.is_meta and not is_lazy(values)
 
 
 def _constant(values: Tensor | None) -> Tensor | None:
@@ -47,6 +53,7 @@ class State(RunningBuffers):
     process_group: Any
     channel_dim: int
     unbiased: bool
+    frozen_affine: bool = False
 
     def adopt(self, options: Options, device: torch.device | str | None) -> None:
         """Set the attributes and buffers that torch's layers do not have."""
@@ -54,7 +61,7 @@ class State(RunningBuffers):
         self.frozen_statistics = self.frozen_affine = False
         self._untrained: list[str] = []  # the parameters that had no gradient before they were frozen
         self.step_state = StepState()
-        self.register_counts(device)
+        self.register_counts()
         for name, buffer in self._buffers.items():
             if buffer is not None and _is_narrow(buffer):
                 if isinstance(buffer, UninitializedBuffer):
@@ -68,19 +75,29 @@ class State(RunningBuffers):
             options = replace(self.options(), **{name: value})
             value = getattr(checked_options(options, track_running_stats=self.track_running_stats), name)
         changes = name not in self.__dict__ or self.__dict__[name] is not value  # train() sets the mode at each step
-        super().__setattr__(name, value)
+        set_name = self.name_to_set(name) if name.startswith(STATISTICS) else name
+        if set_name is None:
+            return
+        super().__setattr__(set_name, value)
         if changes and "step_state" in self.__dict__:
             self.step_state.drop_plans()
         if name == "nonfinite":
-            mean = self.running_mean
-            self.skipped_batches = self.new_skipped_batches(None if mean is None else mean.device)
+            self._buffers["skipped_batches"] = None
+            self.begin_counts()
 
     def __getattr__(self, name: str) -> Any:
         """Return the running statistics that a forward in this thread would use; torch's lookup knows the stored."""
-        if name in STATISTICS and "step_state" in self.__dict__:
+        if name in STATISTICS and "step_state" in self.__dict__ and name in self._buffers:
             context = contexts.in_force(self.step_state.key, torch.compiler.is_compiling())
-            return self.statistics_in(context)[STATISTICS.index(name)]
-        return super().__getattr__(name)
+            value: Any = self.statistics_in(context)[STATISTICS.index(name)]
+        else:
+            value = super().__getattr__(name)
+        if name.startswith(COUNTS) and value is None:
+            self.begin_counts()
+            return self._buffers[name]
+        if name.startswith("num_batches_tracked") and value is not None and self.frozen_statistics:
+            return value.clone()  # ``layer.num_batches_tracked *= 0`` changes it before it sets it
+        return value
 
     def options(self) -> Options:
         """Return the options that torch's layers do not have."""
@@ -131,20 +148,47 @@ class State(RunningBuffers):
             for name, parameter in self.named_parameters():
                 parameter.requires_grad = name not in self._untrained
 
-    # Running statistics keep their precision.
+    def reset_parameters(self) -> None:
+        """Do as torch's layers, but leave what is frozen as it is, and the running statistics of other domains."""
+        if self.frozen_affine and not is_filling():
+            self.reset_running_stats()
+            self.warn_of_frozen("reset_parameters()", "gamma and beta")
+        else:
+            super().reset_parameters()
+
+    # Running statistics keep their precision, and memory that was never filled is not used.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> State:
-        """Apply fn as torch's modules do, but exempt running statistics from a cast to fewer than 32 bits."""
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        """Apply fn as torch's modules do, but exempt running statistics from a cast to fewer than 32 bits.
+
+        ``to_empty`` leaves noise, and a `reset_parameters` after it leaves that where it is frozen. So frozen
+        statistics and counts keep their values, and what comes from the meta device has those of a new layer.
+        """
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and not is_lazy(buffer)}
+        on_meta = {name for name, values in (*self._parameters.items(), *before.items()) if _is_on_meta(values)}
+        kept = (*COUNTS, *STATISTICS) if self.frozen_statistics else COUNTS
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             assert new is not None
             if _is_narrow(new) and not _is_narrow(old):
                 self._buffers[name] = old.to(new.device)
-            if name.startswith(COUNTS) and not new.is_meta:  # to_empty leaves noise that no state dict would replace
-                new.fill_(0) if old.is_meta else new.copy_(old)
+            elif new is not old and name.startswith(kept) and not (old.is_meta or new.is_meta):
+                new.copy_(old)
+        if on_meta:
+            self._fill(on_meta)
+        self.drop_counts()
+        self.begin_counts()
         return self
+
+    @torch.no_grad()
+    def _fill(self, names: Collection[str]) -> None:
+        """Give the parameters and buffers of these names the values of a new layer, unless they are on meta."""
+        for suffix in ("", *(f"_{domain}" for domain in self.domain_names)):
+            for kind, initial in INITIAL.items():
+                values = (self._parameters | self._buffers).get(kind + suffix)
+                if kind + suffix in names and values is not None and not values.is_meta:
+                    values.fill_(initial)
 
     # The frozen flags travel in the metadata of the state dict, which torch's layers ignore.
 
@@ -159,16 +203,12 @@ class State(RunningBuffers):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *arguments: Any
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
-        # With assign=True the buffers are the tensors of the state dict, and the counts may still be meta tensors.
-        mean = self._buffers["running_mean"]
-        for name, buffer in self._buffers.items():
-            if buffer is None:
-                continue
-            if _is_narrow(buffer):
+        with filling():
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+        for name, buffer in self._buffers.items():  # with assign=True they are the tensors of the state dict
+            if buffer is not None and _is_narrow(buffer):
                 self._buffers[name] = buffer.float()
-            elif name.startswith(COUNTS) and buffer.is_meta and mean is not None:
-                self._buffers[name] = torch.zeros_like(buffer, device=mean.device)
+        self.begin_counts()
         if "frozen" in local_metadata:
             frozen = local_metadata["frozen"]
             self.freeze(statistics="statistics" in frozen, affine="affine" in frozen)
@@ -178,8 +218,13 @@ class State(RunningBuffers):
 
     def __getstate__(self) -> dict[str, Any]:
         group = None if self.process_group is None else SharedGroup(self.process_group)
+        self.begin_counts()  # or the copy would have other buffers once one of both has begun them
         return self.__dict__ | {"process_group": group, "step_state": self.step_state.fresh()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         shared = state["process_group"]
         super().__setstate__(state | {"process_group": None if shared is None else shared.group})  # type: ignore[no-untyped-call]
+        self.step_state = self.step_state.fresh()  # its key is that of another layer, where a file is loaded twice
+        self._buffers.setdefault("skipped_batches")  # older versions had fewer counts, and had them on meta too
+        self._buffers.setdefault("samples_seen")
+        self.drop_counts()

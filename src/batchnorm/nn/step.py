@@ -88,6 +88,8 @@ def decide(layer: State, batch: Batch, context: LayerContext) -> Step:
     # Activation checkpointing runs forward again within the backward; a compiled graph has the forward once.
     recomputing = not compiling and torch_internals.graph_task_id() != -1
     counts = trains and layer.track_running_stats and not recomputing and not context.updates_paused
+    if counts and layer._buffers["samples_seen"] is None:
+        layer.begin_counts()
     pool = context.pool if counts else None
     running = layer.running_in(context, update=counts and pool is None)
     rule = Rule(layer.epsilon(), layer.activation, uses_batch_statistics)

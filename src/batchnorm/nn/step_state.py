@@ -32,7 +32,7 @@ class StepState:
         The plans for forwards within contexts that pause updates.
     ranks_agreed : bool
         With ``sync``, all ranks have been seen at this layer together.
-    warned_of_one_sample : bool
+    warned_of_one_sample, warned_of_frozen : bool
     """
 
     key: str = field(default_factory=new_key)
@@ -41,6 +41,7 @@ class StepState:
     plans_without_updates: Plans = field(default_factory=dict)
     ranks_agreed: bool = False
     warned_of_one_sample: bool = False
+    warned_of_frozen: bool = False
 
     def plans_in(self, context: LayerContext) -> Plans | None:
         """Return the plans that are valid within a context; None if each forward must be decided anew."""
@@ -55,5 +56,5 @@ class StepState:
         self.plans, self.plans_without_updates = {}, {}
 
     def fresh(self) -> StepState:
-        """Return the state that a copy of the layer begins with; it does not repeat the warning."""
-        return StepState(warned_of_one_sample=self.warned_of_one_sample)
+        """Return the state that a copy of the layer begins with; it does not repeat the warnings."""
+        return StepState(warned_of_one_sample=self.warned_of_one_sample, warned_of_frozen=self.warned_of_frozen)

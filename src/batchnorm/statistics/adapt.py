@@ -30,7 +30,7 @@ from batchnorm.statistics.batches import BatchReader, Device, Forward, Samples
 from batchnorm.statistics.changes import LayerChange, change_table, changes, drift_summary
 from batchnorm.statistics.forwards import uncompiled
 from batchnorm.statistics.interrupts import defer_interrupts
-from batchnorm.statistics.layers import Layers, Statistics, unfrozen_layers, unwrapped, variance_to_keep
+from batchnorm.statistics.layers import Layers, Statistics, loaded, unfrozen_layers, variance_to_keep
 from batchnorm.statistics.measuring import HIDING, Measuring, PassOptions, Replacement, check_passes, replacing
 from batchnorm.statistics.moments import Moments
 from batchnorm.torch_internals import TorchBatchNorm
@@ -175,7 +175,7 @@ def adapt(
     """
     if not is_real(prior) or not 0 <= prior < math.inf:
         raise InputError(f"prior must be a finite number of samples, at least 0; got {prior!r}")
-    model = unwrapped(model)
+    model = loaded(model)
     layers = unfrozen_layers(model)
     if loader is None:
         if any(option is not None for option in (forward, device, samples, group)):

@@ -11,7 +11,7 @@ from batchnorm.nn import running
 from batchnorm.statistics.moments import Moments
 from batchnorm.torch_internals import TorchBatchNorm, compiled_module
 
-__all__ = ["Layers", "Statistics", "running_layers", "unfrozen_layers", "unwrapped", "variance_to_keep"]
+__all__ = ["Layers", "Statistics", "loaded", "running_layers", "unfrozen_layers", "unwrapped", "variance_to_keep"]
 
 Layers = dict[str, TorchBatchNorm]
 """Layers by module path."""
@@ -31,13 +31,37 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def loaded(model: nn.Module) -> nn.Module:
+    """Return the model inside its wrappers, to be run.
+
+    Raises
+    ------
+    InputError
+        A parameter or buffer is on the meta device, where it has no values.
+    """
+    model = unwrapped(model)
+    for path, module in model.named_modules():
+        if "forward" not in vars(module):  # else it may get its values there, as modules that accelerate offloads do
+            for name, values in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                _check_loaded(f"{path}{path and '.'}{name}", values)
+    return model
+
+
+def _check_loaded(name: str, values: Tensor) -> None:
+    if values.is_meta:
+        raise InputError(
+            f"the model must be loaded; got {name} on the meta device, where it has no values. Load a checkpoint, or "
+            "build the model on another device"
+        )
+
+
 def running_layers(model: nn.Module) -> Layers:
     """Return the layers with running statistics, ours and torch's.
 
     Raises
     ------
     InputError
-        There is none, one is lazy and has not seen a batch yet, or one is on meta.
+        There is none, one is lazy and has not seen a batch yet, or one is on the meta device.
     """
     layers = running.running_layers(model)
     if not layers:
@@ -47,11 +71,8 @@ def running_layers(model: nn.Module) -> Layers:
     for path, layer in layers.items():
         if isinstance(layer.running_mean, UninitializedBuffer):
             raise InputError(f"{path or 'the layer'} is lazy and must have seen a batch, which sets its channels")
-        if layer.running_mean is not None and layer.running_mean.is_meta:
-            raise InputError(
-                f"{path or 'the layer'} must have running statistics with values; they are on meta: load the "
-                "model's weights first"
-            )
+        for name, values in layer.named_buffers():
+            _check_loaded(f"{path}{path and '.'}{name}", values)
     return layers
 
 

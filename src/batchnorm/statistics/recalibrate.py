@@ -14,7 +14,7 @@ from batchnorm.errors import InputError
 from batchnorm.reports import Block, Report
 from batchnorm.statistics.batches import BatchReader, Device, Forward, Samples
 from batchnorm.statistics.changes import LayerChange, change_table, changes, drift_summary
-from batchnorm.statistics.layers import Statistics, unfrozen_layers, unwrapped, variance_to_keep
+from batchnorm.statistics.layers import Statistics, loaded, unfrozen_layers, variance_to_keep
 from batchnorm.statistics.measuring import Measuring, PassOptions, check_passes, replacing
 from batchnorm.statistics.moments import Moments
 from batchnorm.torch_internals import TorchBatchNorm
@@ -139,7 +139,7 @@ def recalibrate(
     >>> layer.running_mean
     tensor([48.5000])
     """
-    model = unwrapped(model)
+    model = loaded(model)
     layers = unfrozen_layers(model)
     _check_options(mode, max_samples, tolerance)
     if mode == "layerwise":

@@ -26,7 +26,7 @@ from batchnorm.statistics.batches import BatchReader, Device, Forward, Samples
 from batchnorm.statistics.block_sums import BlockSums, InputSums, standardization, sum_inputs
 from batchnorm.statistics.changes import layer_name
 from batchnorm.statistics.distance import symmetrized_kl, wasserstein
-from batchnorm.statistics.layers import running_layers, unwrapped
+from batchnorm.statistics.layers import loaded, running_layers
 from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["LayerShift", "Shift", "detect_shift"]
@@ -208,7 +208,7 @@ def detect_shift(
     for name, value in (("reference_samples", reference_samples), ("max_samples", max_samples)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1; got {value!r}")
-    model = unwrapped(model)
+    model = loaded(model)
     layers = running_layers(model)
     reader = BatchReader(model, forward, device, samples)
     found = sum_inputs(reader, layers, loader, name="the loader", max_samples=max_samples)
