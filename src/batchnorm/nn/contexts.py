@@ -11,7 +11,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -20,13 +20,29 @@ from torch import Tensor
 from batchnorm.nn.accumulated import Pool
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["PLAIN", "Adapted", "InputHook", "LayerContext", "OpenContext", "Setting", "in_force", "new_key"]
+__all__ = ["PLAIN", "Adapted", "InputHook", "LayerContext", "LayerKey", "OpenContext", "Setting", "in_force"]
 
 InputHook = Callable[[TorchBatchNorm, Tensor, Tensor | None], tuple[Tensor, Tensor] | None]
 """Takes a layer, its input as (N, C, *) and its mask (N, *).
 
 It may return a mean and a variance, with which a layer in eval mode then normalizes this input.
 """
+
+
+class LayerKey:
+    """What contexts know a layer by; a copy of the layer gets another one.
+
+    Attributes
+    ----------
+    name : str
+    groups : dict of frozenset
+        The names of all layers of each context that this layer was in. Compiled code of equal blocks is the same for
+        all layers of such a group, where it would be compiled anew for each name.
+    """
+
+    def __init__(self) -> None:
+        self.name = f"layer_{next(_NUMBERS)}"
+        self.groups: dict[str, frozenset[str]] = {}
 
 
 class Adapted(NamedTuple):
@@ -93,24 +109,22 @@ _NUMBERS = itertools.count()
 _open = 0  # contexts of all threads: the lookup is skipped while there is none
 
 
-def new_key() -> str:
-    """Return a key for a layer."""
-    return f"layer_{next(_NUMBERS)}"
-
-
 class OpenContext:
     """A context from `enter` to `leave`. It may be left in any order with others, and from any thread or task.
 
     Attributes
     ----------
     settings : dict of Setting
-        By the keys of layers.
+        By the names of layers.
+    group : str or None
+        The group of the layers, if all have the same setting.
     at_end : list of callables
         Are called once when the context is left.
     """
 
-    def __init__(self, settings: Mapping[str, Setting]) -> None:
-        self.settings = dict(settings)
+    def __init__(self, settings: Mapping[LayerKey, Setting]) -> None:
+        self.settings = {key.name: setting for key, setting in settings.items()}
+        self.group = _group(settings) if _are_same(settings.values()) else None
         self.at_end: list[Callable[[], object]] = []
         self.is_open = False
         self.number = next(_NUMBERS)
@@ -149,12 +163,38 @@ class OpenContext:
         _THREAD.staying = [(context, task) for context, task in _staying() if context is not self and context.is_open]
 
 
-def in_force(key: str, compiling: bool = False) -> LayerContext:
-    """Return the settings for the layer with the key in this thread and task."""
+def _are_same(settings: Collection[Setting]) -> bool:
+    """Return whether all settings are the same and nothing in them belongs to one layer."""
+    first = next(iter(settings), None)
+    if first is None or first.pool is not None or first.hook is not None or first.hides_adaptations:
+        return False
+    return all(each is first for each in settings)
+
+
+def _group(keys: Collection[LayerKey]) -> str:
+    names, first = frozenset(key.name for key in keys), next(iter(keys))
+    group = next((group for group, members in first.groups.items() if members == names), None)
+    if group is None:
+        group = f"group_{next(_NUMBERS)}"
+        for key in keys:
+            key.groups[group] = names
+    return group
+
+
+def in_force(key: LayerKey, compiling: bool = False) -> LayerContext:
+    """Return the settings for a layer in this thread and task."""
     if compiling:
-        found: LayerContext = getattr(_VIEW, key) if _VIEW.has_contexts else PLAIN
-        return found
-    return _merged(key) if _open else PLAIN
+        return _traced(key) if _VIEW.has_contexts else PLAIN
+    return _merged(key.name) if _open else PLAIN
+
+
+def _traced(key: LayerKey) -> LayerContext:
+    group, context = _VIEW.shared
+    if group is None:
+        context = getattr(_VIEW, key.name)
+    elif group not in key.groups:
+        context = PLAIN
+    return context  # type: ignore[no-any-return]
 
 
 class _View(types.ModuleType):
@@ -167,6 +207,8 @@ class _View(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name == "has_contexts":
             return bool(_open and _contexts())
+        if name == "shared":
+            return _shared()
         if name.startswith("layer_"):
             return _merged(name)
         raise AttributeError(name)
@@ -193,6 +235,15 @@ def _merged(key: str) -> LayerContext:
         if each.hides_adaptations:
             break
     return LayerContext(domain, any(each.updates_paused for each in settings), pool, adapted, tuple(reversed(hooks)))
+
+
+def _shared() -> tuple[str | None, LayerContext]:
+    """Return the group of layers that all contexts in force are for, and their settings; None where they differ."""
+    found = _contexts()
+    groups = {context.group for context in found}
+    if len(groups) != 1 or None in groups:
+        return None, PLAIN
+    return groups.pop(), _merged(next(iter(found[0].settings)))
 
 
 def _contexts() -> tuple[OpenContext, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from batchnorm.nn import stock
-from batchnorm.nn.contexts import OpenContext, Setting
+from batchnorm.nn.contexts import LayerKey, OpenContext, Setting
 from batchnorm.nn.running import RunningBuffers
 from batchnorm.torch_internals import TorchBatchNorm
 
@@ -19,12 +19,13 @@ def open_context(chosen: Mapping[TorchBatchNorm, Setting]) -> OpenContext:
 
     It holds no reference to the layers.
     """
-    context = OpenContext({})
-    for layer, setting in chosen.items():
+    at_end = []
+    for layer in chosen:
         if not isinstance(layer, RunningBuffers):
             stock.follow_contexts(layer)
-            context.at_end.append(_unfollowing(layer))
-        context.settings[_key(layer)] = setting
+            at_end.append(_unfollowing(layer))
+    context = OpenContext({_key(layer): setting for layer, setting in chosen.items()})
+    context.at_end += at_end
     context.enter()
     return context
 
@@ -41,18 +42,18 @@ def settings(chosen: Mapping[TorchBatchNorm, Setting]) -> Iterator[OpenContext]:
 
 def change_setting(context: OpenContext, layer: TorchBatchNorm, setting: Setting) -> None:
     """Change the setting that an open context makes for a layer."""
-    context.settings[_key(layer)] = setting
+    context.settings[_key(layer).name] = setting
 
 
 def end_with_layers(context: OpenContext, layers: Iterable[TorchBatchNorm]) -> None:
     """Drop the setting for each layer when the layer is deleted."""
     for layer in layers:
-        finalizer = weakref.finalize(layer, context.settings.pop, _key(layer), None)
+        finalizer = weakref.finalize(layer, context.settings.pop, _key(layer).name, None)
         finalizer.atexit = False
         context.at_end.append(finalizer.detach)
 
 
-def _key(layer: TorchBatchNorm) -> str:
+def _key(layer: TorchBatchNorm) -> LayerKey:
     return layer.step_state.key if isinstance(layer, RunningBuffers) else stock.key_of(layer)
 
 

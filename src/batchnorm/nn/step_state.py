@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from batchnorm.kernels.plan import Plan
-from batchnorm.nn.contexts import PLAIN, LayerContext, new_key
+from batchnorm.nn.contexts import PLAIN, LayerContext, LayerKey
 from batchnorm.nn.renorm import FirstRuns
 
 __all__ = ["Plans", "StepState"]
@@ -22,8 +22,8 @@ class StepState:
 
     Attributes
     ----------
-    key : str
-        The layer's name in `contexts`.
+    key : LayerKey
+        What contexts know the layer by.
     first_runs : FirstRuns
         Corrections of batch renormalization, for forwards that activation checkpointing may run again.
     plans : Plans
@@ -35,7 +35,7 @@ class StepState:
     warned_of_one_sample, warned_of_frozen : bool
     """
 
-    key: str = field(default_factory=new_key)
+    key: LayerKey = field(default_factory=LayerKey)
     first_runs: FirstRuns = field(default_factory=FirstRuns)
     plans: Plans = field(default_factory=dict)
     plans_without_updates: Plans = field(default_factory=dict)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.nn import contexts
-from batchnorm.nn.contexts import PLAIN, LayerContext
+from batchnorm.nn.contexts import PLAIN, LayerContext, LayerKey
 from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["context_of", "follow_contexts", "key_of", "unfollow_contexts"]
@@ -36,7 +36,7 @@ def follow_contexts(layer: TorchBatchNorm) -> None:
             layer.__class__ = followed
 
 
-def key_of(layer: TorchBatchNorm) -> str:
+def key_of(layer: TorchBatchNorm) -> LayerKey:
     """Return the key of a layer that follows contexts."""
     return type(layer)._contexts_key  # type: ignore[attr-defined, no-any-return]
 
@@ -61,7 +61,7 @@ def _following(original: Any) -> type[TorchBatchNorm]:
     """Return a class for one layer, which behaves as the original outside of contexts."""
 
     class Following(original):  # type: ignore[misc]
-        _contexts_key = contexts.new_key()
+        _contexts_key = LayerKey()
 
         def __getattr__(self, name: str) -> Any:
             if name in ("running_mean", "running_var"):
