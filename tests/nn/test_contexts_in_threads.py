@@ -87,7 +87,7 @@ def run_threads(*works):
     def run(index, work):
         try:
             results[index] = work()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 (raised below, in the thread of the test)
             results[index] = error
 
     threads = [threading.Thread(target=run, args=each) for each in enumerate(works)]

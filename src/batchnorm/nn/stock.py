@@ -6,13 +6,12 @@ of it, and copies and pickles are of torch's class. torch's parametrizations cha
 
 from __future__ import annotations
 
-import copyreg
 import threading
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from batchnorm.nn import contexts
 from batchnorm.nn.contexts import PLAIN, LayerContext, LayerKey
@@ -62,6 +61,7 @@ def _following(original: Any) -> type[TorchBatchNorm]:
 
     class Following(original):  # type: ignore[misc]
         _contexts_key = LayerKey()
+        __jit_unused_properties__ = ("track_running_stats",)  # torch.jit.script takes the attribute
 
         def __getattr__(self, name: str) -> Any:
             if name in ("running_mean", "running_var"):
@@ -80,12 +80,12 @@ def _following(original: Any) -> type[TorchBatchNorm]:
         def track_running_stats(self, value: bool) -> None:
             self.__dict__["track_running_stats"] = value
 
-        def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 (torch's name for it)
+        def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 (torch's name for it)
             found = None
             for hook in context_of(self).hooks:
                 found = hook(self, input, None) or found
             layer = self if found is None else self._with_statistics(*found)
-            return original.forward(layer, input, *args, **kwargs)  # super() fails once the class is torch's again
+            return original.__call__(layer, input, *args, **kwargs)  # super() fails once the class is torch's again
 
         def _with_statistics(self, mean: Tensor, var: Tensor) -> TorchBatchNorm:
             """Return a layer of torch's that shares all but its statistics with this one."""
@@ -99,12 +99,7 @@ def _following(original: Any) -> type[TorchBatchNorm]:
             return layer
 
         def __reduce_ex__(self, _protocol: Any) -> Any:
-            return copyreg.__newobj__, (original,), self.__getstate__()  # type: ignore[attr-defined]
-
-        def __prepare_scriptable__(self) -> nn.Module:
-            plain = original.__new__(original)
-            plain.__dict__.update(self.__dict__)
-            return plain  # type: ignore[no-any-return]
+            return object.__new__, (original,), self.__getstate__()
 
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(Following, name, getattr(original, name))
