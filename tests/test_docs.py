@@ -26,6 +26,7 @@ def result(name):
 
 
 PAGES = ["README.md", "docs/compare.md", "docs/explain.md", "docs/layers.md", "docs/statistics.md"]
+PAGES += ["docs/tools.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -88,7 +88,8 @@ def check(x: Tensor, residual: Tensor | None, mask: Tensor | None, **per_channel
     if x.dim() < 2:
         raise InputError(f"input must have at least 2 dimensions, (N, C, *); got shape {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise InputError(f"input must have a floating dtype; got {x.dtype}")
+        way_out = "; quantize the model that batchnorm.to_torch(model) returns" if x.is_quantized else ""
+        raise InputError(f"input must have a floating dtype; got {x.dtype}{way_out}")
     for name, values in per_channel.items():
         if values is not None and values.shape != x.shape[1:2]:
             raise InputError(
