@@ -22,7 +22,7 @@ def add(pool: Pool, domain: str | None, batch: BatchMoments, running: Running) -
     InputError
         vmap is active, under which the micro-batch stands for many.
     """
-    if not ops.running.may_write(None):
+    if not ops.running.may_write(None, batch.mean):
         return
     parts = pool.setdefault(domain, [])
     if torch.compiler.is_compiling():  # a graph is valid for one length of the list only

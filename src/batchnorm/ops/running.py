@@ -27,14 +27,15 @@ def update_(running: Running, batch: BatchMoments) -> None:
     pairs = [
         (old, new) for old, new in ((mean, batch.mean), (var, _variance_to_keep(batch, unbiased))) if old is not None
     ]
-    if not update or not (pairs or batches is not None) or not may_write(batches if mean is None else mean):
+    statistics = batches if mean is None else mean
+    if not update or statistics is None or not may_write(statistics, batch.mean):
         return
     finite: Tensor | None = None
     if skipped is not None and pairs:
         finite = torch.stack([new.to(old.dtype).isfinite().all() for old, new in pairs]).all()
-        skipped.add_(~finite)
+        _count(skipped, ~finite)
     if batches is not None:
-        batches.add_(1 if finite is None else finite)
+        batches = _count(batches, 1 if finite is None else finite)
     share = _share(momentum, batches)
     counts = _has_enough_values(batch) if finite is None else finite & _has_enough_values(batch)
     for old, new in pairs:
@@ -52,6 +53,13 @@ def updated(running: Running, batch: BatchMoments) -> tuple[Tensor, Tensor, Tens
     pairs = ((mean.detach(), batch.mean.detach()), (var.detach(), _variance_to_keep(batch, unbiased).detach()))
     new_mean, new_var = (torch.where(counts, _weighted(old, new, share), old) for old, new in pairs)
     return new_mean, new_var, batches
+
+
+def _count(count: Tensor, number: Tensor | int) -> Tensor:
+    """Add a number to a count, and return the sum; a count that is not passed in to a transform stays as it is."""
+    if _obstacle(count, number if isinstance(number, Tensor) else count) is None:
+        return count.add_(number)
+    return count + number
 
 
 def _has_enough_values(batch: BatchMoments) -> Tensor:
@@ -80,25 +88,31 @@ def _variance_to_keep(batch: BatchMoments, unbiased: bool) -> Tensor:
     return batch.var * (count / at_least_one(count - 1)) if unbiased else batch.var
 
 
-def may_write(values: Tensor | None) -> bool:
-    """Return whether a batch may be written to the values: under a transform only to those passed in to it.
+def may_write(values: Tensor | None, new: Tensor | None) -> bool:
+    """Return whether a batch's numbers may be written to the values: under a transform only to those passed in to it.
+
+    None stands for values that outlive the transform, and for numbers that depend on all its arguments.
 
     Raises
     ------
     InputError
-        Under vmap for values that are not mapped over, because each sample would update them.
+        vmap maps over the batch and not over the values, which each sample would update.
     """
-    if torch.compiler.is_compiling() or not torch_internals.is_transformed():
-        return True
-    if values is not None and torch_internals.is_functorch_wrapped(values):
-        return True
-    if torch_internals.vmap_is_active():
+    obstacle = _obstacle(values, new)
+    if obstacle == "unmapped":
         raise InputError(
             "under vmap a training batch can't update running statistics that are not mapped over too; pass them in "
             "with torch.func.functional_call, or use batchnorm.normalize, which returns them"
         )
-    _warn_of_captured()
-    return False
+    if obstacle == "captured":
+        _warn_of_captured()
+    return obstacle is None
+
+
+def _obstacle(values: Tensor | None, new: Tensor | None) -> str | None:
+    if torch.compiler.is_compiling() or not torch_internals.is_transformed():
+        return None
+    return torch_internals.obstacle_to_update(values, new)
 
 
 @functools.cache

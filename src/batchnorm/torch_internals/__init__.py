@@ -39,6 +39,7 @@ from batchnorm.torch_internals.transforms import (
     is_legacy_batched,
     is_transformed,
     may_be_transformed,
+    obstacle_to_update,
     transforms_are_active,
     vmap_is_active,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "jit_tracing_state",
     "may_be_transformed",
     "move_hooks_of_the_output",
+    "obstacle_to_update",
     "tensor_guards",
     "traces_pre_dispatch",
     "transforms_are_active",

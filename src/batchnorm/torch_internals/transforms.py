@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = [
     "is_legacy_batched",
     "is_transformed",
     "may_be_transformed",
+    "obstacle_to_update",
     "transforms_are_active",
     "vmap_is_active",
 ]
@@ -146,3 +147,58 @@ def _tells_batches(batched: Callable[[Tensor], bool]) -> bool:
 def is_legacy_batched(values: Tensor) -> bool:
     """Return whether the tensor stands for a batch of gradients (``is_grads_batched=True``); True where unknown."""
     return True
+
+
+Obstacle = Literal["unmapped", "captured"]
+
+
+def _levels_of(level_of: Callable[[Tensor], int], unwrapped: Callable[[Tensor], Tensor], values: Tensor) -> set[int]:
+    """Return the levels of the transforms that have wrapped the tensor."""
+    levels = set()
+    while (level := level_of(values)) > 0:
+        levels.add(level)
+        values = unwrapped(values)
+    return levels
+
+
+def _make_obstacle(
+    level_of: Callable[[Tensor], int], unwrapped: Callable[[Tensor], Tensor], stack: Callable[[], Sequence[Any] | None]
+) -> Callable[[Tensor | None, Tensor | None], Obstacle | None]:
+    def obstacle(values: Tensor | None, new: Tensor | None) -> Obstacle | None:
+        active = {level.level(): level.key().name for level in stack() or ()}
+        mapped = active.keys() if new is None else _levels_of(level_of, unwrapped, new)
+        outside = active.keys() - (set() if values is None else _levels_of(level_of, unwrapped, values))
+        if any(active[level] == "Vmap" and level in mapped for level in outside):
+            return "unmapped"
+        if any(active[level] in ("Grad", "Jvp") for level in outside):
+            return "captured"
+        if forward_mode_is_active() and "Jvp" not in active.values():
+            return "captured"
+        return "captured" if values is None and active else None
+
+    return obstacle
+
+
+def _tells_obstacles(obstacle: Callable[[Tensor | None, Tensor | None], Obstacle | None]) -> bool:
+    zero = torch.zeros(1)
+    told = inside_vmap(lambda x: (obstacle(x, x), obstacle(zero, x), obstacle(zero, zero), obstacle(None, x)))
+    return told == (None, "unmapped", None, "unmapped") and obstacle(zero, zero) is None
+
+
+@accessor(
+    "torch._C._functorch.maybe_get_level",
+    "torch._C._functorch.get_unwrapped",
+    "torch._C._functorch.get_interpreter_stack",
+    make=_make_obstacle,
+    probe=_tells_obstacles,
+)
+def obstacle_to_update(values: Tensor | None, new: Tensor | None) -> Obstacle | None:
+    """Return why the active transforms forbid to write new values to a tensor in place; None if they do not.
+
+    ``"unmapped"``: vmap maps over the new values, and not over the tensor. ``"captured"``: the tensor is no argument of
+    a function that grad, jvp or forward mode differentiates. None stands for values outside of all transforms, and for
+    new values that depend on all. Where torch does not tell levels apart, being wrapped by any is enough.
+    """
+    if values is not None and is_functorch_wrapped(values):
+        return None
+    return "unmapped" if vmap_is_active() else "captured"
