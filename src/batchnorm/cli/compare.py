@@ -10,7 +10,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from batchnorm.cli.options import Data, Json, Quiet, Target, at_least, one_of, parse_names, parse_numbers
+from batchnorm.cli.options import (
+    Data,
+    Dates,
+    Header,
+    Json,
+    Missing,
+    Quiet,
+    Target,
+    at_least,
+    one_of,
+    parse_names,
+    parse_numbers,
+)
 from batchnorm.errors import InputError
 from batchnorm.lab.comparison.folders import check_empty, check_run_folder
 from batchnorm.lab.data.sources import check_source
@@ -36,6 +48,9 @@ def compare(
     ] = None,
     numeric: Annotated[str | None, typer.Option(help="Columns to treat as numbers.", metavar="A,B")] = None,
     categorical: Annotated[str | None, typer.Option(help="Columns to treat as categories.", metavar="A,B")] = None,
+    missing: Missing = None,
+    dates: Dates = None,
+    header: Header = None,
     rows: Annotated[
         int | None,
         typer.Option(help="Rows of placement, which is generated (default: 1000).", metavar="N", callback=at_least(10)),
@@ -158,6 +173,9 @@ def compare(
             numeric=parse_names(numeric),
             categorical=parse_names(categorical),
             claims=list(CLAIMS) if study else ClaimTests(claim or []).names,
+            missing=missing or [],
+            dates=dates,
+            header=header,
         )
         run, dataset, notes = start_run(request, asked, out=out, command=shlex.join(["batchnorm", *sys.argv[1:]]))
     tune_allocator()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.options import SOURCES, Json, Target, one_of
+from batchnorm.cli.options import SOURCES, Dates, Header, Json, Missing, Target, one_of
 from batchnorm.lab.data.sources import check_source
 from batchnorm.lab.training.settings import Activation
 
@@ -21,6 +21,9 @@ def explain(
         typer.Argument(help=f"Data set of the 4 rows (default: the example of the notes): {SOURCES}.", metavar="DATA"),
     ] = None,
     target: Target = None,
+    missing: Missing = None,
+    dates: Dates = None,
+    header: Header = None,
     activation: Annotated[
         Activation, typer.Option(help="Activation of the neuron.", metavar=one_of(Activation))
     ] = "sigmoid",
@@ -36,12 +39,15 @@ def explain(
     if data is not None:
         check_source(data)
 
+    from batchnorm.lab.data.reading import Reading
     from batchnorm.lab.data.tables import read_table
     from batchnorm.lab.teaching.explain_page import write_page
     from batchnorm.lab.teaching.from_table import from_table
     from batchnorm.lab.teaching.worked_example import NOTES, worked_example
 
-    batch = NOTES if data is None else from_table(read_table(data, target))
+    batch = (
+        NOTES if data is None else from_table(read_table(data, target, reading=Reading(missing or [], dates, header)))
+    )
     example = worked_example(batch, activation=activation)
     if html is not None:
         write_page(example, html)

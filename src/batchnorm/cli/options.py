@@ -11,12 +11,16 @@ from typer.core import TyperArgument, TyperCommand, TyperOption
 
 from batchnorm.errors import BatchNormError, InputError
 from batchnorm.extras import needs
+from batchnorm.lab.data.reading import DateOrder
 from batchnorm.lab.data.sources import BUILT_IN_NAMES
 
 __all__ = [
     "Command",
     "Data",
+    "Dates",
+    "Header",
     "Json",
+    "Missing",
     "Quiet",
     "Target",
     "at_least",
@@ -35,6 +39,21 @@ SOURCES = f"{', '.join(BUILT_IN_NAMES)}, or the path of a CSV, TSV, Parquet or N
 Data = Annotated[str, typer.Argument(help=f"Data set: {SOURCES}.", metavar="DATA")]
 Target = Annotated[
     str | None, typer.Option(help="Column to predict (default: y, or that of the data set).", metavar="COLUMN")
+]
+Missing = Annotated[
+    list[str] | None,
+    typer.Option(help="Text that stands for a missing value. May be given several times.", metavar="TEXT"),
+]
+Dates = Annotated[
+    DateOrder | None,
+    typer.Option(
+        help="Order of dates such as 03/04/2020 (default: that of the other dates, else day-first).",
+        metavar=one_of(DateOrder),
+    ),
+]
+Header = Annotated[
+    bool | None,
+    typer.Option("--header/--no-header", help="Whether line 1 of a text file names the columns.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
@@ -158,10 +177,13 @@ def name_options(message: str, names: dict[str, str]) -> str:
     "there is no target column; pass --target 'price'"
     >>> name_options("models can't be combined with quick=True", names)
     "models can't be combined with --quick"
+    >>> name_options("line 1 may be a row; pass header=False", {"header": "--header"})
+    'line 1 may be a row; pass --no-header'
     """
     first, _, rest = message.partition(" ")
     message = f"{names.get(first, first)} {rest}"
     for name, option in names.items():
+        message = re.sub(rf"(?<![\w.]){name}=False\b", option.replace("--", "--no-", 1), message)
         message = re.sub(rf"(?<![\w.]){name}=True\b", option, message)
         message = re.sub(rf"(?<![\w.]){name}=(?=\S)", f"{option} ", message)
     return message

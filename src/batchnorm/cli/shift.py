@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.options import Data, Json, at_least, between, parse_names
+from batchnorm.cli.options import Data, Dates, Header, Json, Missing, at_least, between, parse_names
 from batchnorm.errors import InputError
 from batchnorm.lab.data.sources import check_source
 
@@ -29,6 +29,9 @@ def shift(
     columns: Annotated[
         str | None, typer.Option(help="Columns of the features, in the order of the model's inputs.", metavar="A,B")
     ] = None,
+    missing: Missing = None,
+    dates: Dates = None,
+    header: Header = None,
     reference: Annotated[
         str | None,
         typer.Option(help="Data set without a shift (default: the stored statistics).", metavar="DATA"),
@@ -67,11 +70,13 @@ def shift(
         if source is not None:
             check_source(source)
 
+    from batchnorm.lab.data.reading import Reading
     from batchnorm.lab.serving.served import load
     from batchnorm.lab.serving.shift import examine, read_rows
 
-    rows = read_rows(data, target, parse_names(columns))
-    known = None if reference is None else read_rows(reference, target, parse_names(columns))
+    reading = Reading(missing or [], dates, header)
+    rows = read_rows(data, target, parse_names(columns), reading)
+    known = None if reference is None else read_rows(reference, target, parse_names(columns), reading)
     served = load(model, weights)
     found = examine(served, rows, known, prior=prior, alpha=alpha, reference_samples=reference_samples)
     typer.echo(found.to_json() if json_output else str(found))

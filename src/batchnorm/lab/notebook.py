@@ -21,6 +21,7 @@ from batchnorm.lab.comparison.request import Request
 from batchnorm.lab.comparison.run_file import RunFile
 from batchnorm.lab.data.arrays import table_from_arrays
 from batchnorm.lab.data.dataset import Task, prepare
+from batchnorm.lab.data.reading import DateOrder
 from batchnorm.lab.report import terminal
 from batchnorm.lab.report.comparison import Comparison
 from batchnorm.lab.training.settings import Settings
@@ -37,6 +38,8 @@ def compare(
     numeric: Sequence[str] = (),
     categorical: Sequence[str] = (),
     claims: Sequence[str] = (),
+    missing: Sequence[str] = (),
+    dates: DateOrder | None = None,
     jobs: int | None = None,
     out: str | Path | None = None,
     progress: bool = False,
@@ -58,6 +61,10 @@ def compare(
         By default inferred: text, and whole numbers of at most 20 values, are classes.
     numeric, categorical : sequences of column names
         Columns to take as numbers or as categories, whatever their values look like.
+    missing : sequence of str
+        Further texts that stand for a missing value; docs/compare.md lists those that are known.
+    dates : "day-first" or "month-first", optional
+        Order of texts such as 03/04/2020; by default that which the other dates show, else day first.
     claims : sequence of str
         Claims to measure as well, such as "stability"; docs/compare.md lists them.
     jobs : int, optional
@@ -73,7 +80,8 @@ def compare(
     Returns
     -------
     Comparison
-        The report, with ``frame()``, ``verdicts()``, ``figures`` and ``to_html()``.
+        The report, with ``frame()``, ``verdicts()``, ``figures`` and ``to_html()``; ``result.notes`` says how the cells
+        of the data were read.
 
     Raises
     ------
@@ -98,14 +106,22 @@ def compare(
         raise InputError(f"a setting must be one of {', '.join(sorted(known))}; got {unknown[0]!r}")
     tests = ClaimTests(claims)
     given = Settings(**settings)
-    table = table_from_arrays(X, y, name)
+    request = Request(
+        task=task,
+        numeric=list(numeric),
+        categorical=list(categorical),
+        claims=tests.names,
+        missing=list(missing),
+        dates=dates,
+    )
+    table = table_from_arrays(X, y, name, request.reading)
     dataset = prepare(table, task=task, numeric=numeric, categorical=categorical, seed=given.seed)
     fitted, _ = fit_to_data(given, dataset)
     run = RunFile.create(
         Path(tempfile.mkdtemp(prefix="batchnorm-")) if out is None else new_folder(Path(out), name),
         dataset.describe(),
         fitted,
-        request=Request(claims=tests.names),
+        request=request,
         command=_call(settings, tests.names),
     )
     if out is None:

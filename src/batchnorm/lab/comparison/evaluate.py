@@ -43,6 +43,7 @@ def evaluate(study: Study, seconds: Seconds | None = None) -> Result:
         ratios={},
         sensitivity=_sensitivity(run, settings, target),
         stacking=None if seconds is None else _stacking(run, seconds, evaluations),
+        notes=run.data.sentences,
     )
     if any(len(values.steps) < settings.seeds for values in result.arms.values()):
         return result

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from batchnorm.errors import RunError
 from batchnorm.lab.data.dataset import Dataset, Task, prepare
+from batchnorm.lab.data.reading import DateOrder, Reading
 from batchnorm.lab.data.tables import read_table
 
 __all__ = ["Request"]
@@ -28,6 +29,12 @@ class Request:
         Columns to take as numbers or as categories.
     claims : list of str
         Names of the claims to measure.
+    missing : list of str
+        Further texts that stand for a missing value.
+    dates : "day-first", "month-first" or None
+        Order of dates that can be read both ways.
+    header : bool or None
+        Whether the first line of a text file has the names of the columns.
     """
 
     data: str | None = None
@@ -37,6 +44,20 @@ class Request:
     numeric: list[str] = field(default_factory=list)
     categorical: list[str] = field(default_factory=list)
     claims: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    dates: DateOrder | None = None
+    header: bool | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """The decisions about the table that the table itself leaves open."""
+        return Reading(
+            missing=self.missing,
+            dates=self.dates,
+            header=self.header,
+            numeric=self.numeric,
+            categorical=self.categorical,
+        )
 
     def read(self, seed: int) -> Dataset:
         """Return the data set, with the rows split by a seed.
@@ -51,7 +72,7 @@ class Request:
         if self.data is None:
             raise RunError("a run must name its data to be resumed; the data of this one came from Python")
         return prepare(
-            read_table(self.data, self.target, self.rows),
+            read_table(self.data, self.target, self.rows, reading=self.reading),
             task=self.task,
             numeric=self.numeric,
             categorical=self.categorical,

@@ -6,7 +6,7 @@ the same objects back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from batchnorm.lab.comparison.measures import Bounds, PairSummary, RateSummary
 from batchnorm.lab.comparison.scores import Difference
@@ -130,6 +130,8 @@ class Result:
         None until the time per step is measured.
     verdict, caveat : str or None
         The sentences printed; None until the confirming runs are finished.
+    notes : list of str
+        Sentences about the data: how their cells were read, and which columns are left out.
     """
 
     score_name: str
@@ -143,3 +145,4 @@ class Result:
     stacking: Stacking | None
     verdict: str | None = None
     caveat: str | None = None
+    notes: list[str] = field(default_factory=list)

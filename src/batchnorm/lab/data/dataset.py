@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from polars import selectors as cs
 
 from batchnorm.errors import DataError
-from batchnorm.lab.data.columns import Features, LeftOut, encode_columns
+from batchnorm.lab.data.columns import LeftOut
+from batchnorm.lab.data.features import Features, encode_columns
+from batchnorm.lab.data.names import suggestion
+from batchnorm.lab.data.stray_targets import check_target
 from batchnorm.lab.data.tables import Table
 from batchnorm.lab.data.target import Target, Task, encode_target
 
@@ -53,6 +56,11 @@ class DataDescription:
     left_out: list[LeftOut]
     notes: list[str]
     sha256: str
+
+    @property
+    def sentences(self) -> list[str]:
+        """The notes, and a sentence per column that is left out."""
+        return [*self.notes, *(f"column {left.column} is left out: {left.reason}" for left in self.left_out)]
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,8 @@ def prepare(
     task : "classification" or "regression", optional
         Otherwise inferred: text, and whole numbers of at most 20 values, are classes.
     numeric, categorical : sequences of column names
-        Columns to take as numbers or as categories, regardless of their values.
+        Columns to take as numbers or as categories, regardless of their values. If ``categorical`` has the target, each
+        of its texts is a class.
     seed : int
         Seed of the split.
 
@@ -176,12 +185,15 @@ def prepare(
     """
     for name, columns in (("numeric", numeric), ("categorical", categorical)):
         for column in columns:
-            if column not in table.frame.columns or column == table.target:
-                raise DataError(f"{name} must name columns other than the target; got {column!r}")
+            if column not in table.frame.columns or (column == table.target and name == "numeric"):
+                close = suggestion(column, table.frame.columns)
+                raise DataError(f"{name} must name columns other than the target; got {column!r}{close}")
+    if table.target not in categorical:
+        check_target(table.frame[table.target], table.findings, table.places, task)
     frame = table.frame.with_columns(cs.boolean().cast(pl.String))
     known = _rows_with_target(frame, table.target)
     target = encode_target(known[table.target], task)
-    notes = [target.note]
+    notes = [target.note, *table.notes]
     if known.height < frame.height:
         notes.append(f"{frame.height - known.height} rows without a value of {table.target} are not used")
     parts = split(known.height, target.y if target.classes else None, seed)

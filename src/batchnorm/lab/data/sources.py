@@ -6,10 +6,23 @@ from pathlib import Path
 
 from batchnorm.errors import DataError
 
-__all__ = ["BUILT_IN_NAMES", "check_source"]
+__all__ = ["BUILT_IN_NAMES", "check_source", "kind_of"]
 
 BUILT_IN_NAMES = ("digits", "breast_cancer", "wine", "diabetes", "placement")
-SUFFIXES = {".csv", ".tsv", ".parquet", ".npz"}
+KINDS = ("csv", "tsv", "parquet", "npz")
+
+
+def kind_of(path: Path) -> str:
+    """Return the ending of a file in lower case, without the one that its compression added.
+
+    >>> kind_of(Path("homes.CSV.gz"))
+    'csv'
+    """
+    name = path.name.lower()
+    for packed in (".gz", ".bz2", ".xz"):
+        if name.endswith((f".csv{packed}", f".tsv{packed}")):
+            name = name.removesuffix(packed)
+    return name.rpartition(".")[2] if "." in name else ""
 
 
 def check_source(data: str) -> None:
@@ -19,5 +32,5 @@ def check_source(data: str) -> None:
         return
     if not path.exists():
         raise DataError(f"data must be a file or one of {', '.join(BUILT_IN_NAMES)}; there is no file {data!r}")
-    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
+    if not path.is_file() or kind_of(path) not in KINDS:
         raise DataError(f"data must be a .csv, .tsv, .parquet or .npz file; got {data!r}")

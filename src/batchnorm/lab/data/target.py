@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from batchnorm.errors import DataError
 from batchnorm.lab.data.columns import as_numbers, has_scalars
 
-__all__ = ["Target", "Task", "encode_target"]
+__all__ = ["MAX_NUMERIC_CLASSES", "Target", "Task", "encode_target"]
 
 Task = Literal["classification", "regression"]
 

@@ -34,6 +34,10 @@ def summarize(result: Result, judgment: Judgment | None) -> Iterator[Block]:
         yield _claims(judgment.claims)
         yield ""
         yield judgment.power.text
+    if result.notes:
+        yield ""
+        yield "On the data:"
+        yield from (f"- {note}" for note in result.notes)
 
 
 def _arms(result: Result) -> Table:

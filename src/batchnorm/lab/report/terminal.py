@@ -77,7 +77,5 @@ def describe_data(out: Console, data: DataDescription, notes: Sequence[str]) -> 
         f"{data.name}: {len(data.features)} features to predict {data.target}; rows to train on "
         f"{rows['train']}, to choose and count on {rows['validation']}, to test on {rows['test']}."
     )
-    for note in [*data.notes, *notes]:
-        out.print(f"- {note}")
-    for left in data.left_out:
-        out.print(f"- column {left.column} is left out: {left.reason}")
+    for note in [*data.sentences, *notes]:
+        out.print(f"- {note}", markup=False)

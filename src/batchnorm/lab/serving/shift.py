@@ -16,7 +16,12 @@ from sklearn.metrics import accuracy_score
 from sklearn.model_selection import train_test_split
 
 from batchnorm.errors import DataError, InputError
-from batchnorm.lab.data.tables import read_frame, target_of
+from batchnorm.lab.data.findings import describe_cells
+from batchnorm.lab.data.frames import ReadFrame
+from batchnorm.lab.data.names import unknown_column
+from batchnorm.lab.data.reading import Reading
+from batchnorm.lab.data.stray_targets import check_target
+from batchnorm.lab.data.tables import AS_IT_STANDS, read_frame, target_of
 from batchnorm.lab.serving.served import Served
 from batchnorm.reports import Block, Entries, Report
 from batchnorm.statistics import Shift, adapt, detect_shift
@@ -36,10 +41,13 @@ class TableRows:
     features : ndarray, shape (N, features)
     target : ndarray, shape (N,), or None
         The values to predict, where they are known.
+    notes : sequence of str
+        Sentences about how the table was read.
     """
 
     features: NDArray[np.float64]
     target: NDArray[Any] | None
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -70,10 +78,11 @@ class Scores:
 
 @dataclass(frozen=True, repr=False)
 class ShiftReport(Report):
-    """The result of `examine`: the test for a shift, and the scores where the target is known."""
+    """The result of `examine`: the test for a shift, the scores where the target is known, and notes on the rows."""
 
     shift: Shift
     scores: Scores | None
+    notes: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the test and the scores as values that JSON has."""
@@ -85,9 +94,14 @@ class ShiftReport(Report):
 
     def _blocks(self) -> Iterable[Block]:
         yield from self.shift._blocks()
-        if self.scores is None:
-            return
-        found = self.scores
+        if self.scores is not None:
+            yield from self._score_blocks(self.scores)
+        if self.notes:
+            yield ""
+            yield "On the data:"
+            yield from (f"- {note}" for note in self.notes)
+
+    def _score_blocks(self, found: Scores) -> Iterable[Block]:
         entries = [
             ("as is", f"{found.as_is:.3f}"),
             ("adapted", f"{found.adapted:.3f}  to {found.others:,} other rows without labels, prior {found.prior:g}"),
@@ -106,7 +120,7 @@ class ShiftReport(Report):
         return self.shift._records()
 
 
-def read_rows(data: str, target: str | None, columns: Sequence[str]) -> TableRows:
+def read_rows(data: str, target: str | None, columns: Sequence[str], reading: Reading = AS_IT_STANDS) -> TableRows:
     """Read the rows of a table as a model takes them: columns of numbers without empty cells.
 
     Parameters
@@ -117,30 +131,52 @@ def read_rows(data: str, target: str | None, columns: Sequence[str]) -> TableRow
         The column to predict, which is no feature.
     columns : sequence of str
         The features in the model's order; if empty, all columns but the target.
+    reading : Reading
+        Decisions that the table itself leaves open.
 
     Raises
     ------
     DataError
         There is no such table or column, a feature is not a number, or a cell is empty.
     """
-    _, frame = read_frame(data)
+    _, read = read_frame(data, reading)
+    frame = read.frame
     found = target_of(frame, data, target)
     for name in columns:
         if name not in frame.columns:
-            raise DataError(f"columns must be columns of the data; got {name!r}, and there are {len(frame.columns)}")
+            raise unknown_column("columns must be columns of the data", name, frame.columns)
     names = list(columns) or [name for name in frame.columns if name != found]
     for name in names:
         column = frame[name]
         if not (column.dtype.is_numeric() or column.dtype == pl.Boolean):
             raise DataError(
                 f"a feature must be a column of numbers; {name!r} is {column.dtype}: pass columns=NAMES for others"
+                f"{_example(read, column)}"
             )
-        if column.null_count():
-            raise DataError(f"a feature must have no empty cell; {name!r} has {column.null_count()}")
-    if found is not None and frame[found].null_count():
-        raise DataError(f"the target must have no empty cell; {found!r} has {frame[found].null_count()}")
+        _check_filled("a feature", read, column)
+    if found is not None:
+        check_target(frame[found], read.findings, read.places, None)
+        _check_filled("the target", read, frame[found])
     features = frame.select(pl.col(name).cast(pl.Float64) for name in names).to_numpy()
-    return TableRows(features, None if found is None else frame[found].to_numpy())
+    return TableRows(features, None if found is None else frame[found].to_numpy(), read.notes)
+
+
+def _example(read: ReadFrame, column: pl.Series) -> str:
+    """Return the cells of a column that are no numbers, where the others are, with their places."""
+    mixed = next((f for f in read.findings if f.column == column.name and f.rule == "mixed"), None)
+    return "" if mixed is None else f", or correct {describe_cells(mixed.cells)}"
+
+
+def _check_filled(what: str, read: ReadFrame, column: pl.Series) -> None:
+    if not column.null_count():
+        return
+    first = int(column.is_null().arg_true()[0])
+    taken = [f for f in read.findings if f.column == column.name and f.rule in ("missing", "unreadable")]
+    reason = f" ({taken[0].note})" if taken else ""
+    raise DataError(
+        f"{what} must have no empty cell; {column.name!r} has {column.null_count()}, the first in "
+        f"{read.places.name(first)}{reason}: fill them in, or leave out their rows"
+    )
 
 
 def examine(
@@ -179,7 +215,7 @@ def examine(
         reference_samples=reference_samples,
     )
     if rows.target is None:
-        return ShiftReport(shift, None)
+        return ShiftReport(shift, None, _notes(rows, reference))
     given, scored = train_test_split(np.arange(len(rows.target)), test_size=0.5, random_state=0)
     x, y = rows.features[scored], rows.target[scored]
     as_is = _score(served, x, y)
@@ -188,7 +224,12 @@ def examine(
     retrained = None
     if served.estimator is not None:
         retrained = float(clone(served.estimator).fit(rows.features[given], rows.target[given]).score(x, y))
-    return ShiftReport(shift, Scores(as_is, adapted, retrained, len(scored), len(given), prior))
+    scores = Scores(as_is, adapted, retrained, len(scored), len(given), prior)
+    return ShiftReport(shift, scores, _notes(rows, reference))
+
+
+def _notes(rows: TableRows, reference: TableRows | None) -> list[str]:
+    return [*rows.notes, *(f"reference: {note}" for note in (reference.notes if reference else ()))]
 
 
 def _check_takes(served: Served, rows: NDArray[np.float64]) -> None:

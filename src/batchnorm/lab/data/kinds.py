@@ -1,0 +1,211 @@
+"""The kinds of the columns of texts: numbers, truth values, dates, times or categories.
+
+A column of which at least 90% of the cells are of one kind is of this kind. The other cells are missing values, and a
+finding names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from batchnorm.lab.data.date_texts import DateOrders, count_date_orders, parse_dates, parse_times
+from batchnorm.lab.data.findings import Cell, Finding, cells_of, describe_cells
+from batchnorm.lab.data.missing import is_placeholder, stripped, without_missing
+from batchnorm.lab.data.number_texts import DecimalMarks, count_decimal_marks, parse_numbers, plain_numbers
+from batchnorm.lab.data.places import Places, shown
+from batchnorm.lab.data.reading import DateOrder, Reading
+
+__all__ = ["read_kinds"]
+
+MIN_SHARE = 0.9
+"""Share of the filled cells that make a column one of numbers or dates."""
+
+MIN_MIXED = 0.1
+"""Share of the filled cells that are numbers or dates, from which a column of categories is worth a note."""
+
+IS_NOT: dict[str, tuple[str, str]] = {
+    "numbers": ("is no number", "are no numbers"),
+    "dates": ("is no date", "are no dates"),
+    "times": ("is no time", "are no times"),
+    "true or false": ("is neither true nor false", "are neither true nor false"),
+}
+"""What a note says about one cell, or several, that are not of the kind of their column."""
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """Decimal mark and order of dates that the columns of a table agree on.
+
+    Attributes
+    ----------
+    commas : sequence of str
+        Columns in which ambiguous numbers have a decimal comma: those whose other numbers show it, and if no column
+        shows a decimal point, all others too where one shows a comma or the cells were separated by semicolons.
+    order : "day-first", "month-first" or None
+        The order that the dates of other columns show.
+    """
+
+    commas: Sequence[str]
+    order: DateOrder | None
+    orders: Mapping[str, DateOrders]
+
+
+def read_kinds(
+    frame: pl.DataFrame, reading: Reading, places: Places, *, semicolons: bool = False
+) -> tuple[pl.DataFrame, list[Finding]]:
+    """Return a table with numbers and dates in place of the texts that are some, and what was found on the way.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Columns that hold no texts are left as they are, except for the values that the user calls missing.
+    reading : Reading
+    places : Places
+        Names of the rows.
+    semicolons : bool
+        Whether the cells of the file were separated by semicolons, as where the comma is the decimal mark.
+    """
+    findings: list[Finding] = []
+    texts: dict[str, pl.Series] = {}
+    columns: dict[str, pl.Series] = {}
+    for column in frame.iter_columns():
+        columns[column.name] = column
+        if column.dtype != pl.String:
+            columns[column.name] = _without_given_numbers(column, reading)
+            continue
+        tidy = stripped(column)
+        known = without_missing(tidy, reading.missing)
+        columns[column.name] = texts[column.name] = known
+        gone = known.is_null() & (tidy != "").fill_null(False)
+        if gone.any():
+            cells = cells_of(tidy, gone, places)
+            note = f"column {column.name}: {describe_cells(cells)} {_are(cells)} taken as missing"
+            findings.append(Finding(column.name, "missing", cells, note))
+    undecided = {name: column for name, column in texts.items() if name not in reading.categorical}
+    conventions = _conventions(undecided, semicolons)
+    for name, column in undecided.items():
+        columns[name] = _read_column(column, reading, places, conventions, findings)
+    return pl.DataFrame(list(columns.values())), findings
+
+
+def _are(cells: list[Cell]) -> str:
+    return "is" if sum(cell.count for cell in cells) == 1 else "are"
+
+
+def _without_given_numbers(column: pl.Series, reading: Reading) -> pl.Series:
+    """Return a column of numbers without the values that the user calls missing, such as -999."""
+    given = plain_numbers(pl.Series(list(reading.missing), dtype=pl.String)).drop_nulls()
+    if not given.len() or not column.dtype.is_numeric():
+        return column
+    return column.set(column.cast(pl.Float64).is_in(given.to_list()).fill_null(False), None)
+
+
+def _conventions(texts: Mapping[str, pl.Series], semicolons: bool) -> Conventions:
+    marks: dict[str, DecimalMarks] = {}
+    if any(column.str.contains(r",\d").any() for column in texts.values()):
+        marks = {name: count_decimal_marks(column) for name, column in texts.items()}
+    commas = [name for name, found in marks.items() if found.show_comma]
+    if (commas or semicolons) and not any(found.point > found.comma for found in marks.values()):
+        commas = [name for name, found in marks.items() if found.show_comma or not found.point]
+    orders = {name: count_date_orders(column) for name, column in texts.items()}
+    settled = {found.settled for found in orders.values()} - {None}
+    order = settled.pop() if len(settled) == 1 else None
+    return Conventions(commas, order, orders)
+
+
+def _read_column(
+    texts: pl.Series, reading: Reading, places: Places, conventions: Conventions, findings: list[Finding]
+) -> pl.Series:
+    """Return a column as the kind that most of its cells have, and append what was found to the findings."""
+    name = texts.name
+    filled = texts.is_not_null() & ~is_placeholder(texts).fill_null(False)
+    count = int(filled.sum())
+    numbers, marked = parse_numbers(texts, comma=name in conventions.commas)
+    forced = name in reading.numeric and numbers.null_count() < texts.len()
+    if forced or _enough(numbers, filled, count):
+        if marked.any():
+            findings.append(_marks(texts, numbers, marked, places))
+        _add_unreadable(texts, numbers, "numbers", places, findings)
+        return numbers
+    if not count:
+        return texts
+    orders = conventions.orders.get(name, DateOrders())
+    order = reading.dates or orders.settled or conventions.order or "day-first"
+    lower = texts.str.to_lowercase()
+    truth = lower.replace_strict({"true": True, "false": False}, default=None, return_dtype=pl.Boolean)
+    shares = {"numbers": int((numbers.is_not_null() & ~texts.str.contains(r"\p{L}")).sum())}
+    for kind, values in (
+        ("true or false", truth),
+        ("dates", parse_dates(texts, order)),
+        ("times", parse_times(texts)),
+    ):
+        if _enough(values, filled, count):
+            if kind == "dates" and orders.both and reading.dates is None:
+                findings.append(_order(texts, order, orders, conventions.order, places))
+            _add_unreadable(texts, values, kind, places, findings)
+            return values
+        shares[kind] = values.len() - values.null_count()
+    kind = max(shares, key=lambda kind: shares[kind])
+    if shares[kind] >= MIN_MIXED * count:
+        values = {"numbers": numbers, "dates": parse_dates(texts, order), "times": parse_times(texts)}.get(kind, truth)
+        findings.append(_mixed(texts, values, kind, count, places))
+    return texts
+
+
+def _enough(values: pl.Series, filled: pl.Series, count: int) -> bool:
+    return count > 0 and int((values.is_not_null() & filled).sum()) >= MIN_SHARE * count
+
+
+def _marks(texts: pl.Series, numbers: pl.Series, marked: pl.Series, places: Places) -> Finding:
+    row = int(marked.arg_true()[0])
+    value = numbers[row]
+    count = int(marked.sum())
+    example = f"{shown(texts[row])} in {places.name(row)} is read as {value:.15g}"
+    more = f", and {count - 1} other number{'s' if count > 2 else ''} with such marks" if count > 1 else ""
+    cells = cells_of(texts, marked, places)
+    return Finding(texts.name, "marks", cells, f"column {texts.name}: {example}{more}")
+
+
+def _add_unreadable(texts: pl.Series, values: pl.Series, kind: str, places: Places, findings: list[Finding]) -> None:
+    """Append a finding about the cells that are not of the kind of their column."""
+    unreadable = values.is_null() & texts.is_not_null()
+    if unreadable.any():
+        cells = cells_of(texts, unreadable, places)
+        several = sum(cell.count for cell in cells) > 1
+        note = f"column {texts.name}: {describe_cells(cells)} {IS_NOT[kind][several]} and taken as missing"
+        findings.append(Finding(texts.name, "unreadable", cells, note))
+
+
+def _mixed(texts: pl.Series, values: pl.Series, kind: str, count: int, places: Places) -> Finding:
+    cells = cells_of(texts, values.is_null() & texts.is_not_null(), places)
+    found = values.len() - values.null_count()
+    way_out = "; the option numeric takes the others as missing" if kind == "numbers" else ""
+    note = (
+        f"column {texts.name} is taken as categories, since {found} of {count} cells are {kind}, fewer than "
+        f"{MIN_SHARE:.0%}; not so {describe_cells(cells)}{way_out}"
+    )
+    return Finding(texts.name, "mixed", cells, note)
+
+
+def _order(
+    texts: pl.Series, order: DateOrder, orders: DateOrders, elsewhere: DateOrder | None, places: Places
+) -> Finding:
+    """Return a finding about the order in which dates are read that can be read in both."""
+    words = order.replace("-", " ")
+    if orders.settled:
+        other: DateOrder = "month-first" if order == "day-first" else "day-first"
+        shows = parse_dates(texts, order).is_not_null() & parse_dates(texts, other).is_null()
+        cell = cells_of(texts, shows, places)[0]
+        reason = f"as {shown(cell.text)} in {cell.place} shows"
+    elif elsewhere:
+        reason = "as another column shows"
+    else:
+        both = parse_dates(texts, "day-first") != parse_dates(texts, "month-first")
+        cell = cells_of(texts, both.fill_null(False), places)[0]
+        reason = (
+            f"but {shown(cell.text)} in {cell.place} and all others can be month first too; the option dates decides"
+        )
+    return Finding(texts.name, "dates", [], f"column {texts.name}: dates are read {words}, {reason}")

@@ -1,0 +1,161 @@
+"""Numbers as people write them: $213,700, 1.3%, (1,200), 1.234,5 or 1,735 sqft.
+
+A comma or point that is followed by exactly three digits can be a decimal mark or a mark of thousands. The other
+numbers of a column decide, and then the other columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+
+__all__ = ["DecimalMarks", "count_decimal_marks", "parse_numbers", "plain_numbers"]
+
+CODES = "USD|EUR|GBP|CHF|JPY|CNY|INR|CAD|AUD|NZD|SEK|NOK|DKK|PLN|CZK|BRL|MXN|ZAR"
+CURRENCY = rf"(?:US|CA|AU|NZ|HK|R|A|C|S)?\p{{Sc}}|{CODES}|Rs\.?|Fr\."
+WORD = r"(?:\p{Sc}|[%‰°\"'\u2032\u2033]|[\p{L}µ]+\.?[23²³]?)"
+UNIT = rf"{WORD}(?:[ /·]?{WORD})*"
+DIGITS = r"(?:\d[\d.,' ]*\d|\d)[.,]?|[.,]\d+"
+NUMBER = rf"^([-+]?)\s*({CURRENCY})?\s*([-+]?)({DIGITS})(?:[eE]([-+]?\d+))?(\s?)({UNIT})?$"
+FACTORS = {"k": 1e3, "K": 1e3, "M": 1e6, "mn": 1e6, "bn": 1e9, "B": 1e9}
+"""Factors that stand directly behind a number, as in 565K."""
+
+MINUS = r"^[\u2010-\u2015\u2212\ufe63\uff0d]"
+APOSTROPHES = "[\u2019`\u00b4]"
+BLANKS = r"[\u00a0\u2007\u2009\u202f\t]"
+
+AMBIGUOUS = r"^[1-9]\d{0,2}[.,]\d{3}$"
+COMMA_DECIMAL = r"^\d{1,3}(?:\.\d{3})+,\d*$|^\d{1,3}(?:\.\d{3}){2,}$|^\d*,\d*$"
+POINT_DECIMAL = r"^\d{1,3}(?:,\d{2,3})*,\d{3}\.\d*$|^\d{1,3}(?:,\d{2,3})*,\d{3}$|^\d*\.\d*$"
+GROUPED = r"^\d{1,3}(?:[' ]\d{3})+(?:[.,]\d*)?$"
+
+
+@dataclass(frozen=True)
+class DecimalMarks:
+    """Numbers of a column that can be read in one way alone, by their decimal mark, and those that can be in two."""
+
+    comma: int = 0
+    point: int = 0
+    ambiguous: int = 0
+
+    @property
+    def show_comma(self) -> bool:
+        """Whether enough numbers have a decimal comma; a few odd ones are not enough."""
+        return self.comma > self.point and 10 * self.comma >= self.comma + self.point + self.ambiguous
+
+
+def plain_numbers(texts: pl.Series) -> pl.Series:
+    """Return texts as float64, and null for those that are not as Python writes a finite number."""
+    numbers = texts.cast(pl.Float64, strict=False)
+    return numbers.set(~numbers.is_finite().fill_null(True), None)
+
+
+def _groups(texts: pl.Series) -> pl.DataFrame:
+    """Return the parts of numbers; all are null for a text that is none."""
+    tidy = texts.str.replace_all(BLANKS, " ").str.replace(MINUS, "-").str.replace_all(APOSTROPHES, "'")
+    tidy = tidy.str.replace(r"""^="(.*)"$""", "$1").str.replace(r"^'(\d)", "$1")
+    tidy = tidy.str.replace(rf"^({CURRENCY})?\s*\(\s*(.*\d.*)\s*\)$", "-$1$2").str.replace(r"^(.*\d)\s?-$", "-$1")
+    names = ["sign", "currency", "inner_sign", "digits", "exponent", "blank", "unit"]
+    return tidy.str.extract_groups(NUMBER).struct.rename_fields(names).struct.unnest()
+
+
+def _mantissa(digits: pl.Series) -> pl.Series:
+    """Return digits without blanks and apostrophes between thousands; null where these stand elsewhere."""
+    grouped = digits.str.contains("[' ]")
+    valid = ~grouped | digits.str.contains(GROUPED)
+    return digits.str.replace_all("[' ]", "").set(~valid.fill_null(True), None)
+
+
+def count_decimal_marks(texts: pl.Series) -> DecimalMarks:
+    """Count the numbers of a column that show which decimal mark they have."""
+    digits = _mantissa(_groups(texts.drop_nulls())["digits"]).drop_nulls()
+    ambiguous = digits.str.contains(AMBIGUOUS)
+    sure = digits.filter(~ambiguous)
+    comma = sure.str.contains(COMMA_DECIMAL) & sure.str.contains("[,.]")
+    point = sure.str.contains(POINT_DECIMAL) & sure.str.contains("[,.]") & ~comma
+    return DecimalMarks(int(comma.sum()), int(point.sum()), int(ambiguous.sum()))
+
+
+def parse_numbers(texts: pl.Series, comma: bool) -> tuple[pl.Series, pl.Series]:
+    """Return texts as numbers (null for those that are none), and whether each was written with further marks.
+
+    Numbers with different units are not comparable: those with the most frequent unit are numbers.
+
+    Parameters
+    ----------
+    texts : Series of str
+    comma : bool
+        Whether an ambiguous number, such as 1,234 or 1.234, has a decimal comma.
+
+    Examples
+    --------
+    >>> parse_numbers(pl.Series(["$213,700", "1.3", "(1,200)", "Rome"]), comma=False)[0].to_list()
+    [213700.0, 1.3, -1200.0, None]
+    """
+    plain = plain_numbers(texts)
+    marked = texts.is_not_null() & (plain.is_null() | (texts.str.contains(AMBIGUOUS) & comma))
+    if not marked.any():
+        return _whole(texts, plain), marked
+    rows = marked.arg_true()
+    values = _parse(texts.gather(rows), comma)
+    whole = bool((values.drop_nulls() == values.drop_nulls().round()).all())
+    found = plain.scatter(rows, values)
+    marked &= found.is_not_null()
+    ints = texts.filter(~marked & found.is_not_null()).str.contains(r"^[-+]?\d+$").all()
+    return found.cast(pl.Int64) if whole and ints and _fits(found) else found, marked
+
+
+def _fits(numbers: pl.Series) -> bool:
+    largest = numbers.abs().max()
+    return isinstance(largest, float) and largest < 2**53
+
+
+def _whole(texts: pl.Series, plain: pl.Series) -> pl.Series:
+    """Return numbers as whole ones where all are."""
+    known = texts.filter(plain.is_not_null())
+    if known.len() and known.str.contains(r"^[-+]?\d+$").all():
+        ints = texts.cast(pl.Int64, strict=False)
+        if ints.null_count() == plain.null_count():
+            return ints
+    return plain
+
+
+def _parse(texts: pl.Series, comma: bool) -> pl.Series:
+    """Return the values of numbers with marks; null for other texts, and for those of less frequent units."""
+    parts = _groups(texts)
+    digits = _mantissa(parts["digits"])
+    ambiguous = pl.when(pl.col("digits").str.contains(AMBIGUOUS)).then(pl.lit(comma))
+    frame = parts.with_columns(digits=digits).with_columns(
+        comma=ambiguous.otherwise(
+            pl.col("digits").str.contains(COMMA_DECIMAL) & ~pl.col("digits").str.contains(r"^\d*$")
+        )
+    )
+    valid = pl.col("comma") | pl.col("digits").str.contains(rf"{POINT_DECIMAL}|^\d+$")
+    mantissa = (
+        pl.when(pl.col("comma"))
+        .then(pl.col("digits").str.replace_all(".", "", literal=True).str.replace(",", ".", literal=True))
+        .otherwise(pl.col("digits").str.replace_all(",", "", literal=True))
+    )
+    factor = pl.when(pl.col("blank") == "").then(
+        pl.col("unit").replace_strict(FACTORS, default=None, return_dtype=pl.Float64)
+    )
+    negative = (pl.col("sign") + pl.col("inner_sign")) == "-"
+    twice = (pl.col("sign") + pl.col("inner_sign")).str.len_chars() > 1
+    unit = pl.concat_str(pl.col("currency").fill_null(""), pl.when(factor.is_null()).then("unit").fill_null(""))
+    power = pl.lit("e") + pl.col("exponent").fill_null("0")
+    found = frame.select(
+        value=pl.when(valid & ~twice).then((mantissa + power).cast(pl.Float64, strict=False))
+        * factor.fill_null(1.0)
+        * pl.when(negative).then(-1.0).otherwise(1.0),
+        unit=unit.str.to_lowercase().str.replace_all("[ .]", ""),
+    )
+    return _of_one_unit(found.with_columns(value=pl.when(pl.col("value").is_finite()).then("value")))
+
+
+def _of_one_unit(found: pl.DataFrame) -> pl.Series:
+    with_unit = found.filter(pl.col("value").is_not_null() & (pl.col("unit") != ""))
+    if not with_unit.height:
+        return found["value"]
+    most = with_unit["unit"].value_counts().sort(["count", "unit"], descending=[True, False])["unit"][0]
+    return found["value"].set(~found["unit"].is_in(["", most]), None)

@@ -1,0 +1,204 @@
+"""The records of a text file: its cells as texts, each record with the line at which it begins."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import polars as pl
+
+from batchnorm.errors import DataError
+from batchnorm.lab.data.places import Places, shown
+from batchnorm.lab.data.text_files import refusal
+
+__all__ = ["Records", "read_records"]
+
+CHUNK = 20_000
+SPREADSHEET_ERRORS = ("#N/A", "#NA", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NUM!", "#NULL!")
+
+
+@dataclass(frozen=True)
+class Records:
+    """The cells of a text file.
+
+    Attributes
+    ----------
+    header : list of str
+        The cells of the first record.
+    header_line : int
+        The line of the first record.
+    cells : DataFrame
+        The cells of the other records, as texts; a missing cell at the end of a short record is null.
+    places : Places
+        The lines of these records.
+    notes : list of str
+        Sentences about records that were left out or completed.
+    """
+
+    header: list[str]
+    header_line: int
+    cells: pl.DataFrame
+    places: Places
+    notes: list[str] = field(default_factory=list)
+
+
+Row = tuple[int, list[str]]
+"""The line at which a record begins, and its cells."""
+
+
+@dataclass
+class _Lines:
+    """Lines that one rule applies to: their number, and the first one."""
+
+    count: int = 0
+    first: int = 0
+
+    def add(self, line: int) -> None:
+        self.first = self.first or line
+        self.count += 1
+
+    def describe(self, one: str, many: str) -> list[str]:
+        if not self.count:
+            return []
+        return [
+            f"line {self.first} {one}" if self.count == 1 else f"{self.count} lines {many} (first: line {self.first})"
+        ]
+
+
+@dataclass
+class _Body:
+    """The records below the header, collected row by row."""
+
+    width: int
+    header_line: int
+    comments: _Lines
+    empty: _Lines = field(default_factory=_Lines)
+    short: _Lines = field(default_factory=_Lines)
+    long: _Lines = field(default_factory=_Lines)
+    lines: list[int] = field(default_factory=list)
+    chunk: list[Sequence[str | None]] = field(default_factory=list)
+    frames: list[pl.DataFrame] = field(default_factory=list)
+
+    def add(self, row: Row, path: Path, separator: str) -> None:
+        """Add a record, unless it is a comment or has no values."""
+        line, cells = row
+        if _is_comment(cells, self.width):
+            self.comments.add(line)
+        elif not any(cell.strip() for cell in cells):
+            self.empty.add(line)
+        elif any(cell.strip() for cell in cells[self.width :]):
+            raise _ragged(path, separator, (self.header_line, self.width), row)
+        else:
+            if len(cells) != self.width:
+                (self.short if len(cells) < self.width else self.long).add(line)
+            self.lines.append(line)
+            self.chunk.append([*cells[: self.width], *[None] * (self.width - len(cells))])
+            if len(self.chunk) == CHUNK:
+                self.flush()
+
+    def flush(self) -> None:
+        """Turn the collected records into a data frame, which takes less memory."""
+        columns = zip(*self.chunk, strict=True) if self.chunk else ([] for _ in range(self.width))
+        self.frames.append(
+            pl.DataFrame([pl.Series(str(i), c, dtype=pl.String) for i, c in enumerate(map(list, columns))])
+        )
+        self.chunk = []
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about the lines that were left out or completed."""
+        cells = f"cell{'s' if self.width > 1 else ''}"
+        return [
+            *self.comments.describe("is a comment and is left out", "are comments and are left out"),
+            *self.empty.describe("has no values and is left out", "have no values and are left out"),
+            *self.short.describe(
+                f"has fewer than {self.width} cells; the last are missing",
+                f"have fewer than {self.width} cells; the last are missing",
+            ),
+            *self.long.describe(
+                f"has an empty cell after its {self.width} {cells}",
+                f"have an empty cell after their {self.width} {cells}",
+            ),
+        ]
+
+
+def read_records(text: str, separator: str, path: Path) -> Records:
+    """Split a text into records and cells.
+
+    Empty lines and comments (``#`` at the beginning) are left out. Cells that a record has too many of must be empty;
+    cells that it lacks at its end are missing.
+
+    Raises
+    ------
+    DataError
+        A record has more cells than the first one, or a quote is not closed; the message names the line.
+    """
+    rows = _rows(text, separator, path)
+    comments = _Lines()
+    commented: Row | None = None
+    for row in rows:
+        if not _is_comment(row[1], 0):
+            break
+        comments.add(row[0])
+        commented = (row[0], [row[1][0].lstrip("# "), *row[1][1:]])
+    else:
+        return Records([], 0, pl.DataFrame(), Places())
+    header, first = row, []
+    if commented and _is_commented_header(commented[1], row[1]):
+        header, first = commented, [row]
+        comments.count -= 1
+    body = _Body(len(header[1]), header[0], comments)
+    for row in chain(first, rows):
+        body.add(row, path, separator)
+    body.flush()
+    return Records(header[1], header[0], pl.concat(body.frames), Places(body.lines, "line"), body.notes)
+
+
+def _rows(text: str, separator: str, path: Path) -> Iterator[Row]:
+    """Yield the line and the cells of each record that is not empty."""
+    csv.field_size_limit(max(len(text), 1 << 17))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    last = text.count("\n") + (not text.endswith("\n"))
+    line = 1
+    for row in reader:
+        if line < last == reader.line_num and "\n".join(text.split("\n")[line - 1 :]).count('"') % 2:
+            raise refusal(
+                path, f'a quote that line {line} opens is not closed; write "" for a quote within a quoted cell'
+            )
+        if row:
+            yield line, row
+        line = reader.line_num + 1
+
+
+def _is_comment(cells: Sequence[str], width: int) -> bool:
+    """Tell a comment from a record whose first cell begins with "#"."""
+    if not cells[0].startswith("#") or cells[0].startswith(SPREADSHEET_ERRORS):
+        return False
+    return len(cells) != width or cells[0].startswith("# ")
+
+
+def _is_commented_header(names: Sequence[str], first: Sequence[str]) -> bool:
+    """Return whether a comment has the names of the columns, as numpy.savetxt writes them."""
+    return len(names) == len(first) > 1 and all(names) and not _has_letters(first[0]) and _has_letters("".join(names))
+
+
+def _has_letters(text: str) -> bool:
+    return any(character.isalpha() for character in text)
+
+
+def _ragged(path: Path, separator: str, header: tuple[int, int], record: Row) -> DataError:
+    (header_line, width), (line, row) = header, record
+    way_out = f"put a cell that contains the separator {separator!r} in quotes"
+    if any("\n" in cell for cell in row):
+        way_out = "a quote that is not closed may join its lines"
+    elif width == 1:
+        way_out = f"delete line {header_line} if it is a title, or {way_out}"
+    return refusal(
+        path,
+        f"every line must have as many cells as the first one; line {header_line} has {width} and line {line} has "
+        f"{len(row)}, of which {shown(row[width].strip())} is the first too many: {way_out}",
+    )

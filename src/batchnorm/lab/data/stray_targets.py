@@ -1,0 +1,90 @@
+"""Stray cells of a target: one of them must not make a class, or turn classes into numbers, without an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import polars as pl
+
+from batchnorm.errors import DataError
+from batchnorm.lab.data.findings import Finding, cells_of, describe_cells
+from batchnorm.lab.data.missing import is_placeholder, is_symbol
+from batchnorm.lab.data.places import Places, shown
+from batchnorm.lab.data.target import MAX_NUMERIC_CLASSES, Task
+
+__all__ = ["check_target"]
+
+MAX_STRAY = 0.1
+"""Share of the rows up to which cells that do not fit the others are stray."""
+
+
+def check_target(column: pl.Series, findings: Iterable[Finding], places: Places, task: Task | None) -> None:
+    """Raise `DataError` if a target has a cell that does not fit the others; the message names it.
+
+    Parameters
+    ----------
+    column : Series
+        The target, as it was read.
+    findings : iterable of Finding
+        Decisions about its cells.
+    places : Places
+        Names of the rows.
+    task : "classification", "regression" or None
+        The task that was asked for.
+    """
+    rules = {finding.rule: finding for finding in findings if finding.column == column.name}
+    for rule in ("unreadable", "mixed"):
+        if rule in rules:
+            kind = "numbers" if column.dtype.is_numeric() or rule == "mixed" else str(column.dtype).lower()
+            raise _error(f"a target of {kind} must not have other cells", column.name, rules[rule], task)
+    if column.dtype == pl.String:
+        _check_texts(column, places)
+    elif column.dtype.is_float() and task is None:
+        _check_whole(column, places)
+
+
+def _error(rule: str, name: str, finding: Finding, task: Task | None) -> DataError:
+    text = finding.cells[0].text
+    keep = "" if task == "regression" else f", or categorical={name!r} to keep it as a class"
+    return DataError(
+        f"{rule}; in {name!r} there {_is(finding)} {describe_cells(finding.cells)}. Correct it, or pass "
+        f"missing={text!r} to leave out such rows{keep}"
+    )
+
+
+def _is(finding: Finding) -> str:
+    return "is" if sum(cell.count for cell in finding.cells) == 1 else "are"
+
+
+def _check_texts(column: pl.Series, places: Places) -> None:
+    placeholders = cells_of(column, is_placeholder(column).fill_null(False), places)
+    for cell in placeholders:
+        if is_symbol(cell.text) or cell.count <= MAX_STRAY * column.len():
+            raise DataError(
+                f"a class must not be a text that stands for a missing value; {column.name!r} has "
+                f"{describe_cells([cell])}. Pass missing={cell.text!r} to leave out such rows, or "
+                f"categorical={column.name!r} to keep it as a class"
+            )
+    folded: dict[str, str] = {}
+    for text in column.drop_nulls().unique(maintain_order=True):
+        other = folded.setdefault(" ".join(text.split()).casefold(), text)
+        if other != text:
+            cells = cells_of(column, column.is_in([text, other]).fill_null(False), places)
+            rare = min(cells, key=lambda cell: cell.count)
+            raise DataError(
+                f"classes must differ in more than case and blanks; {column.name!r} has {shown(other)} and "
+                f"{shown(text)} ({describe_cells([rare])}). Correct them, or pass categorical={column.name!r}"
+            )
+
+
+def _check_whole(column: pl.Series, places: Places) -> None:
+    """Refuse a few numbers with decimals among whole numbers that look like classes."""
+    known = column.drop_nulls().drop_nans()
+    stray = (column != column.round()).fill_null(False)
+    whole = known.filter(known == known.round())
+    if 0 < stray.sum() <= MAX_STRAY * known.len() and whole.n_unique() <= MAX_NUMERIC_CLASSES:
+        cells = cells_of(column.cast(pl.String), stray, places)
+        raise DataError(
+            f"a target must be classes or numbers; {column.name!r} has {whole.n_unique()} different whole numbers, as "
+            f"classes have, and {describe_cells(cells)}. Correct it, or pass task='regression' if it is a number"
+        )
