@@ -147,7 +147,8 @@ class Comparison(Report):
     def _summary(self) -> str:
         ratios = [f"{arm} {bounds_text(ratio.median)}" for arm, ratio in self.result.ratios.items()]
         claimed = f"ratio of steps {', '.join(ratios)}" if self.result.headline else "no ratio of steps claimed"
-        return f"{self._run.data.name!r}, {claimed}"
+        notes = len(self.result.notes)
+        return f"{self._run.data.name!r}, {claimed}, {notes} note{'s' if notes != 1 else ''}"
 
     def _records(self) -> list[dict[str, Any]]:
         records = []

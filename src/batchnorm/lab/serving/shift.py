@@ -114,7 +114,8 @@ class ShiftReport(Report):
 
     def _summary(self) -> str:
         scored = "" if self.scores is None else f", score {self.scores.as_is:.3f}, adapted {self.scores.adapted:.3f}"
-        return f"{self.shift._summary()}{scored}"
+        noted = f", {len(self.notes)} note{'s' if len(self.notes) > 1 else ''}" if self.notes else ""
+        return f"{self.shift._summary()}{scored}{noted}"
 
     def _records(self) -> list[dict[str, Any]]:
         return self.shift._records()
