@@ -10,11 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
+from polars import selectors as cs
 
 from batchnorm.lab.data.date_texts import DateOrders, count_date_orders, parse_dates, parse_times
 from batchnorm.lab.data.findings import Cell, Finding, cells_of, describe_cells
 from batchnorm.lab.data.missing import is_placeholder, stripped, without_missing
-from batchnorm.lab.data.number_texts import DecimalMarks, count_decimal_marks, parse_numbers, plain_numbers
+from batchnorm.lab.data.number_texts import (
+    DecimalMarks,
+    count_decimal_marks,
+    only_plain_numbers,
+    parse_numbers,
+    plain_numbers,
+)
 from batchnorm.lab.data.places import Places, shown
 from batchnorm.lab.data.reading import DateOrder, Reading
 
@@ -71,8 +78,11 @@ def read_kinds(
     findings: list[Finding] = []
     texts: dict[str, pl.Series] = {}
     columns: dict[str, pl.Series] = {}
+    plain = {} if semicolons else _plain_columns(frame, reading)
     for column in frame.iter_columns():
-        columns[column.name] = column
+        if column.name in plain:
+            columns[column.name] = plain[column.name]
+            continue
         if column.dtype != pl.String:
             columns[column.name] = _without_given_numbers(column, reading)
             continue
@@ -89,6 +99,20 @@ def read_kinds(
     for name, column in undecided.items():
         columns[name] = _read_column(column, reading, places, conventions, findings)
     return pl.DataFrame(list(columns.values())), findings
+
+
+def _plain_columns(frame: pl.DataFrame, reading: Reading) -> dict[str, pl.Series]:
+    """Return the columns of texts that are plain numbers alone; none if a point may be a mark of thousands in them."""
+    if reading.missing:
+        return {}
+    plain: dict[str, pl.Series] = {}
+    for column in frame.select(cs.string().exclude(reading.categorical)).iter_columns():
+        numbers = only_plain_numbers(column)
+        if numbers is not None:
+            plain[column.name] = numbers
+        elif column.str.contains(r",\d").any():
+            return {}
+    return plain
 
 
 def _are(cells: list[Cell]) -> str:

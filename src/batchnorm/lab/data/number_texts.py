@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-__all__ = ["DecimalMarks", "count_decimal_marks", "parse_numbers", "plain_numbers"]
+__all__ = ["DecimalMarks", "count_decimal_marks", "only_plain_numbers", "parse_numbers", "plain_numbers"]
 
 CODES = "USD|EUR|GBP|CHF|JPY|CNY|INR|CAD|AUD|NZD|SEK|NOK|DKK|PLN|CZK|BRL|MXN|ZAR"
 CURRENCY = rf"(?:US|CA|AU|NZ|HK|R|A|C|S)?\p{{Sc}}|{CODES}|Rs\.?|Fr\."
@@ -109,6 +109,12 @@ def parse_numbers(texts: pl.Series, comma: bool) -> tuple[pl.Series, pl.Series]:
 def _fits(numbers: pl.Series) -> bool:
     largest = numbers.abs().max()
     return isinstance(largest, float) and largest < 2**53
+
+
+def only_plain_numbers(texts: pl.Series) -> pl.Series | None:
+    """Return texts as numbers if each is one as Python writes it, or null; None where one is another text."""
+    plain = plain_numbers(texts)
+    return _whole(texts, plain) if plain.null_count() == texts.null_count() < texts.len() else None
 
 
 def _whole(texts: pl.Series, plain: pl.Series) -> pl.Series:
