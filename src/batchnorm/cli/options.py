@@ -34,6 +34,17 @@ __all__ = [
 
 Number = TypeVar("Number", int, float)
 
+
+def one_of(choices: Any) -> str:
+    """Return the values of a `Literal` as help shows them.
+
+    >>> from typing import Literal
+    >>> one_of(Literal["sgd", "adam"])
+    'sgd|adam'
+    """
+    return "|".join(get_args(choices))
+
+
 SOURCES = f"{', '.join(BUILT_IN_NAMES)}, or the path of a CSV, TSV, Parquet or NPZ file"
 
 Data = Annotated[str, typer.Argument(help=f"Data set: {SOURCES}.", metavar="DATA")]
@@ -110,16 +121,6 @@ def _option(param: Any) -> str:
     if isinstance(param, TyperArgument):
         return str(param.metavar)
     return max(param.opts, key=len) if isinstance(param, TyperOption) else str(param.name)
-
-
-def one_of(choices: Any) -> str:
-    """Return the values of a `Literal` as help shows them.
-
-    >>> from typing import Literal
-    >>> one_of(Literal["sgd", "adam"])
-    'sgd|adam'
-    """
-    return "|".join(get_args(choices))
 
 
 def at_least(minimum: float) -> Callable[[typer.CallbackParam, Any], Any]:

@@ -18,7 +18,9 @@ MAX_STRAY = 0.1
 """Share of the rows up to which cells that do not fit the others are stray."""
 
 
-def check_target(column: pl.Series, findings: Iterable[Finding], places: Places, task: Task | None) -> None:
+def check_target(
+    column: pl.Series, findings: Iterable[Finding], places: Places, task: Task | None, *, may_keep: bool = True
+) -> None:
     """Raise `DataError` if a target has a cell that does not fit the others; the message names it.
 
     Parameters
@@ -31,21 +33,23 @@ def check_target(column: pl.Series, findings: Iterable[Finding], places: Places,
         Names of the rows.
     task : "classification", "regression" or None
         The task that was asked for.
+    may_keep : bool
+        Whether the option ``categorical`` can keep the cells as classes.
     """
+    keep = f", or categorical={column.name!r} to keep it as a class" if may_keep and task != "regression" else ""
     rules = {finding.rule: finding for finding in findings if finding.column == column.name}
     for rule in ("unreadable", "mixed"):
         if rule in rules:
             kind = "numbers" if column.dtype.is_numeric() or rule == "mixed" else str(column.dtype).lower()
-            raise _error(f"a target of {kind} must not have other cells", column.name, rules[rule], task)
+            raise _error(f"a target of {kind} must not have other cells", column.name, rules[rule], keep)
     if column.dtype == pl.String:
-        _check_texts(column, places)
+        _check_texts(column, places, keep)
     elif column.dtype.is_float() and task is None:
         _check_whole(column, places)
 
 
-def _error(rule: str, name: str, finding: Finding, task: Task | None) -> DataError:
+def _error(rule: str, name: str, finding: Finding, keep: str) -> DataError:
     text = finding.cells[0].text
-    keep = "" if task == "regression" else f", or categorical={name!r} to keep it as a class"
     return DataError(
         f"{rule}; in {name!r} there {_is(finding)} {describe_cells(finding.cells)}. Correct it, or pass "
         f"missing={text!r} to leave out such rows{keep}"
@@ -56,14 +60,13 @@ def _is(finding: Finding) -> str:
     return "is" if sum(cell.count for cell in finding.cells) == 1 else "are"
 
 
-def _check_texts(column: pl.Series, places: Places) -> None:
+def _check_texts(column: pl.Series, places: Places, keep: str) -> None:
     placeholders = cells_of(column, is_placeholder(column).fill_null(False), places)
     for cell in placeholders:
         if is_symbol(cell.text) or cell.count <= MAX_STRAY * column.len():
             raise DataError(
                 f"a class must not be a text that stands for a missing value; {column.name!r} has "
-                f"{describe_cells([cell])}. Pass missing={cell.text!r} to leave out such rows, or "
-                f"categorical={column.name!r} to keep it as a class"
+                f"{describe_cells([cell])}. Pass missing={cell.text!r} to leave out such rows{keep}"
             )
     folded: dict[str, str] = {}
     for text in column.drop_nulls().unique(maintain_order=True):
@@ -73,7 +76,7 @@ def _check_texts(column: pl.Series, places: Places) -> None:
             rare = min(cells, key=lambda cell: cell.count)
             raise DataError(
                 f"classes must differ in more than case and blanks; {column.name!r} has {shown(other)} and "
-                f"{shown(text)} ({describe_cells([rare])}). Correct them, or pass categorical={column.name!r}"
+                f"{shown(text)} ({describe_cells([rare])}). Correct the rarer one{keep}"
             )
 
 

@@ -156,7 +156,7 @@ def read_rows(data: str, target: str | None, columns: Sequence[str], reading: Re
             )
         _check_filled("a feature", read, column)
     if found is not None:
-        check_target(frame[found], read.findings, read.places, None)
+        check_target(frame[found], read.findings, read.places, None, may_keep=False)
         _check_filled("the target", read, frame[found])
     features = frame.select(pl.col(name).cast(pl.Float64) for name in names).to_numpy()
     return TableRows(features, None if found is None else frame[found].to_numpy(), read.notes)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from batchnorm.errors import DataError
 from batchnorm.lab.data.columns import has_scalars, running_index
+from batchnorm.lab.data.stray_targets import check_target
 from batchnorm.lab.data.tables import Table
 from batchnorm.lab.teaching.mini_batch import MiniBatch
 
@@ -45,6 +46,7 @@ def from_table(table: Table) -> MiniBatch:
     DataError
         Fewer than two such columns vary, or the target holds lists or objects.
     """
+    check_target(table.frame[table.target], table.findings, table.places, "regression", may_keep=False)
     target = _target(table.frame[table.target])
     columns = _usable_columns(table)
     chosen = _most_informative(columns, target)
@@ -58,6 +60,7 @@ def from_table(table: Table) -> MiniBatch:
         f"The mini-batch is rows {_listed([str(row + 1) for row in rows])} of {table.name}, which has "
         f"{table.frame.height}.",
         target.remark or scaling,
+        *(f"{note[:1].upper()}{note[1:]}." for note in table.notes),
     ]
     return MiniBatch(
         names=(chosen[0], chosen[1]),
