@@ -98,7 +98,8 @@ def data_sets() -> Iterator[tuple[str, Callable[..., Any], NDArray[Any], NDArray
 def estimators() -> Values:
     """Yield fits of the classifier and the regressor, with weights, warm starts and partial fits."""
     for (name, make, X, y), (number, given) in itertools.product(data_sets(), enumerate(SETTINGS)):
-        options = {"hidden_layer_sizes": (12, 6), "batch_size": 40, "max_iter": 2, "random_state": 0, **given}
+        options = {"learning_rate_init": 0.001, "batch_size": 40, "max_iter": 2, "random_state": 0, **given}
+        options = {"hidden_layer_sizes": (12, 6), **options}
         label = f"{name}, settings {number}"
         yield from prefixed(label, fit_values(make(**options).fit(X, y), X))
         yield from prefixed(
@@ -166,7 +167,7 @@ def figures() -> Values:
 def fitted_classifier() -> Any:
     """Return the classifier that the command line tests for a shift."""
     X, y = load_digits(return_X_y=True)
-    return bn.BatchNormMLPClassifier((16,), max_iter=5, random_state=0).fit(X[:900], y[:900])
+    return bn.BatchNormMLPClassifier((16,), learning_rate_init=0.001, max_iter=5, random_state=0).fit(X[:900], y[:900])
 
 
 def output_of(*arguments: str) -> str:

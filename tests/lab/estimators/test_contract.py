@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from batchnorm.lab.estimators import BatchNormMLPClassifier, BatchNormMLPRegressor
-from support import ROOT, unconverged
+from support import ROOT, assert_same_network, unconverged
 
 PLACEMENTS = ("before", "after", None)
 
@@ -45,11 +45,29 @@ def test_check_estimator_fails_nothing_and_skips_only_the_impossible(estimator):
 @pytest.mark.parametrize(
     ("ours", "theirs"), [(BatchNormMLPClassifier, MLPClassifier), (BatchNormMLPRegressor, MLPRegressor)]
 )
-def test_a_parameter_that_scikit_learn_has_too_has_its_default(ours, theirs):
+def test_a_parameter_of_scikit_learn_has_its_default_except_the_learning_rate(ours, theirs):
     ours, theirs = (inspect.signature(estimator).parameters for estimator in (ours, theirs))
     shared = ours.keys() & theirs.keys()
     assert ours.keys() - shared == {"batch_norm", "bn_momentum", "bn_eps", "init_scale"}
-    assert {name: ours[name].default for name in shared} == {name: theirs[name].default for name in shared}
+    differing = {name: ours[name].default for name in shared if ours[name].default != theirs[name].default}
+    assert differing == {"learning_rate_init": "auto"}
+
+
+@unconverged
+@pytest.mark.parametrize(
+    ("solver", "batch_norm", "rate"),
+    [("adam", "before", 0.01), ("adam", "after", 0.01), ("adam", None, 0.001), ("sgd", "before", 0.001)],
+)
+def test_the_automatic_learning_rate_depends_on_the_solver_and_on_batch_norm(iris, solver, batch_norm, rate):
+    shared = {"hidden_layer_sizes": (5,), "solver": solver, "batch_norm": batch_norm, "max_iter": 2, "random_state": 0}
+    chosen = BatchNormMLPClassifier(**shared).fit(*iris)
+    assert_same_network(chosen, BatchNormMLPClassifier(**shared, learning_rate_init=rate).fit(*iris))
+    assert chosen.learning_rate_init == "auto"
+
+
+def test_a_learning_rate_by_another_name_is_refused(iris):
+    with pytest.raises(ValueError, match="learning_rate_init"):
+        BatchNormMLPClassifier(learning_rate_init="fast").fit(*iris)
 
 
 @unconverged

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
@@ -22,6 +21,7 @@ from batchnorm.kernels.allocator import tune_allocator
 from batchnorm.lab.comparison.run_file import RunFile, TrainedStack
 from batchnorm.lab.data.dataset import Dataset
 from batchnorm.lab.training.stacks import Stack
+from batchnorm.lab.training.threads import limited_threads
 from batchnorm.lab.training.train import train
 
 __all__ = ["Progress", "Workers"]
@@ -53,13 +53,9 @@ def _train_stack(
     def progress(step: int) -> None:
         taken[index] = step
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     started = time.perf_counter()
-    try:
+    with limited_threads(1):
         runs = train(stack, dataset, progress)
-    finally:
-        torch.set_num_threads(threads)
     return TrainedStack(stack.key, stack.phase, stack.arm, round(time.perf_counter() - started, 3), runs)
 
 

@@ -27,6 +27,7 @@ from batchnorm.lab.estimators.parameters import NetworkOptions, Parameters
 from batchnorm.lab.estimators.rows import FitRows, dense
 from batchnorm.lab.estimators.sample_weight import SampleWeightedBatchNorm1d, weighted_rows
 from batchnorm.lab.training.network import MLP, batch_bounds
+from batchnorm.lab.training.threads import limited_threads, threads_for
 
 __all__ = ["MultilayerPerceptron"]
 
@@ -115,7 +116,7 @@ class MultilayerPerceptron(Parameters, ABC):
         self.network_.eval()
         rows = np.arange(X.shape[0])
         parts = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
-        with torch.no_grad():
+        with limited_threads(threads_for(self.network_, len(parts[0]), 1)), torch.no_grad():
             return torch.cat([self.network_(dense(X[part]))[0] for part in parts])
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool) -> Self:
@@ -138,7 +139,8 @@ class MultilayerPerceptron(Parameters, ABC):
         self._options = options
         if not incremental or not hasattr(self, "_optimizer"):
             self._optimizer = self._new_optimizer()
-        self._train(rows, holdout, bounds, random_state, incremental=incremental)
+        with limited_threads(threads_for(self.network_, bounds[0][1], 3)):
+            self._train(rows, holdout, bounds, random_state, incremental=incremental)
         return self
 
     def _rows(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, continues: bool) -> FitRows:
@@ -200,7 +202,7 @@ class MultilayerPerceptron(Parameters, ABC):
         self._no_improvement_count = 0
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        parameters, rate = self.network_.parameters(), float(self.learning_rate_init)
+        parameters, rate = self.network_.parameters(), self._learning_rate()
         if self.solver == "adam":
             return torch.optim.Adam(parameters, rate, (self.beta_1, self.beta_2), self.epsilon)
         nesterov = self.nesterovs_momentum and self.momentum > 0

@@ -36,8 +36,9 @@ PARAMETERS = """hidden_layer_sizes : sequence of int or int
         their sample weights) and added to their mean loss.
     batch_size : int or "auto"
         Rows per mini-batch; "auto" is ``min(200, n_samples)``. A last mini-batch of one row joins the previous one.
-    learning_rate_init : float
-        The learning rate, which is constant.
+    learning_rate_init : float or "auto"
+        The learning rate, which is constant. "auto" is 0.01 for "adam" with batch normalization, and scikit-learn's
+        default of 0.001 otherwise.
     max_iter : int
         Maximum number of epochs per fit.
     shuffle : bool
@@ -129,7 +130,7 @@ class Parameters(BaseEstimator):  # type: ignore[misc]  # scikit-learn is publis
         "solver": [StrOptions({"sgd", "adam"})],
         "alpha": [Interval(Real, 0, None, closed="left")],
         "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
-        "learning_rate_init": [Interval(Real, 0, None, closed="neither")],
+        "learning_rate_init": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "shuffle": ["boolean"],
         "init_scale": [Interval(Real, 0, None, closed="neither")],
@@ -158,7 +159,7 @@ class Parameters(BaseEstimator):  # type: ignore[misc]  # scikit-learn is publis
         solver: str = "adam",
         alpha: float = 1e-4,
         batch_size: int | str = "auto",
-        learning_rate_init: float = 1e-3,
+        learning_rate_init: float | str = "auto",
         max_iter: int = 200,
         shuffle: bool = True,
         init_scale: float = 1.0,
@@ -211,6 +212,11 @@ class Parameters(BaseEstimator):  # type: ignore[misc]  # scikit-learn is publis
             raise InputError(f"hidden_layer_sizes must be positive whole numbers; got {self.hidden_layer_sizes!r}")
         if self.batch_norm is not None and self.batch_size == 1:
             raise InputError("batch_size must be at least 2 with batch normalization; got 1")
+
+    def _learning_rate(self) -> float:
+        if isinstance(self.learning_rate_init, str):
+            return 0.01 if self.solver == "adam" and self.batch_norm is not None else 0.001
+        return float(self.learning_rate_init)
 
     def _hidden(self) -> tuple[int, ...]:
         return tuple(np.ravel(self.hidden_layer_sizes).tolist())

@@ -25,6 +25,7 @@ from batchnorm.lab.training.runs import (
 )
 from batchnorm.lab.training.settings import Arm, Settings
 from batchnorm.lab.training.stacks import Stack
+from batchnorm.lab.training.threads import limited_threads
 from batchnorm.lab.training.trainer import Trainer
 
 __all__ = ["seconds_per_step", "train"]
@@ -137,9 +138,7 @@ def train(stack: Stack, dataset: Dataset, progress: Callable[[int], None]) -> li
 
 def seconds_per_step(dataset: Dataset, rates: Mapping[Arm, float], settings: Settings) -> dict[Arm, float]:
     """Return the median seconds per gradient step of each arm: one run on one thread, the arms in turn."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with limited_threads(1):
         trainers = {arm: Trainer(dataset, arm, [rate], [0], settings) for arm, rate in rates.items()}
         spent: dict[Arm, list[float]] = {arm: [] for arm in rates}
         for turn in range(WARM_UP_STEPS + TIMED_STEPS):
@@ -148,6 +147,4 @@ def seconds_per_step(dataset: Dataset, rates: Mapping[Arm, float], settings: Set
                 trainer.step()
                 if turn >= WARM_UP_STEPS:
                     spent[arm].append(time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(threads)
     return {arm: float(np.median(times)) for arm, times in spent.items()}
