@@ -69,8 +69,8 @@ def test_a_tool_is_stopped_where_an_option_makes_torchs_formula_wrong(name, opti
 def test_fusing_at_inference_needs_nothing_of_the_options_of_training(make, fuse):
     conv, norm, x = nn.Conv2d(3, 4, 3), make(), randn(2, 3, 7, 7)
     with torch.no_grad():
-        norm.running_mean += randn(4)
-        norm.running_var *= 3
+        norm.running_mean.add_(randn(4))
+        norm.running_var.mul_(3)
     model = nn.Sequential(conv, norm).eval()
     torch.testing.assert_close(fuse(conv, norm)(x), model(x), **CLOSE)
 

@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 import batchnorm as bn
 from support import assert_same_state, copied_state
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.\w+. is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.\w+. is deprecated")
 
 ACTIVATIONS = ["relu", "leaky_relu", "silu", "gelu", "tanh", "sigmoid"]
 # Torch's kernel and ours round differently: some 10 roundings of 6e-8 in values up to about 8.

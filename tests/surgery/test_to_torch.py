@@ -156,6 +156,23 @@ def test_in_a_domain_its_statistics_are_taken(inplace):
     assert report.layers[0].lost == ("domains=['drawn']", "nonfinite='skip'")
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_within_an_adaptation_the_adapted_statistics_are_taken(inplace):
+    model, x = trained(nn.Sequential(bn.BatchNorm1d(3)), 8, 3).eval(), randn(64, 3) * 3 + 5
+    stored = model(x)
+    with bn.adapt(model, [x]):
+        expected = model(x)
+        made, _ = bn.to_torch(model, inplace)
+    assert (stored - expected).abs().max() > 1
+    torch.testing.assert_close(made(x), expected, **CLOSE)
+
+
+def test_an_adaptation_to_each_batch_has_no_equal():
+    model = nn.Sequential(bn.BatchNorm1d(3)).eval()
+    with bn.adapt(model), pytest.raises(bn.UnsupportedError, match="got 0: adapted to each batch by itself"):
+        bn.to_torch(model)
+
+
 def test_a_frozen_layer_becomes_one_in_eval_mode():
     model = bn.freeze(trained(nn.Sequential(bn.BatchNorm1d(3, activation="tanh")), 8, 3)).train()
     made, report = bn.to_torch(model)

@@ -13,7 +13,7 @@ from batchnorm.errors import UnsupportedError
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.layer import Layer, layers_of
 from batchnorm.nn.reading import lost_in_training
-from batchnorm.nn.running import STATISTICS
+from batchnorm.nn.running import STATISTICS, context_of
 from batchnorm.statistics.changes import layer_name
 from batchnorm.statistics.layers import unwrapped
 from batchnorm.surgery.report import Replacement, Surgery
@@ -63,7 +63,8 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
     ------
     UnsupportedError
         Torch has no equal of a layer: its channels are in another dimension than 1, it takes any number of dimensions
-        (`BatchNorm`), it has a forward of its own, or parametrized or uninitialized parameters. Nothing is replaced.
+        (`BatchNorm`), it has a forward of its own, or parametrized or uninitialized parameters, or it is adapted to
+        each batch by itself. Nothing is replaced.
 
     Examples
     --------
@@ -100,6 +101,8 @@ def _refusal(layer: Layer) -> str:
     """Return why torch has no equal of a layer; empty if it has one."""
     if layer.channel_dim != 1:
         return f"channel_dim={layer.channel_dim}, where torch's layers take the channels in dimension 1"
+    if context_of(layer).hooks:
+        return "adapted to each batch by itself; leave that context, or give batchnorm.adapt a loader"
     if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
         return f"{type(layer).__name__} has seen no batch yet, which sets its channels"
     if is_parametrized(layer):
