@@ -273,6 +273,21 @@ def test_a_trace_of_a_subclass_runs_its_forward_once(mode):
     assert_same_state(traced.state_dict(), model.state_dict())
 
 
+def test_a_trace_warns_of_hooks_that_it_would_run_twice():
+    model = nn.Sequential(bn.BatchNorm1d(3))
+    model[0].register_forward_hook(lambda module, inputs, y: y * 2)
+    with pytest.warns(UserWarning, match=r"hooks of 0 return, and the graph calls them once more"):
+        torch.fx.symbolic_trace(model)
+
+
+def test_a_trace_of_a_pruned_layer_prunes_at_each_call():
+    model, x = nn.Sequential(pruned(bn.BatchNorm1d(3))), torch.randn(4, 3)
+    traced = torch.fx.symbolic_trace(model)
+    with torch.no_grad():
+        model[0].weight_orig *= 3
+    assert torch.equal(traced(x), model(x))
+
+
 def test_neither_a_tensor_nor_a_proxy_is_an_input_type_error():
     with pytest.raises(bn.InputTypeError, match="input must be a tensor; got list"):
         bn.BatchNorm1d(2)([[1.0, 2.0], [3.0, 4.0]])

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.prune import BasePruningMethod
 
 from batchnorm import torch_internals
-from batchnorm.errors import InputError, InputTypeError
+from batchnorm.errors import InputError, InputTypeError, warn
 from batchnorm.kernels.records import Operands, Rule, Running
 from batchnorm.kernels.reference import ACTIVATIONS
 from batchnorm.nn.options import Options
@@ -49,6 +50,12 @@ def traced(layer: nn.Module, base: Callable[..., Tensor] | None, x: Any, residua
     path = tracer.path_of_module(layer)
     options = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
     if base is None:
+        hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
+        if any(not isinstance(hook, BasePruningMethod) for hook in hooks):
+            warn(
+                f"torch.fx records what the hooks of {path} return, and the graph calls them once more with the layer; "
+                "remove hooks that return a value before tracing"
+            )
         return tracer.create_proxy("call_module", path, (x,), options)
     module = tracer.create_proxy("get_attr", path, (), {})
     return tracer.create_proxy("call_function", base, (module, x), options)
