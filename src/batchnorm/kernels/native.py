@@ -74,8 +74,26 @@ def is_ready(x: Tensor) -> bool:
 
 
 def ready(x: Tensor) -> Tensor:
-    """Return the tensor itself where the kernels can read it, else a dense copy."""
-    return x if is_ready(x) else x.contiguous()
+    """Return the tensor itself where the kernels can read it, else a dense copy of the layout that y will have."""
+    if is_ready(x):
+        return x
+    kind = CHANNELS_LAST.get(x.dim())
+    return x.contiguous(
+        memory_format=kind if kind is not None and _is_like_channels_last(x) else torch.contiguous_format
+    )
+
+
+def _is_like_channels_last(x: Tensor) -> bool:
+    """Return whether torch's layer would give a y with channels last: for a crop of such a batch, not where unclear."""
+    sizes, strides = x.shape, x.stride()
+    least = 0
+    if strides[1] == 0:
+        return False
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):  # from the values next to each other to those far apart
+        if sizes[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return False
+        least = strides[dim] * max(sizes[dim], 1)
+    return True
 
 
 def can_update(running: Running) -> bool:

@@ -129,7 +129,7 @@ def _forward(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     else:
         dtype = statistics_dtype(operands.x)
         batches = [BatchMoments(mean.to(dtype), var.to(dtype), 0)]
-    return chunks.forward(operands, batches, rule), chunks.pack(batches)
+    return _laid_out_like(operands.x, chunks.forward(operands, batches, rule)), chunks.pack(batches)
 
 
 @_MOMENTS.implementation
@@ -168,7 +168,7 @@ def _backward(given: dict[str, Any]) -> tuple[Tensor, ...]:
     else:
         batches = chunks.unpack(packed, operands.x, operands.mask, rule)
         found = [
-            None if like is None or not wants else gradient.to(like.dtype)
+            None if like is None or not wants else _laid_out_like(like, gradient.to(like.dtype))
             for gradient, like, wants in zip(
                 chunks.backward(dy, operands, batches, rule, y=y), _like_gradients(operands), wanted, strict=True
             )
@@ -199,6 +199,11 @@ def _fake_backward(given: dict[str, Any]) -> tuple[Tensor, ...]:
 def _like_gradients(operands: Operands) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Return the tensors whose shapes and dtypes the four gradients have; the residual's are those of x."""
     return operands.x, operands.weight, operands.bias, operands.x
+
+
+def _laid_out_like(like: Tensor, values: Tensor) -> Tensor:
+    """Return the values in the layout that the fakes promise, and the native kernels give."""
+    return values if values.stride() == like.stride() else torch.empty_like(like).copy_(values)
 
 
 def _check_sizes(x: Tensor, *per_channel: Tensor | None) -> None:
