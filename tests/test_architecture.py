@@ -213,7 +213,6 @@ def positional(function, in_class):
 SIGNATURES = {
     "functional.py": {"batch_norm": "the signature of torch.nn.functional.batch_norm"},
     "nn/layer.py": {"Layer.__init__": "the signature of torch.nn.BatchNorm2d"},
-    "ops/autograd.py": {"_OperatorFunction.forward": "autograd sees tensors only among the arguments"},
 }
 
 

@@ -172,13 +172,6 @@ def test_a_saved_program_runs_where_it_is_loaded():
     torch.testing.assert_close(torch.export.load(buffer).module()(x), model(x), **CLOSE)
 
 
-def test_export_in_training_gives_the_models_outputs_and_statistics():
-    model, x = trained(Block(), (4, 3, 5, 5)).train(), torch.randn(4, 3, 5, 5) + 1
-    exported = torch.export.export(copy.deepcopy(model), (x,)).module()
-    torch.testing.assert_close(exported(x), model(x), **CLOSE)
-    torch.testing.assert_close(dict(exported.named_buffers()), dict(model.named_buffers()), **CLOSE)
-
-
 # torch.jit.trace.
 
 

@@ -17,7 +17,7 @@ from batchnorm.kernels.records import Operands, Rule, Running
 from batchnorm.kernels.reference import ACTIVATIONS
 from batchnorm.nn.options import Options
 
-__all__ = ["STOCK", "Reader", "graph_reader", "in_torch_operators", "refusal", "refuse_options", "traced"]
+__all__ = ["STOCK", "Reader", "graph_reader", "in_torch_operators", "is_torchs", "refusal", "refuse_options", "traced"]
 
 Reader = Literal["torch.jit.trace", "torch.export", "TorchScript"]
 
@@ -66,6 +66,22 @@ def graph_reader(compiling: bool) -> Reader | None:
     if compiling:
         return "torch.export" if torch.compiler.is_exporting() else None
     return None if torch_internals.jit_tracing_state() is None else "torch.jit.trace"
+
+
+def is_torchs(operands: Operands, running: Running, rule: Rule) -> bool:
+    """Return whether torch's batch normalization normalizes this training batch, and updates its statistics, as we do.
+
+    A batch that is not finite is the exception: torch's operator does not skip it.
+    """
+    x, mean = operands.x, running.mean
+    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    return (
+        operands.mask is None
+        and rule.chunks == 1
+        and rule.limits is None
+        and (not running.update or (running.unbiased and running.momentum is not None))
+        and (mean is None or mean.dtype == wide)
+    )
 
 
 def in_torch_operators(operands: Operands, running: Running, rule: Rule, dim: int) -> Tensor:

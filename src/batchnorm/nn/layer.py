@@ -96,7 +96,7 @@ class Layer(Scriptable):
         if context.hooks:
             context = self._after_hooks(context, input, mask)
         reader = exporting.graph_reader(compiling)
-        if reader is not None and not (reader == "torch.export" and self.trains()):  # it keeps our operators there
+        if reader is not None and not (reader == "torch.export" and self.trains()):  # see step.normalize
             return self._in_torch_operators(reader, Operands(input, *self.weight_and_bias(), residual, mask), context)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         plans = None

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from batchnorm import ops, torch_internals
+from batchnorm.errors import UnsupportedError
 from batchnorm.kernels.records import Operands, Rule, Running
-from batchnorm.nn import accumulated, sync
+from batchnorm.nn import accumulated, exporting, sync
 from batchnorm.nn.accumulated import Pool
 from batchnorm.nn.contexts import LayerContext
 from batchnorm.nn.layout import Batch
@@ -120,6 +121,13 @@ def decide_in_torch(layer: State, context: LayerContext) -> Step:
 def normalize(operands: Operands, step: Step, state: StepState) -> Tensor:
     """Return y, and keep for later what the step says."""
     running, rule, pool, domain, everywhere, keeps_correction, *_ = step
+    if torch.compiler.is_exporting():
+        if pool is not None:
+            raise UnsupportedError(
+                "torch.export cannot record a forward within batchnorm.accumulate; export outside of it"
+            )
+        if everywhere is None and exporting.is_torchs(operands, running, rule):
+            return exporting.in_torch_operators(operands, running, rule, 1)
     if everywhere is not None:
         found = sync.normalize(operands, running, rule, everywhere)
     elif pool is not None or rule.limits is not None:
@@ -157,10 +165,8 @@ def _with_virtual_batches(rule: Rule, batch: Batch, size: int) -> Rule:
     x, samples = batch.x, batch.samples
     if samples <= size:
         return rule
-    rows = x.shape[0] // samples
-    chunks, left = -(-samples // size), samples % size
-    if left * (x.numel() // (samples * x.shape[1])) == 1:
-        chunks -= 1
+    rows, positions = x.shape[0] // samples, x.numel() // (samples * x.shape[1])
+    chunks = -(-(samples - 1 if positions == 1 else samples) // size)
     return rule if chunks == 1 else rule._replace(chunks=chunks, chunk=size * rows)
 
 

@@ -12,11 +12,14 @@ from torch import Tensor
 from batchnorm import torch_internals
 from batchnorm.kernels import native
 from batchnorm.kernels.plan import as_tensor
-from batchnorm.kernels.records import Gradients, MomentsBuffer, Operands, Rule, Running
+from batchnorm.kernels.records import Gradients, MomentsBuffer, Operands, Rule
 from batchnorm.ops import chunks, operators
 from batchnorm.ops.dispatch import is_native, is_unwatched, must_differentiate
 
-__all__ = ["Backward", "backward_directly", "differentiable", "differentiable_by_operators"]
+__all__ = ["Backward", "backward_directly", "differentiable"]
+
+DIFFERENTIABLE = ("x", "weight", "bias", "residual")
+"""The operands that have gradients, in the order of `Gradients`."""
 
 Backward = Callable[..., Sequence[Tensor | None]]
 """A function (dy, operands, moments, rule, *, y, wanted) of the signature of `native.backward`."""
@@ -40,24 +43,37 @@ def _gradients(
     """Return the gradients of x, weight, bias and residual that are needed."""
     passes_dy_on = y is None and needs[3]  # without an activation, dy is the residual's gradient
     wanted = (*needs[:3], False) if passes_dy_on else needs
-    found: Sequence[Tensor | None]
     if must_differentiate(dy):
-        # A second derivative also runs through the batch's moments, so they are computed again where it sees them.
-        x, mask = operands.x, operands.mask
-        if rule.training:
-            batches = chunks.moments_of_chunks(x, mask, rule)
-        else:
-            batches = chunks.unpack(as_tensor(moments), x, mask, rule)
-        gradients = chunks.backward(dy, operands, batches, rule, y=y)
-        found = [
-            _in_dtype_of(like, gradient) if wants else None
-            for gradient, like, wants in zip(gradients, (x, operands.weight, operands.bias, x), wanted, strict=False)
-        ]
-    else:
-        found = backward(dy, operands, moments, rule, y=y, wanted=wanted)
+        backward = _backward_by_reference
+    found = backward(dy, operands, moments, rule, y=y, wanted=wanted)
     if passes_dy_on:
         return (*found[:3], dy if operands.mask is None else torch.where(operands.mask.unsqueeze(1), dy, 0.0))
     return found
+
+
+def _backward_by_reference(
+    dy: Tensor,
+    operands: Operands,
+    moments: Tensor | MomentsBuffer,
+    rule: Rule,
+    *,
+    y: Tensor | None = None,
+    wanted: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """Compute the gradients in differentiable operations.
+
+    A second derivative also runs through the batch's moments, so they are computed again where it sees them.
+    """
+    x, weight, bias, _, mask = operands
+    if rule.training:
+        batches = chunks.moments_of_chunks(x, mask, rule)
+    else:
+        batches = chunks.unpack(as_tensor(moments), x, mask, rule)
+    gradients = chunks.backward(dy, operands, batches, rule, y=y)
+    return [
+        _in_dtype_of(like, gradient) if wants else None
+        for gradient, like, wants in zip(gradients, (x, weight, bias, x), wanted, strict=False)
+    ]
 
 
 def _in_dtype_of(like: Tensor | None, gradient: Tensor) -> Tensor:
@@ -91,7 +107,8 @@ def _backward_by_operator(
     y: Tensor | None = None,
     wanted: Sequence[bool],
 ) -> Gradients:
-    return operators.backward(dy, operands, as_tensor(moments), rule, y=y, wanted=wanted)
+    packed = as_tensor(moments).view(chunks.moments_shape(operands.x, rule))
+    return operators.backward(dy, operands, packed, rule, y=y, wanted=wanted)
 
 
 class _DirectFunction(torch.autograd.Function):
@@ -131,46 +148,86 @@ def differentiable(
     return _apply_direct()(x, weight, bias, residual, (y, backward, moments, mask, rule))  # type: ignore[no-any-return]
 
 
-class _OperatorFunction(torch.autograd.Function):
-    """The forward operator with its gradients; it also returns the moments, which update the running statistics."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        correction: Tensor | None,
-        rule: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor]:
-        whole = Rule(*rule)._replace(correction=correction)
-        y, moments = operators.forward(Operands(x, weight, bias, residual, mask), Running(mean, var), whole)
-        sign = sign_of_activation(y, residual, whole.activation)
-        ctx.save_for_backward(x, weight, bias, sign, mask, moments, correction)
-        ctx.rule = rule
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.mark_non_differentiable(moments)
-        return y, moments
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        # They are unpacked once, because a checkpoint allows no more.
-        x, weight, bias, y, mask, moments, correction = ctx.saved_tensors
-        rule = Rule(*ctx.rule)._replace(correction=correction)
-        operands = Operands(x, weight, bias, None, mask)
-        *others, dresidual = _gradients(
-            _backward_by_operator, dy, operands, moments, rule, y=y, needs=ctx.needs_input_grad
-        )
-        dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
-        return (*others, dresidual, *(None,) * 5)
+def _save_forward(ctx: Any, given: dict[str, Any], results: tuple[Tensor, Tensor]) -> None:
+    operands, (y, moments) = operators.take(Operands, given), results
+    x, weight, bias, residual, mask = operands
+    sign = sign_of_activation(y, residual, given["activation"])
+    ctx.save_for_backward(x, weight, bias, sign, mask, moments, given["correction"])
+    ctx.rule = operators.take(Rule, given, training=given["mean"] is None)._replace(correction=None)
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.mark_non_differentiable(moments)
 
 
-def differentiable_by_operators(operands: Operands, running: Running, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Return y and the packed moments, computed by the forward operator, with the gradients of y."""
-    given = (None, None) if rule.training else (running.mean, running.var)
-    constants = tuple(rule._replace(correction=None, limits=None))
-    return _OperatorFunction.apply(*operands, *given, rule.correction, constants)  # type: ignore[no-untyped-call, no-any-return]
+def _backward_of_forward(ctx: Any, needs: dict[str, bool], dy: Tensor, _: Tensor | None) -> dict[str, Tensor | None]:
+    # They are unpacked once, because a checkpoint allows no more.
+    x, weight, bias, y, mask, moments, correction = ctx.saved_tensors
+    rule = ctx.rule._replace(correction=correction)
+    *others, dresidual = _gradients(
+        _backward_by_operator,
+        dy,
+        Operands(x, weight, bias, None, mask),
+        moments,
+        rule,
+        y=y,
+        needs=[needs[name] for name in DIFFERENTIABLE],
+    )
+    dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
+    return dict(zip(DIFFERENTIABLE, (*others, dresidual), strict=True))
+
+
+def _save_backward(ctx: Any, given: dict[str, Any], _: Any) -> None:
+    operands = operators.take(Operands, given, residual=None)
+    ctx.save_for_backward(given["dy"], *operands, given["y"], given["moments"], given["correction"])
+    ctx.rule = operators.take(Rule, given)._replace(correction=None)
+    ctx.wanted = given["wanted"]
+
+
+def _backward_of_backward(ctx: Any, needs: dict[str, bool], *directions: Tensor | None) -> dict[str, Tensor | None]:
+    dy, *operands, y, moments, correction = ctx.saved_tensors
+
+    def gradients(dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Sequence[Tensor | None]:
+        used, rule = Operands(x, weight, bias, None, operands[4]), ctx.rule._replace(correction=correction)
+        return _backward_by_reference(dy, used, moments, rule, y=y, wanted=ctx.wanted)
+
+    values = {"dy": dy, "x": operands[0], "weight": operands[1], "bias": operands[2]}
+    return _differentiated(gradients, values, needs, directions)
+
+
+def _save_moments(ctx: Any, given: dict[str, Any], _: Any) -> None:
+    ctx.save_for_backward(given["x"], given["mask"])
+    ctx.rule = operators.moments_rule(given)
+
+
+def _backward_of_moments(ctx: Any, needs: dict[str, bool], direction: Tensor) -> dict[str, Tensor | None]:
+    x, mask = ctx.saved_tensors
+    return _differentiated(
+        lambda x: [chunks.pack(chunks.moments_of_chunks(x, mask, ctx.rule))], {"x": x}, needs, [direction]
+    )
+
+
+def _differentiated(
+    function: Callable[..., Sequence[Tensor | None]],
+    values: dict[str, Tensor | None],
+    needs: dict[str, bool],
+    directions: Sequence[Tensor | None],
+) -> dict[str, Tensor | None]:
+    """Return the gradients that a function of differentiable operations has in these directions of its results."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that a value that depends on another is a variable of its own.
+        used = {name: value.view_as(value) for name, value in values.items() if value is not None and needs[name]}
+        pairs = [
+            (result, direction)
+            for result, direction in zip(function(**(values | used)), directions, strict=True)
+            if result is not None and result.requires_grad and direction is not None
+        ]
+        if not pairs:
+            return {}
+        results, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(results, [*used.values()], given, create_graph=again, allow_unused=True)
+    return dict(zip(used, found, strict=True))
+
+
+operators.FORWARD.gradients(_backward_of_forward, _save_forward)
+operators.BACKWARD.gradients(_backward_of_backward, _save_backward)
+operators.MOMENTS.gradients(_backward_of_moments, _save_moments)

@@ -14,7 +14,7 @@ from batchnorm.kernels.native import Statistics
 from batchnorm.kernels.plan import Plan, can_plan
 from batchnorm.kernels.records import BatchMoments, Operands, Rule, Running
 from batchnorm.ops import chunks, operators, sharding
-from batchnorm.ops.autograd import backward_directly, differentiable, differentiable_by_operators
+from batchnorm.ops.autograd import backward_directly, differentiable
 from batchnorm.ops.dispatch import is_direct, is_native, is_unwatched, records_gradients
 from batchnorm.ops.running import update_
 from batchnorm.ops.subclasses import without_subclass
@@ -89,26 +89,36 @@ def _requires_grad(operands: Operands) -> bool:
 
 
 def _by_operators(operands: Operands, running: Running, rule: Rule) -> Normalized:
-    """Use the operators, or under a transform the reference; r and d are computed outside of both."""
+    """Use the operators, or the reference under a transform and for torch.export; r and d are computed outside of both.
+
+    A program of torch's own operators can be loaded without this library.
+    """
     x, mask = operands.x, operands.mask
-    in_transform = torch_internals.may_be_transformed()
+    by_reference = torch_internals.may_be_transformed() or (torch.compiler.is_exporting() and _has_fixed_chunks(rule))
     batches: list[BatchMoments] = []
-    if in_transform:
+    if by_reference:
         batches = chunks.moments_of_chunks(x, mask, rule) if rule.training else [_stored_moments(x, running)]
     if rule.limits is not None and rule.correction is None:
-        packed = chunks.pack(batches) if in_transform else operators.moments(x.detach(), mask, rule)
+        packed = chunks.pack(batches) if by_reference else operators.moments(x.detach(), mask, rule)
         each = BatchMoments(packed[0], packed[1], 0)
         r_and_d = reference.renorm_correction(each, *_copies(running), rule.eps, *rule.limits)
         rule = rule._replace(correction=torch.stack(r_and_d))
-    if in_transform:
+    if by_reference:
         y = chunks.forward(operands, batches, rule)
         batch = batches[0] if len(batches) == 1 else reference.pooled(reference.stacked(batches))
     else:
-        y, packed = differentiable_by_operators(operands, running, rule)
+        y, packed = operators.forward(operands, running, rule)
         batch = chunks.pool(packed, x, mask, rule)
     if rule.training:
         update_(running, batch)
     return Normalized(y, batch, rule.correction)
+
+
+def _has_fixed_chunks(rule: Rule) -> bool:
+    """Return whether the number of virtual batches is a plain number, so that an exported program can list them."""
+    if torch.compiler.is_dynamo_compiling():  # there an open number looks like a plain one
+        return rule.chunks == 1
+    return isinstance(rule.chunks, int)
 
 
 def _stored_moments(x: Tensor, running: Running) -> BatchMoments:

@@ -17,7 +17,18 @@ from batchnorm.ops import chunks
 from batchnorm.ops.dispatch import is_native, is_sharded
 from batchnorm.ops.subclasses import without_subclass
 
-__all__ = ["NAMES", "backward", "forward", "moments"]
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "MOMENTS",
+    "NAMES",
+    "Operator",
+    "backward",
+    "forward",
+    "moments",
+    "moments_rule",
+    "take",
+]
 
 Record = TypeVar("Record", Operands, Rule)
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
@@ -28,7 +39,7 @@ NAMES: dict[str, tuple[list[str], list[str]]] = {}
 _LIBRARY = torch.library.Library("batchnorm", "DEF")  # type: ignore[no-untyped-call]
 
 
-class _Operator:
+class Operator:
     """An operator, whose schema names its flat arguments as the fields of records are named.
 
     A call flattens records into the schema's arguments; an implementation receives them by name.
@@ -67,34 +78,58 @@ class _Operator:
         torch.library.register_fake(f"batchnorm::{self._name}", self._by_name(function), lib=_LIBRARY)
         return function
 
+    def gradients(self, backward: Callable[..., dict[str, Tensor | None]], save: Callable[..., None]) -> None:
+        """Register the formula of the gradients, which every recorder of the operator gets.
 
-def _take(record: type[Record], given: dict[str, Any], **otherwise: Any) -> Record:
+        Parameters
+        ----------
+        backward : callable
+            Takes the context, a dictionary of the arguments that need gradients, and the gradients of the results.
+            Returns the gradients by the names of the arguments.
+        save : callable
+            Takes the context, a dictionary of the arguments, and the results.
+        """
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            save(ctx, dict(zip(self._names, inputs, strict=True)), output)
+
+        def flat(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+            names = self._names[: len(ctx.needs_input_grad)]  # torch drops last arguments that are the defaults
+            needs = dict(zip(names, ctx.needs_input_grad, strict=True))
+            found = backward(ctx, needs, *gradients)
+            return tuple(found.get(name) for name in names)
+
+        torch.library.register_autograd(f"batchnorm::{self._name}", flat, setup_context=setup_context, lib=_LIBRARY)
+
+
+def take(record: type[Record], given: dict[str, Any], **otherwise: Any) -> Record:
     """Make a record of the arguments that are named like its fields; ``otherwise`` has those that the schema lacks."""
     values = otherwise | given
     return record(**{name: values[name] for name in record._fields if name in values})
 
 
-_FORWARD = _Operator(
+FORWARD = Operator(
     "forward",
     "Tensor x, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, float eps, "
     "str? activation, Tensor? correction=None, SymInt chunks=1, SymInt chunk=0",
     "(Tensor y, Tensor moments)",
 )
-_BACKWARD = _Operator(
+BACKWARD = Operator(
     "backward",
     "Tensor dy, Tensor x, Tensor moments, Tensor? weight, Tensor? bias, Tensor? y, Tensor? mask, float eps, "
     "str? activation, bool training, bool[] wanted, Tensor? correction=None, SymInt chunks=1, SymInt chunk=0",
     "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
 )
-_MOMENTS = _Operator("moments", "Tensor x, Tensor? mask, SymInt chunks=1, SymInt chunk=0", "Tensor")
+MOMENTS = Operator("moments", "Tensor x, Tensor? mask, SymInt chunks=1, SymInt chunk=0", "Tensor")
 
 
 def forward(operands: Operands, running: Running, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Call ``batchnorm::forward``, which uses the mean and var of ``running`` where they are given, else the batch's.
+    """Call ``batchnorm::forward``, which uses the mean and var of ``running``, or in training the batch's.
 
-    Returns y and the packed moments.
+    Returns y and the packed moments, which have no gradient.
     """
-    return _FORWARD(operands, running, rule)  # type: ignore[no-any-return]
+    statistics = Running() if rule.training else running
+    return FORWARD(operands, statistics, rule)  # type: ignore[no-any-return]
 
 
 def backward(
@@ -103,23 +138,23 @@ def backward(
     """Call ``batchnorm::backward`` for the gradients that are ``wanted``."""
     # torch keeps what it has found for DTensors without regard to `wanted`.
     asked = [True] * 4 if is_sharded(dy, operands.x) else list(wanted[:4])
-    found = _BACKWARD(operands, rule, dy=dy, moments=moments, y=y, wanted=asked)
+    found = BACKWARD(operands, rule, dy=dy, moments=moments, y=y, wanted=asked)
     return Gradients(*[gradient if wants else None for gradient, wants in zip(found, wanted, strict=False)])
 
 
 def moments(x: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
     """Call ``batchnorm::moments``, which returns packed mean and biased variance."""
-    return _MOMENTS(rule, x=x, mask=mask)  # type: ignore[no-any-return]
+    return MOMENTS(rule, x=x, mask=mask)  # type: ignore[no-any-return]
 
 
-@_FORWARD.implementation
+@FORWARD.implementation
 def _forward(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    operands, mean, var = _take(Operands, given), given["mean"], given["var"]
+    operands, mean, var = take(Operands, given), given["mean"], given["var"]
     _check_sizes(operands.x, mean, var, operands.weight, operands.bias)
     if (mean is None) != (var is None):
         raise InputError("mean and var must be given both or neither; got one")
     operands = operands._replace(x=native.ready(operands.x))
-    rule = _take(Rule, given, training=mean is None)
+    rule = take(Rule, given, training=mean is None)
     chunks.check_chunks(operands.x, rule)
     if is_native(operands.x, operands.residual):
         y, packed, _ = native.forward(operands, Running(mean, var), rule)
@@ -132,9 +167,9 @@ def _forward(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return _laid_out_like(operands.x, chunks.forward(operands, batches, rule)), chunks.pack(batches)
 
 
-@_MOMENTS.implementation
+@MOMENTS.implementation
 def _moments(given: dict[str, Any]) -> Tensor:
-    return moments_without_dispatch(given["x"], given["mask"], _moments_rule(given))
+    return moments_without_dispatch(given["x"], given["mask"], moments_rule(given))
 
 
 def moments_without_dispatch(x: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
@@ -146,14 +181,15 @@ def moments_without_dispatch(x: Tensor, mask: Tensor | None, rule: Rule) -> Tens
     return chunks.pack(chunks.moments_of_chunks(x, mask, rule))
 
 
-def _moments_rule(given: dict[str, Any]) -> Rule:
-    return _take(Rule, given, eps=1.0, activation=None, training=True)
+def moments_rule(given: dict[str, Any]) -> Rule:
+    """Return the rule of a call of ``batchnorm::moments``."""
+    return take(Rule, given, eps=1.0, activation=None, training=True)
 
 
-@_BACKWARD.implementation
+@BACKWARD.implementation
 def _backward(given: dict[str, Any]) -> tuple[Tensor, ...]:
     dy, packed, wanted = given["dy"], given["moments"], given["wanted"]
-    operands, y, rule = _take(Operands, given), given["y"], _take(Rule, given)
+    operands, y, rule = take(Operands, given), given["y"], take(Rule, given)
     _check_sizes(operands.x, operands.weight, operands.bias)
     if dy.shape != operands.x.shape:
         raise InputError(f"dy must have x's shape {tuple(operands.x.shape)}; got {tuple(dy.shape)}")
@@ -176,20 +212,20 @@ def _backward(given: dict[str, Any]) -> tuple[Tensor, ...]:
     return tuple(operands.x.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
-@_FORWARD.fake
+@FORWARD.fake
 def _fake_forward(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return torch.empty_like(native.ready(given["x"])), _fake_moments(given)
 
 
-@_MOMENTS.fake
+@MOMENTS.fake
 def _fake_moments(given: dict[str, Any]) -> Tensor:
     x: Tensor = given["x"]
-    return x.new_empty(chunks.moments_shape(x, _moments_rule(given)), dtype=statistics_dtype(x))
+    return x.new_empty(chunks.moments_shape(x, moments_rule(given)), dtype=statistics_dtype(x))
 
 
-@_BACKWARD.fake
+@BACKWARD.fake
 def _fake_backward(given: dict[str, Any]) -> tuple[Tensor, ...]:
-    operands = _take(Operands, given | {"x": native.ready(given["x"])})
+    operands = take(Operands, given | {"x": native.ready(given["x"])})
     return tuple(
         torch.empty_like(like) if like is not None and wants else operands.x.new_empty(0)
         for like, wants in zip(_like_gradients(operands), given["wanted"], strict=True)

@@ -15,7 +15,6 @@ from batchnorm.kernels.reference import at_least_one, statistics_dtype
 __all__ = ["may_write", "update_", "updated"]
 
 
-@torch.no_grad()
 def update_(running: Running, batch: BatchMoments) -> None:
     """Update running statistics in place by a batch's moments (C,), as the native kernels do.
 
@@ -23,6 +22,14 @@ def update_(running: Running, batch: BatchMoments) -> None:
     given, a batch with a channel whose mean or variance is not finite leaves the statistics and the count of batches
     unchanged, and adds one to ``running.skipped``.
     """
+    if torch.compiler.is_exporting():  # torch cannot save a program with a block of torch.no_grad that returns nothing
+        _update(running, batch._replace(mean=batch.mean.detach(), var=batch.var.detach()))
+    else:
+        with torch.no_grad():
+            _update(running, batch)
+
+
+def _update(running: Running, batch: BatchMoments) -> None:
     mean, var, batches, momentum, skipped, unbiased, update = running
     pairs = [
         (old, new) for old, new in ((mean, batch.mean), (var, _variance_to_keep(batch, unbiased))) if old is not None
