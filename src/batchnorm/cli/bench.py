@@ -61,6 +61,7 @@ def bench(
         _print_table(table)
         return
 
+    from batchnorm.lab.bench.processor import busy_note
     from batchnorm.lab.bench.progress import Bar
     from batchnorm.lab.bench.results_file import json_text
     from batchnorm.lab.bench.run import perform, start
@@ -70,11 +71,13 @@ def bench(
     bar = None if quiet else Bar(len(cases))
     try:
         with bar or nullcontext():
-            perform(run, cases, out, bar.say if bar else lambda _: None)
+            perform(run, cases, out, bar.say if bar else lambda _: None, bar.tick if bar else None)
     except KeyboardInterrupt:
         kept = "" if out is None else f", kept in {out}"
         typer.echo(f"Stopped after {len(run.results)} of {len(cases)} cases{kept}.", err=True)
     typer.echo(json_text(run) if json_output else text(run))
+    if json_output and not quiet and (busy := busy_note(run)) is not None:
+        typer.echo(busy, err=True)
     if not run.complete:
         raise typer.Exit(130)
     if run.faults:

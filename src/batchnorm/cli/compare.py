@@ -186,13 +186,14 @@ def compare(
         with progress:
             extension = ClaimTests(run.request.claims) if run.request.claims else None
             run_comparison(dataset, run, jobs=jobs or cpu_count(), progress=progress, extension=extension)
+            progress.begin("writing the report")
+            page = write_report(run)
     except KeyboardInterrupt:
         folder = shlex.quote(str(run.folder))
         typer.echo(f"Stopped; the {len(run.stacks)} finished stacks of runs are kept.", err=True)
         typer.echo(f"  batchnorm report {folder}             shows them", err=True)
         typer.echo(f"  batchnorm compare --resume {folder}   continues", err=True)
         raise typer.Exit(130) from None
-    page = write_report(run)
     if json_output:
         typer.echo(json.dumps(run.result_json, indent=2, allow_nan=False))
     else:

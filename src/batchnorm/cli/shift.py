@@ -70,6 +70,7 @@ def shift(
         if source is not None:
             check_source(source)
 
+    from batchnorm.lab.console import ProgressLine
     from batchnorm.lab.data.reading import Reading
     from batchnorm.lab.serving.served import load
     from batchnorm.lab.serving.shift import examine, read_rows
@@ -78,7 +79,10 @@ def shift(
     rows = read_rows(data, target, parse_names(columns), reading)
     known = None if reference is None else read_rows(reference, target, parse_names(columns), reading)
     served = load(model, weights)
-    found = examine(served, rows, known, prior=prior, alpha=alpha, reference_samples=reference_samples)
+    with ProgressLine(transient=True) as line:
+        found = examine(
+            served, rows, known, prior=prior, alpha=alpha, reference_samples=reference_samples, say=line.show
+        )
     typer.echo(found.to_json() if json_output else str(found))
     if fail_on_shift and found.shift.shifted:
         raise typer.Exit(1)

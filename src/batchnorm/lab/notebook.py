@@ -72,7 +72,7 @@ def compare(
     out : path, optional
         New or empty folder for run.json; by default a temporary one.
     progress : bool
-        Show progress bars on stderr.
+        Show a progress bar on stderr.
     **settings
         Fields of `Settings`: hidden, activation, batch_size, optimizer, learning_rates,
         search_seeds, seeds, steps, init, init_scale, inputs, target_score, seed.

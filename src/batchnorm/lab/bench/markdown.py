@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from batchnorm.lab.bench.processor import busy_note
 from batchnorm.lab.bench.registry import MODES, OPERATIONS, Case
 from batchnorm.lab.bench.results import BenchRun, CaseResult, KernelTiming, ModelTiming
 from batchnorm.lab.bench.results_file import read
@@ -60,12 +61,13 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def _machine(run: BenchRun) -> str:
     machine = run.machine
     caches = ", ".join(f"{name} {size / 2**20:.3g} MiB" for name, size in machine.caches.items())
+    busy = "" if (note := busy_note(run)) is None else f" {note}"
     stopped = "" if run.complete else " The run was stopped before its end."
     return (
         f"`{run.command}` on {machine.processor}, {machine.cores} cores, {machine.threads} threads"
         f"{f', {caches}' if caches else ''}; {machine.system}, {machine.libc}; Python {machine.python}, "
         f"torch {machine.torch}, batchnorm {machine.batchnorm}; kernels: {machine.kernels}; allocator: "
-        f"{machine.allocator}.{stopped}"
+        f"{machine.allocator}.{stopped}{busy}"
     )
 
 

@@ -12,17 +12,18 @@ from batchnorm.lab.bench import sides
 from batchnorm.lab.bench.check import find_fault
 from batchnorm.lab.bench.floors import floor, ideal_bytes
 from batchnorm.lab.bench.processes import in_new_process
+from batchnorm.lab.bench.processor import ProcessorTime
 from batchnorm.lab.bench.registry import Case
 from batchnorm.lab.bench.request import BenchSettings
 from batchnorm.lab.bench.results import CaseResult, Copies, KernelTiming, Timing
-from batchnorm.lab.bench.timing import Quartiles, interleaved, quartiles, ratios, sampler
+from batchnorm.lab.bench.timing import Quartiles, Tick, interleaved, quartiles, ratios, sampler
 
 __all__ = ["call_of", "measure_allocators", "measure_kernel", "time_across_allocators"]
 
 MICRO = 1e6
 
 
-def measure_kernel(case: Case, settings: BenchSettings, cache: int) -> CaseResult:
+def measure_kernel(case: Case, settings: BenchSettings, cache: int, tick: Tick | None = None) -> CaseResult:
     """Time a case in this process; ``cache`` is the size of the last-level cache in bytes."""
     given = sides.inputs(case)
     ours = sides.ours(case, given)
@@ -36,8 +37,10 @@ def measure_kernel(case: Case, settings: BenchSettings, cache: int) -> CaseResul
     }
     if settings.compile and case.mode == "train" and case.dtype == "float32":
         calls["compiled"] = sides.timed_call(case, given, sides.stock(case, given, compiled=True))
+    processor = ProcessorTime()
+    samplers = {side: processor.watch(sampler(call)) for side, call in calls.items()}
     with torch.set_grad_enabled(case.mode == "train"):
-        times = interleaved({side: sampler(call) for side, call in calls.items()}, settings.seconds)
+        times = interleaved(samplers, settings.seconds, tick=tick)
     if "compiled" in calls:
         torch.compiler.reset()  # or the next shapes reach the limit of recompilations
     microseconds = _microseconds(times)
@@ -48,6 +51,7 @@ def measure_kernel(case: Case, settings: BenchSettings, cache: int) -> CaseResul
             microseconds=microseconds,
             speedup=_speedup(times, "torch"),
             speedup_over_compiled=_speedup(times, "compiled") if "compiled" in times else None,
+            processor_share=round(processor.share, 3),
             copies=Copies(
                 ours=quartiles(ratios(times["ours"], times["copy"])).median,
                 torch=quartiles(ratios(times["torch"], times["copy"])).median,
@@ -58,13 +62,13 @@ def measure_kernel(case: Case, settings: BenchSettings, cache: int) -> CaseResul
     )
 
 
-def measure_allocators(case: Case, settings: BenchSettings) -> CaseResult:
+def measure_allocators(case: Case, settings: BenchSettings, tick: Tick | None = None) -> CaseResult:
     """Time a case in new processes, with the allocator tuned and as it is."""
     given = sides.inputs(case)
     fault = find_fault(case, given, sides.ours(case, given))
     if fault is not None:
         return CaseResult(case, fault=fault)
-    return CaseResult(case, time_across_allocators(call_of, case, seconds=settings.seconds))
+    return CaseResult(case, time_across_allocators(call_of, case, seconds=settings.seconds, tick=tick))
 
 
 def call_of(case: Case, side: str) -> Callable[[], object]:
@@ -73,23 +77,27 @@ def call_of(case: Case, side: str) -> Callable[[], object]:
     return sides.timed_call(case, given, (sides.ours if side == "ours" else sides.stock)(case, given))
 
 
-def time_across_allocators(build: Callable[..., Callable[[], object]], *arguments: Any, seconds: float) -> Timing:
+def time_across_allocators(
+    build: Callable[..., Callable[[], object]], *arguments: Any, seconds: float, tick: Tick | None = None
+) -> Timing:
     """Time both sides with the allocator tuned, and torch also with it as it is, each in a process of its own.
 
     ``build(*arguments, side)`` returns the function to time, as `call_of` does.
     """
     processes = {"ours": ("ours", True), "torch": ("torch", True), "untuned": ("torch", False)}
+    processor = ProcessorTime()
     with ExitStack() as stack:
         samplers = {
-            name: stack.enter_context(in_new_process(build, *arguments, side, tuned=tuned))
+            name: stack.enter_context(in_new_process(build, *arguments, side, tuned=tuned, processor=processor))
             for name, (side, tuned) in processes.items()
         }
-        times = interleaved(samplers, seconds)
+        times = interleaved(samplers, seconds, tick=tick)
     return Timing(
         rounds=len(times["ours"]),
         microseconds=_microseconds(times),
         speedup=_speedup(times, "torch"),
         speedup_over_untuned=_speedup(times, "untuned"),
+        processor_share=round(processor.share, 3),
     )
 
 

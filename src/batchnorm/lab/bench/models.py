@@ -22,6 +22,7 @@ from batchnorm.lab.bench.registry import Layout, ModelCase
 from batchnorm.lab.bench.request import BenchSettings
 from batchnorm.lab.bench.results import CaseResult, ModelTiming, Share
 from batchnorm.lab.bench.share import share_of_batch_norm
+from batchnorm.lab.bench.timing import Tick
 from batchnorm.nn import BatchNorm2d
 
 __all__ = ["MODELS", "batch_of", "find_difference", "measure_model", "network", "step_of", "with_our_layers"]
@@ -180,7 +181,7 @@ def step_of(case: ModelCase, side: str) -> Callable[[], object]:
     return step
 
 
-def measure_model(case: ModelCase, settings: BenchSettings) -> CaseResult:
+def measure_model(case: ModelCase, settings: BenchSettings, tick: Tick | None = None) -> CaseResult:
     """Time the training steps of a network, in new processes, with the allocator tuned and as it is."""
     model = _stock_network(case.model, case.layout)
     fault = find_difference(model, with_our_layers(model), *batch_of(case.batch, case.layout))
@@ -188,7 +189,7 @@ def measure_model(case: ModelCase, settings: BenchSettings) -> CaseResult:
     if fault is not None:
         return CaseResult(case, fault=fault)
     torch_share = share_of_batch_norm(step_of(case, "torch"))
-    timing = time_across_allocators(step_of, case, seconds=settings.seconds)
+    timing = time_across_allocators(step_of, case, seconds=settings.seconds, tick=tick)
     # The rest of the step, without batch norm, activations and additions, takes ours as long as torch.
     share = Share(torch=torch_share, ours=1 - (1 - torch_share) * timing.speedup.median)
     return CaseResult(case, ModelTiming(**vars(timing), share=share))

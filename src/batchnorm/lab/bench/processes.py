@@ -18,6 +18,7 @@ import torch
 
 from batchnorm.errors import RunError
 from batchnorm.kernels.allocator import tune_allocator
+from batchnorm.lab.bench.processor import ProcessorTime
 from batchnorm.lab.bench.timing import Sampler, paused_gc, sampler
 
 __all__ = ["in_new_process"]
@@ -31,17 +32,27 @@ def _serve(
     torch.set_num_threads(threads)
     if tuned:
         tune_allocator()
-    sample = sampler(build(*rest))
+    processor = ProcessorTime()
+    sample = processor.watch(sampler(build(*rest)))
     with paused_gc(), torch.set_grad_enabled(grad):
         while calls := connection.recv():
-            connection.send(sample(calls))
+            before = processor.seconds, processor.processor_seconds
+            seconds = sample(calls)
+            spent = processor.seconds - before[0], processor.processor_seconds - before[1]
+            connection.send((seconds, spent))
 
 
 @contextmanager
 def in_new_process(
-    build: Callable[..., Callable[[], object]], *arguments: Any, tuned: bool, grad: bool = True
+    build: Callable[..., Callable[[], object]],
+    *arguments: Any,
+    tuned: bool,
+    grad: bool = True,
+    processor: ProcessorTime | None = None,
 ) -> Iterator[Sampler]:
     """Give a sampler of the function that ``build(*arguments)`` returns in a new process with as many threads as this.
+
+    ``processor`` counts the processor time of the samples.
 
     Raises
     ------
@@ -58,10 +69,13 @@ def in_new_process(
     def sample(calls: int) -> float:
         try:
             connection.send(calls)
-            return float(connection.recv())
+            seconds, spent = connection.recv()
         except (EOFError, OSError):
             process.join()
             raise RunError(f"a process of the benchmark ended early, with exit status {process.exitcode}") from None
+        if processor is not None:
+            processor.add(*spent)
+        return float(seconds)
 
     try:
         yield sample

@@ -1,41 +1,26 @@
-"""A progress bar on stderr: cases done, time left, and the current case."""
+"""Progress of the benchmark on stderr: the cases done, the current one, and the time left."""
 
 from __future__ import annotations
 
-from types import TracebackType
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from batchnorm.lab.console import console
+from batchnorm.lab.console import ProgressLine
 
 __all__ = ["Bar"]
 
 
-class Bar:
-    """A progress bar that advances at every call of `say`."""
+class Bar(ProgressLine):
+    """A line that moves on at every call of `say`, and within a case at every call of `tick`."""
 
     def __init__(self, total: int) -> None:
-        self.progress = Progress(
-            BarColumn(bar_width=10),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.description}"),
-            console=console(stderr=True),
-            transient=True,
-        )
-        self.task = self.progress.add_task("", total=total)
-        self.started = False
-
-    def __enter__(self) -> Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.stop()
+        # each refresh takes time from what is timed
+        super().__init__(bar_width=10, elapsed=False, transient=True, refresh_per_second=4)
+        self.total = total
+        self.begun = 0
 
     def say(self, name: str) -> None:
         """Show the name of the case that begins, and count the one before as done."""
-        self.progress.update(self.task, description=name, advance=int(self.started))
-        self.started = True
+        self.begun += 1
+        self.show(f"{self.begun} of {self.total} {name}", share=(self.begun - 1) / self.total)
+
+    def tick(self, share: float) -> None:
+        """Show that a share of the current case is done."""
+        self.show(share=(self.begun - 1 + share) / self.total)

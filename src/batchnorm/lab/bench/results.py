@@ -28,6 +28,9 @@ class Timing:
         Ratio of torch's time to ours, per round.
     speedup_over_compiled, speedup_over_untuned : Quartiles or None
         Ratio of the time of torch.compile, and of torch with the allocator as it is, to our time.
+    processor_share : float or None
+        Share of the time in which the timing threads had a processor; on an idle machine it is near 1. None in results
+        of earlier versions.
     """
 
     rounds: int
@@ -35,6 +38,7 @@ class Timing:
     speedup: Quartiles
     speedup_over_compiled: Quartiles | None = None
     speedup_over_untuned: Quartiles | None = None
+    processor_share: float | None = None
 
 
 @dataclass(frozen=True)

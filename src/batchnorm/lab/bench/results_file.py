@@ -81,6 +81,8 @@ def _result_to_json(result: CaseResult) -> dict[str, Any]:
         "rounds": timing.rounds,
         "microseconds": {side: asdict(times) for side, times in timing.microseconds.items()},
     }
+    if timing.processor_share is not None:
+        content["processor_share"] = timing.processor_share
     for name, key in SPEEDUPS.items():
         if (speedup := getattr(timing, name)) is not None:
             content[key] = asdict(speedup)
@@ -113,6 +115,7 @@ def _timing_from_json(values: dict[str, Any]) -> Timing:
     common: dict[str, Any] = {
         "rounds": values["rounds"],
         "microseconds": {side: Quartiles(**times) for side, times in values["microseconds"].items()},
+        "processor_share": values.get("processor_share"),
     }
     common |= {name: Quartiles(**values[key]) for name, key in SPEEDUPS.items() if key in values}
     if "copies" in values:

@@ -14,6 +14,7 @@ from batchnorm.lab.bench.registry import AnyCase, ModelCase
 from batchnorm.lab.bench.request import BenchKind, BenchSettings
 from batchnorm.lab.bench.results import BenchRun, CaseResult
 from batchnorm.lab.bench.results_file import write
+from batchnorm.lab.bench.timing import Tick
 from batchnorm.lab.machine import describe, last_level_cache
 
 __all__ = ["perform", "start"]
@@ -30,7 +31,13 @@ def start(kind: BenchKind, settings: BenchSettings, command: str) -> BenchRun:
     return BenchRun(kind, command, settings, describe(allocator=allocator))
 
 
-def perform(run: BenchRun, cases: Sequence[AnyCase], out: Path | None, say: Callable[[str], None]) -> None:
+def perform(
+    run: BenchRun,
+    cases: Sequence[AnyCase],
+    out: Path | None,
+    say: Callable[[str], None],
+    tick: Tick | None = None,
+) -> None:
     """Measure the cases, and add their results to the run; an interrupt keeps what is measured.
 
     Parameters
@@ -41,11 +48,13 @@ def perform(run: BenchRun, cases: Sequence[AnyCase], out: Path | None, say: Call
         File to write after every case.
     say : function of str
         Called with the name of each case before it is measured.
+    tick : function of float, optional
+        Called with the share of the current case that is done.
     """
     try:
         for case in cases:
             say(case.name)
-            run.results.append(_measure(run.kind, case, run.settings))
+            run.results.append(_measure(run, case, tick))
             if out is not None:
                 write(run, out)
         run.complete = True
@@ -54,9 +63,9 @@ def perform(run: BenchRun, cases: Sequence[AnyCase], out: Path | None, say: Call
             write(run, out)
 
 
-def _measure(kind: BenchKind, case: AnyCase, settings: BenchSettings) -> CaseResult:
+def _measure(run: BenchRun, case: AnyCase, tick: Tick | None) -> CaseResult:
     if isinstance(case, ModelCase):
-        return measure_model(case, settings)
-    if kind == "allocators":
-        return measure_allocators(case, settings)
-    return measure_kernel(case, settings, last_level_cache())
+        return measure_model(case, run.settings, tick)
+    if run.kind == "allocators":
+        return measure_allocators(case, run.settings, tick)
+    return measure_kernel(case, run.settings, last_level_cache(), tick)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
+from batchnorm.lab.bench.processor import busy_note
 from batchnorm.lab.bench.registry import Case, ModelCase
 from batchnorm.lab.bench.results import BenchRun, KernelTiming, ModelTiming, Timing
 from batchnorm.lab.bench.summary import LARGE, geometric_means, slowest
@@ -24,6 +25,8 @@ def text(run: BenchRun) -> str:
     lines += ["", *(_kernel_lines(run) if run.kind == "kernels" else _process_lines(run))]
     for result in run.faults:
         lines += wrap(f"wrong, so not timed: {result.case.name}: {result.fault}")
+    if (busy := busy_note(run)) is not None:
+        lines += ["", *wrap(busy)]
     if not run.complete:
         lines.append(f"Stopped after {len(run.results)} cases.")
     return "\n".join(lines)

@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["Quartiles", "Sampler", "interleaved", "paused_gc", "quartiles", "ratios", "sampler"]
+__all__ = ["Quartiles", "Sampler", "Tick", "interleaved", "paused_gc", "quartiles", "ratios", "sampler"]
 
 Sampler = Callable[[int], float]
 """Makes this many calls in a row, and returns the seconds per call."""
+
+Tick = Callable[[float], None]
+"""Called with the share of a measurement that is done, between samples."""
 
 SAMPLE = 2e-3
 ROUNDS = 5
@@ -78,17 +81,23 @@ def interleaved(
     *,
     rounds: int = ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
+    tick: Tick | None = None,
 ) -> dict[str, list[float]]:
     """Sample every function once per round, for at least the given seconds and the given rounds.
 
-    Every other round takes them in the opposite order. Returns the seconds per call of each, by round.
+    Every other round takes them in the opposite order. Returns the seconds per call of each, by round. ``tick`` is
+    called after every round.
     """
     times: dict[str, list[float]] = {name: [] for name in samplers}
     with paused_gc():
         calls = {name: _calls(sample) for name, sample in samplers.items()}
-        end, done = clock() + seconds, 0
+        started, done = clock(), 0
+        end = started + seconds
         while done < rounds or clock() < end:
             for name in list(samplers)[:: -1 if done % 2 else 1]:
                 times[name].append(samplers[name](calls[name]))
             done += 1
+            if tick is not None:
+                passed = (clock() - started) / seconds if seconds else 1.0
+                tick(min(1.0, done / rounds, passed))
     return times

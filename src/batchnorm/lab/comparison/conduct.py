@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from batchnorm.lab.comparison.evaluate import evaluate
 from batchnorm.lab.comparison.extension import Extension
-from batchnorm.lab.comparison.phases import confirming_stacks, search, variant_stacks
+from batchnorm.lab.comparison.phases import confirming_stacks, most_variant_steps, search, variant_stacks
 from batchnorm.lab.comparison.result import Result
 from batchnorm.lab.comparison.run_file import RunFile
 from batchnorm.lab.comparison.study import Study
@@ -49,15 +49,19 @@ def compare(
     before = run.seconds or 0.0
     for arm in ARMS:
         progress.plan(arm, (len(settings.grid) * settings.search_seeds + settings.seeds) * settings.steps)
+        progress.plan(arm, most_variant_steps(settings))
     run.status = "running"
     run.save()
     try:
+        progress.begin("searching learning rates")
         study = search(workers, settings)
         run.result = evaluate(study)
         _train_the_rest(workers, study, extension)
+        progress.begin("timing a step")
         timed = seconds_per_step(dataset, study.chosen, settings)
         run.result = evaluate(study, timed)
         if extension is not None:
+            progress.begin("judging the claims")
             run.extension = to_json(extension.judge(study))
         run.status = "complete"
     except KeyboardInterrupt:
@@ -73,7 +77,10 @@ def _train_the_rest(workers: Workers, study: Study, extension: Extension | None)
     """Train the confirming runs, the variants of the set-up, and the stacks of the extension."""
     others = variant_stacks(study) if math.isfinite(study.target.value) else []
     others += [] if extension is None else extension.stacks(study)
+    for arm in ARMS:
+        workers.progress.plan(arm, -most_variant_steps(study.settings))
     for stack in others:
         workers.progress.plan(stack.arm, stack.settings.steps * len(stack.seeds))
+    workers.progress.begin("confirming" if extension is None else "confirming and testing claims")
     records = () if extension is None else extension.records
     workers.train(confirming_stacks(study, records) + others)

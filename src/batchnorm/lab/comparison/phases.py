@@ -12,7 +12,7 @@ from batchnorm.lab.training.runs import evaluation_steps
 from batchnorm.lab.training.settings import ARMS, Arm, Inputs, Settings, neighboring_rate
 from batchnorm.lab.training.stacks import Stack, cut
 
-__all__ = ["confirming_stacks", "search", "variant_stacks", "variants"]
+__all__ = ["confirming_stacks", "most_variant_steps", "search", "variant_stacks", "variants"]
 
 VARIANT_FACTORS = (-1, 0, 1)
 
@@ -72,6 +72,11 @@ def variants(settings: Settings) -> dict[str, Settings]:
         "initial weights x 0.1": replace(shorter, init_scale=settings.init_scale * 0.1),
         f"inputs {other}": replace(shorter, inputs=other),
     }
+
+
+def most_variant_steps(settings: Settings) -> int:
+    """Return the steps that the variants of an arm take at most, counted over its runs."""
+    return sum(varied.steps * len(VARIANT_FACTORS) * settings.search_seeds for varied in variants(settings).values())
 
 
 def variant_stacks(study: Study) -> list[Stack]:

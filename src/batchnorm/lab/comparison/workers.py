@@ -32,8 +32,11 @@ POLL_SECONDS = 0.2
 class Progress(Protocol):
     """Receiver of the progress of the training, counted in gradient steps of single runs."""
 
+    def begin(self, phase: str) -> None:
+        """Name the phase that begins."""
+
     def plan(self, arm: str, steps: int) -> None:
-        """Expect some more steps of an arm's runs."""
+        """Expect some more steps of an arm's runs, or fewer where the number is negative."""
 
     def advance(self, arm: str, steps: int) -> None:
         """Count some steps of an arm's runs as taken."""

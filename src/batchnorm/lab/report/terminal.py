@@ -1,4 +1,4 @@
-"""Progress of a comparison in a terminal: a description of the data, and bars while it trains."""
+"""Progress of a comparison in a terminal: a description of the data, and a bar while it trains."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from batchnorm.lab.console import console
+from batchnorm.lab.console import ProgressLine, Share
 from batchnorm.lab.data.dataset import DataDescription
-from batchnorm.lab.training.settings import ARMS
 
 __all__ = ["Bars", "Silence", "describe_data"]
+
+LAST_SHARE = 0.99
 
 
 class Silence:
@@ -24,6 +24,9 @@ class Silence:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def begin(self, phase: str) -> None:
+        """Do nothing."""
+
     def plan(self, arm: str, steps: int) -> None:
         """Do nothing."""
 
@@ -34,39 +37,28 @@ class Silence:
         """Do nothing."""
 
 
-class Bars:
-    """A bar per arm with the time left, on stderr."""
+class Bars(ProgressLine):
+    """The share of the training that is done, with the time left, on stderr."""
 
     def __init__(self) -> None:
-        self.console = console(stderr=True)
-        self.progress = Progress(
-            TextColumn("{task.description:>7}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            console=self.console,
-        )
-        self.tasks: dict[str, TaskID] = {arm: self.progress.add_task(arm, total=0) for arm in ARMS}
+        super().__init__()
+        self.share = Share()
 
-    def __enter__(self) -> Self:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+    def begin(self, phase: str) -> None:
+        """Show the name of the phase."""
+        self.show(phase)
 
     def plan(self, arm: str, steps: int) -> None:
-        """Make the arm's bar longer by some steps."""
-        task = self.progress.tasks[self.tasks[arm]]
-        self.progress.update(self.tasks[arm], total=(task.total or 0) + steps)
+        """Expect some more steps, or fewer."""
+        self.share.plan(steps)
 
     def advance(self, arm: str, steps: int) -> None:
-        """Move the arm's bar on by some steps."""
-        self.progress.advance(self.tasks[arm], steps)
+        """Count some steps as taken; the last hundredth is left for the work after the training."""
+        self.share.advance(steps)
+        self.show(share=min(self.share.value, LAST_SHARE))
 
     def say(self, sentence: str) -> None:
-        """Print a sentence above the bars."""
+        """Print a sentence above the bar."""
         self.console.print(sentence)
 
 

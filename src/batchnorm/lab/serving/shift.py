@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +188,7 @@ def examine(
     prior: float,
     alpha: float,
     reference_samples: int,
+    say: Callable[[str], None] = lambda _: None,
 ) -> ShiftReport:
     """Test rows for a shift and, where their target is known, score the model as it is, adapted and retrained.
 
@@ -201,6 +202,8 @@ def examine(
         Rows without a shift; None compares with the stored statistics.
     prior, alpha, reference_samples
         As for `adapt` and `detect_shift`.
+    say : function of str
+        Called with the name of each part of the work before it begins.
 
     Raises
     ------
@@ -208,6 +211,7 @@ def examine(
         The model does not take such rows, or its output can't be scored.
     """
     _check_takes(served, rows.features[:2])
+    say("testing for a shift")
     shift = detect_shift(
         served.model,
         _batches(served, rows.features),
@@ -219,11 +223,13 @@ def examine(
         return ShiftReport(shift, None, _notes(rows, reference))
     given, scored = train_test_split(np.arange(len(rows.target)), test_size=0.5, random_state=0)
     x, y = rows.features[scored], rows.target[scored]
+    say("adapting")
     as_is = _score(served, x, y)
     with adapt(served.model, _batches(served, rows.features[given]), prior=prior):
         adapted = _score(served, x, y)
     retrained = None
     if served.estimator is not None:
+        say("retraining")
         retrained = float(clone(served.estimator).fit(rows.features[given], rows.target[given]).score(x, y))
     scores = Scores(as_is, adapted, retrained, len(scored), len(given), prior)
     return ShiftReport(shift, scores, _notes(rows, reference))
