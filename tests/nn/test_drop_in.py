@@ -273,6 +273,13 @@ def test_a_trace_of_a_subclass_runs_its_forward_once(mode):
     assert_same_state(traced.state_dict(), model.state_dict())
 
 
+def test_a_trace_of_a_layer_with_another_forward_assigned_runs_it_once():
+    model, x = nn.Sequential(bn.BatchNorm1d(3)), torch.randn(4, 3)
+    ours = model[0].forward
+    model[0].forward = lambda x: ours(x) * 2
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
 def test_a_trace_warns_of_hooks_that_it_would_run_twice():
     model = nn.Sequential(bn.BatchNorm1d(3))
     model[0].register_forward_hook(lambda module, inputs, y: y * 2)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import batchnorm as bn
-from support import randn
+from support import compiles, randn
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # sums of 27 products of values near 3: some 30 roundings of 6e-8 each, times 3
 AT_INFERENCE = [{"activation": "relu"}, {"activation": "sigmoid"}, {"channel_dim": -1}]
@@ -124,6 +124,19 @@ def test_a_new_eps_is_used_by_the_next_forward():
     for eps in (0.0625, 3.0):
         layer.eps = eps
         torch.testing.assert_close(layer(x), x / (1 + eps) ** 0.5)
+
+
+def standardized(layer, x):
+    return (x - layer.running_mean) / (layer.running_var + layer.eps).sqrt()
+
+
+@compiles
+def test_a_compiled_function_is_answered_or_stopped_too():
+    compiled = torch.compile(standardized, backend="eager")
+    layer, x = bn.BatchNorm1d(3, virtual_batch_size=2).eval(), randn(4, 3)
+    torch.testing.assert_close(compiled(layer, x), layer(x))
+    with pytest.raises(bn.UnsupportedError, match="activation='relu'"):
+        compiled(bn.BatchNorm1d(3, activation="relu"), x)
 
 
 class Scaled(bn.BatchNorm1d):

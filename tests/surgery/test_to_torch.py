@@ -228,6 +228,13 @@ class Named(bn.BatchNorm1d):
         self.name = name
 
 
+def patched():
+    layer = bn.BatchNorm1d(3)
+    ours = layer.forward
+    layer.forward = lambda x: ours(x) * 2
+    return layer
+
+
 def parametrized():
     layer = bn.BatchNorm1d(3)
     parametrize.register_parametrization(layer, "weight", nn.Softplus())
@@ -238,6 +245,7 @@ REFUSED = {
     "channel_dim=-1": lambda: bn.BatchNorm1d(3, channel_dim=-1),
     "any number of dimensions": lambda: bn.BatchNorm(3),
     "a forward of its own": lambda: Doubled(3),
+    "BatchNorm1d has a forward of its own": patched,
     "parametrized": parametrized,
     "no batch yet": bn.LazyBatchNorm1d,
 }

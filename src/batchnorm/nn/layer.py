@@ -27,7 +27,7 @@ from batchnorm.nn.step_state import Plans
 from batchnorm.processes import has_processes
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["Layer", "layers_of", "stock_layers_of"]
+__all__ = ["Layer", "layers_of", "overrides_forward", "stock_layers_of"]
 
 
 SHAPES, PLANS_PER_SHAPE = 64, 4
@@ -89,7 +89,7 @@ class Layer(Scriptable):
 
     def _forward(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:  # noqa: A002
         if not isinstance(input, Tensor):
-            base = None if type(self).forward is Layer.forward else call_forward
+            base = call_forward if overrides_forward(self) else None
             return exporting.traced(self, base, input, residual, mask)
         compiling, state = torch.compiler.is_compiling(), self.step_state
         context = contexts.in_force(state.key, compiling)
@@ -208,6 +208,11 @@ def call_forward(layer: Layer, input: Tensor, residual: Tensor | None = None, ma
 def batch_norm(x: Tensor, residual: Tensor | None, mask: Tensor | None, layer: Layer) -> Tensor:
     """Return the output of a layer, as a function of its input that subclasses of Tensor see."""
     return layer._forward(x, residual, mask)
+
+
+def overrides_forward(layer: Layer) -> bool:
+    """Return whether a subclass, or an assignment to the layer, gives it a forward other than ours."""
+    return type(layer).forward is not Layer.forward or "forward" in vars(layer)
 
 
 def layers_of(model: nn.Module) -> dict[str, Layer]:

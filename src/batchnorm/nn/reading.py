@@ -63,8 +63,10 @@ class Readable(State):
                 f"{reader} takes {kind} for torch's layer, which lacks some of its options; got {', '.join(options)}. "
                 "Give it the model that batchnorm.to_torch(model) returns; the number alone is vars(layer)['eps']"
             )
+        if "momentum" not in names:
+            return
         lost = [option for option in lost_in_training(self) if option.partition("=")[0] not in (*names, "nonfinite")]
-        if lost and "momentum" in names:
+        if lost:
             warn(
                 f"{reader} copies the settings of {kind} to a layer that lacks {', '.join(lost)} and trains otherwise; "
                 "batchnorm.to_torch(model) reports what is lost"

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.errors import UnsupportedError
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.nn.layer import Layer, layers_of
+from batchnorm.nn.layer import Layer, layers_of, overrides_forward
 from batchnorm.nn.reading import lost_in_training
 from batchnorm.nn.running import STATISTICS, context_of
 from batchnorm.statistics.changes import layer_name
@@ -107,7 +107,7 @@ def _refusal(layer: Layer) -> str:
         return f"{type(layer).__name__} has seen no batch yet, which sets its channels"
     if is_parametrized(layer):
         return "a parametrized weight or bias; call torch.nn.utils.parametrize.remove_parametrizations first"
-    if type(layer).forward is not Layer.forward:
+    if overrides_forward(layer):
         return f"{type(layer).__name__} has a forward of its own"
     if not isinstance(layer, tuple(KINDS)):
         return f"{type(layer).__name__} takes any number of dimensions; build it as BatchNorm1d, 2d or 3d"
