@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.nn.running import COUNTS
+from batchnorm.nn.buffers import COUNTS
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")  # torch's warning about the functions tested here

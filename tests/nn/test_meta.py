@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import batchnorm as bn
-from batchnorm.nn.running import COUNTS
+from batchnorm.nn.buffers import COUNTS
 from support import PassThroughMode, assert_same_state, compiles
 
 NAMES = ["real"]

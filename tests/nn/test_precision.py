@@ -258,3 +258,60 @@ def test_a_layer_built_on_meta_loads_a_state_by_assignment():
     layer = bn.BatchNorm1d(3, device="meta", dtype=torch.bfloat16)
     layer.load_state_dict(fine_layer().bfloat16().state_dict(), assign=True)
     assert layer.running_var.tolist() == [FINE] * 3
+
+
+# Casts out of the layer's sight, as by FSDP1: ``buffer.data = buffer.bfloat16()``.
+
+
+def cast_data(layer, dtype=torch.bfloat16):
+    for buffer in layer.buffers():
+        buffer.data = buffer.to(dtype) if buffer.is_floating_point() else buffer.clone()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("copied", [lambda layer: layer, copy.deepcopy], ids=["itself", "a copy"])
+def test_a_cast_of_the_data_is_taken_back_without_loss_at_the_next_forward(copied, training):
+    layer, twin, x = copied(fine_layer()), fine_layer(), torch.randn(8, 3)
+    for _ in range(3):
+        before = list(layer.buffers())
+        cast_data(layer)
+        assert torch.equal(layer.train(training)(x), twin.train(training)(x))
+        assert all(new is old for new, old in zip(layer.buffers(), before, strict=True))
+    assert dtypes(layer) == (torch.float32, torch.float32)
+    assert layer.running_mean.tolist() == twin.running_mean.tolist()
+
+
+def test_the_statistics_of_a_domain_come_back_too():
+    layer = bn.add_domains(fine_layer(), ["real"])
+    layer.running_mean = torch.zeros(3)
+    cast_data(layer)
+    layer.eval()(torch.randn(8, 3))
+    assert layer.running_mean_real.tolist() == [FINE] * 3
+    assert layer.running_mean.tolist() == [0.0] * 3
+
+
+def test_data_that_were_set_since_are_not_taken_back():
+    layer = fine_layer()
+    layer.running_mean.data = torch.tensor([1.5, 2.5, FINE])
+    cast_data(layer)
+    layer.eval()(torch.randn(8, 3))
+    assert layer.running_mean.tolist() == [1.5, 2.5, 1.0]
+    assert layer.running_var.tolist() == [FINE] * 3
+
+
+def test_buffers_that_were_replaced_by_half_precision_are_float32_from_the_next_forward():
+    layer = fine_layer()
+    for name in ("running_mean", "running_var"):
+        layer._buffers[name] = torch.full((3,), 2.0, dtype=torch.float16)  # accelerate's loading with dtype= does this
+    layer(torch.randn(8, 3))
+    assert dtypes(layer) == (torch.float32, torch.float32)
+
+
+def test_half_precision_buffers_of_a_functional_call_stay_the_callers():
+    layer = fine_layer()
+    given = {"running_mean": torch.zeros(3).bfloat16(), "running_var": torch.ones(3).bfloat16()}
+    mean = given["running_mean"]
+    torch.func.functional_call(layer, given, (torch.randn(8, 3) + 5,))
+    assert mean.dtype == torch.bfloat16
+    assert mean.abs().min() > 0
+    assert layer.running_mean.tolist() == [FINE] * 3

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.buffers import filling
 from batchnorm.nn.layer import Layer
 from batchnorm.nn.layout import dimension_of_channels
 from batchnorm.nn.options import Options, checked_numbers, checked_options
-from batchnorm.nn.running import filling
 from batchnorm.torch_internals import TorchLazyNorm
 
 __all__ = ["LazyBatchNorm", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
@@ -47,6 +47,7 @@ class _Lazy(TorchLazyNorm, Layer):
         dim = dimension_of_channels(input, self.channel_dim)
         with filling():  # statistics that were frozen before have no values yet
             super().initialize_parameters(input.movedim(dim, 1))
+        self.remember_values()
         known = next((values for values in (self.weight, self.running_mean) if values is not None), None)
         self.num_features = input.shape[dim] if known is None else known.shape[0]
 

@@ -13,9 +13,10 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from batchnorm.checks import Activation
 from batchnorm.errors import InputError
 from batchnorm.nn import contexts
+from batchnorm.nn.buffers import COUNTS, STATISTICS, filling, is_filling, is_narrow
 from batchnorm.nn.options import Nonfinite, Options, SmallBatch, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
-from batchnorm.nn.running import COUNTS, STATISTICS, RunningBuffers, filling, is_filling
+from batchnorm.nn.running import RunningBuffers
 from batchnorm.nn.step_state import StepState
 from batchnorm.nn.sync import SharedGroup
 
@@ -25,11 +26,6 @@ OPTIONS = tuple(field.name for field in fields(Options))
 SETTINGS = {*OPTIONS, "eps", "momentum", "training", "track_running_stats"}
 INITIAL = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
 """The values of a new layer."""
-
-
-def _is_narrow(values: Tensor) -> bool:
-    """Return whether running statistics of this dtype would stop changing, because its steps are too coarse."""
-    return values.is_floating_point() and values.dtype.itemsize < 4
 
 
 def _is_on_meta(values: Tensor | None) -> bool:
@@ -63,11 +59,12 @@ class State(RunningBuffers):
         self.step_state = StepState()
         self.register_counts()
         for name, buffer in self._buffers.items():
-            if buffer is not None and _is_narrow(buffer):
+            if buffer is not None and is_narrow(buffer):
                 if isinstance(buffer, UninitializedBuffer):
                     self._buffers[name] = UninitializedBuffer(device=device, dtype=torch.float32)  # type: ignore[call-arg]
                 else:
                     self._buffers[name] = buffer.to(torch.float32)
+        self.remember_values()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check an option as the constructor does, and drop all plans where an attribute changes."""
@@ -171,7 +168,7 @@ class State(RunningBuffers):
         for name, old in before.items():
             new = self._buffers[name]
             assert new is not None
-            if _is_narrow(new) and not _is_narrow(old):
+            if is_narrow(new) and not is_narrow(old):
                 self._buffers[name] = old.to(new.device)
             elif new is not old and name.startswith(kept) and not (old.is_meta or new.is_meta):
                 new.copy_(old)
@@ -179,6 +176,7 @@ class State(RunningBuffers):
             self._fill(on_meta)
         self.drop_counts()
         self.begin_counts()
+        self.remember_values()
         return self
 
     @torch.no_grad()
@@ -206,9 +204,10 @@ class State(RunningBuffers):
         with filling():
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
         for name, buffer in self._buffers.items():  # with assign=True they are the tensors of the state dict
-            if buffer is not None and _is_narrow(buffer):
+            if buffer is not None and is_narrow(buffer):
                 self._buffers[name] = buffer.float()
         self.begin_counts()
+        self.remember_values()
         if "frozen" in local_metadata:
             frozen = local_metadata["frozen"]
             self.freeze(statistics="statistics" in frozen, affine="affine" in frozen)
@@ -228,3 +227,4 @@ class State(RunningBuffers):
         self._buffers.setdefault("skipped_batches")  # older versions had fewer counts, and had them on meta too
         self._buffers.setdefault("samples_seen")
         self.drop_counts()
+        self.remember_values()

@@ -70,6 +70,9 @@ def decide(layer: State, batch: Batch, context: LayerContext) -> Step:
     """
     x, state = batch.x, layer.step_state
     compiling = torch.compiler.is_compiling()
+    stored = layer._buffers["running_mean"]
+    if stored is not None and stored.dtype.itemsize < 4 and not compiling:
+        layer.restore_precision()
     mean, var, batches = layer.statistics_in(context)
     trains = layer.trains()
     uses_batch_statistics = trains or (mean is None and var is None)

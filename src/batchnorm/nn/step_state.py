@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from batchnorm.kernels.plan import Plan
 from batchnorm.nn.contexts import PLAIN, LayerContext, LayerKey
@@ -33,6 +35,8 @@ class StepState:
     ranks_agreed : bool
         With ``sync``, all ranks have been seen at this layer together.
     warned_of_one_sample, warned_of_frozen : bool
+    memory : dict
+        A reference to each of the running statistics, by name, and a second tensor in its memory.
     """
 
     key: LayerKey = field(default_factory=LayerKey)
@@ -42,6 +46,7 @@ class StepState:
     ranks_agreed: bool = False
     warned_of_one_sample: bool = False
     warned_of_frozen: bool = False
+    memory: dict[str, tuple[weakref.ref[Tensor], Tensor]] = field(default_factory=dict)
 
     def plans_in(self, context: LayerContext) -> Plans | None:
         """Return the plans that are valid within a context; None if each forward must be decided anew."""

@@ -11,9 +11,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.errors import UnsupportedError
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.buffers import STATISTICS
 from batchnorm.nn.layer import Layer, layers_of, overrides_forward
 from batchnorm.nn.reading import lost_in_training
-from batchnorm.nn.running import STATISTICS, context_of
+from batchnorm.nn.running import context_of
 from batchnorm.statistics.changes import layer_name
 from batchnorm.statistics.layers import unwrapped
 from batchnorm.surgery.report import Replacement, Surgery
