@@ -171,6 +171,11 @@ def _function(name: str) -> Callable[[bytes], int]:
     return function
 
 
+def _profiled(name: str) -> Callable[[bytes], int]:
+    """Return a function of the library which a profiler records under the name of the operator that does the same."""
+    return torch.profiler.record_function(name.replace("bn_", "batchnorm::"))(_function(name))
+
+
 def forward(operands: Operands, running: Running, rule: Rule) -> tuple[Tensor, Tensor, Tensor | None]:
     """Normalize a batch whose x is `ready`; in training update the running statistics, which the kernels `can_update`.
 
@@ -261,7 +266,8 @@ def run_forward(
         batches=0 if batches is None else batches.data_ptr() or 1,
         skipped=0 if skipped is None else skipped.data_ptr() or 1,
     )
-    status = _function("bn_forward")(record)
+    call = _profiled if torch_internals.profiler_is_active() else _function
+    status = call("bn_forward")(record)
     if status:
         _retry(_function("bn_forward"), status, record, (*operands, *statistics, correction))
     return y
@@ -340,7 +346,8 @@ def run_backward(
         var=var,
         renorm=0 if correction is None else correction.data_ptr() or 1,
     )
-    status = _function("bn_backward")(record)
+    call = _profiled if torch_internals.profiler_is_active() else _function
+    status = call("bn_backward")(record)
     if status:
         _retry(_function("bn_backward"), status, record, (dy, *operands, y, correction))
     return dx, dweight, dbias, dresidual

@@ -111,8 +111,11 @@ def _backward_by_operator(
     return operators.backward(dy, operands, packed, rule, y=y, wanted=wanted)
 
 
-class _DirectFunction(torch.autograd.Function):
-    """Attach gradients to a y that the native kernels have computed, in eager mode on CPU."""
+class BatchNorm(torch.autograd.Function):
+    """Attach gradients to a y that the native kernels have computed, in eager mode on CPU.
+
+    torch calls the node, and what a profiler shows, by the name of the class.
+    """
 
     @staticmethod
     def forward(
@@ -136,8 +139,8 @@ class _DirectFunction(torch.autograd.Function):
 
 @functools.cache
 def _apply_direct() -> Callable[..., Any]:
-    """Return the apply of `_DirectFunction`, which is sought at the first call."""
-    return torch_internals.fast_apply(_DirectFunction)
+    """Return the apply of `BatchNorm`, which is sought at the first call."""
+    return torch_internals.fast_apply(BatchNorm)
 
 
 def differentiable(

@@ -11,7 +11,7 @@ the names directly, and never replace anything.
 
 from __future__ import annotations
 
-from batchnorm.torch_internals.autograd import fast_apply, graph_task_id, has_saved_tensors_hooks
+from batchnorm.torch_internals.autograd import fast_apply, graph_task_id, has_saved_tensors_hooks, profiler_is_active
 from batchnorm.torch_internals.dispatch import (
     compiled_module,
     constant_while_compiling,
@@ -70,6 +70,7 @@ __all__ = [
     "may_be_transformed",
     "move_hooks_of_the_output",
     "obstacle_to_update",
+    "profiler_is_active",
     "tensor_guards",
     "traces_pre_dispatch",
     "transforms_are_active",

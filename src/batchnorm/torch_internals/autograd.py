@@ -12,7 +12,7 @@ from torch import Tensor
 from batchnorm.torch_internals import lookup
 from batchnorm.torch_internals.lookup import PATHS, accessor, itself, works
 
-__all__ = ["fast_apply", "graph_task_id", "has_saved_tensors_hooks"]
+__all__ = ["fast_apply", "graph_task_id", "has_saved_tensors_hooks", "profiler_is_active"]
 
 
 def _nothing() -> None:
@@ -58,6 +58,12 @@ def _sees_hooks(on_top: Callable[[], bool]) -> bool:
 )
 def has_saved_tensors_hooks() -> bool:
     """Return whether hooks pack the tensors saved for backward, as checkpointing does; True where unknown."""
+    return True
+
+
+@accessor("torch._C._autograd._profiler_enabled", probe=lambda enabled: type(enabled()) is bool)
+def profiler_is_active() -> bool:
+    """Return whether a profiler records this thread; True where torch does not tell, and a record is made in vain."""
     return True
 
 
