@@ -45,10 +45,10 @@ def _checked(layer: nn.Module, x: Tensor) -> TorchBatchNorm:
         layer._check_input_dim(x)  # type: ignore[no-untyped-call]
     except ValueError as error:
         raise InputError(f"x must have the dimensions that the layer takes; {error}") from error
-    if x.dim() < 2 or x.shape[1] != layer.num_features:
-        raise InputError(
-            f"x must have the layer's {layer.num_features} channels in dimension 1; got shape {tuple(x.shape)}"
-        )
+    sized = [tensor for tensor in (layer.weight, layer.bias, layer.running_mean) if tensor is not None]
+    channels = sized[0].numel() if sized else layer.num_features
+    if x.dim() < 2 or x.shape[1] != channels:
+        raise InputError(f"x must have the layer's {channels} channels in dimension 1; got shape {tuple(x.shape)}")
     for option, default in DEFAULTS.items():
         if getattr(layer, option, default) != default:
             raise UnsupportedError(

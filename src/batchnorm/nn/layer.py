@@ -94,6 +94,8 @@ class Layer(Scriptable):
         compiling, state = torch.compiler.is_compiling(), self.step_state
         context = contexts.in_force(state.key, compiling)
         if context.hooks:
+            if not compiling and self._is_overridden(input, residual, mask):
+                return self._overridden(input, residual, mask)  # the hooks are called within, once
             context = self._after_hooks(context, input, mask)
         reader = exporting.graph_reader(compiling)
         if reader is not None and not (reader == "torch.export" and self.trains()):  # see step.normalize
@@ -113,15 +115,14 @@ class Layer(Scriptable):
                 y = self._run_plan(plan, input, residual, context)
                 if y is not None:
                     return y
-        overriding = (input, residual, mask, *self.weight_and_bias())
-        if not compiling and ops.are_overridden(*overriding):
-            by_torch = functools.partial(self._by_torch, input, residual, mask)
-            return ops.call_overridden(batch_norm, overriding, (input, residual, mask, self), otherwise=by_torch)  # type: ignore[no-any-return]
+        if not compiling and self._is_overridden(input, residual, mask):
+            return self._overridden(input, residual, mask)
         check_dense(input)
         dim = 1 if self.channel_dim == 1 else dimension_of_channels(input, self.channel_dim)
-        if input.shape[dim] != self.num_features:
+        sized = [each for each in (*self.weight_and_bias(), *self.statistics_in(context)[:2]) if each is not None]
+        if sized and input.shape[dim] != sized[0].numel():  # as in torch, num_features is not asked
             label = "" if compiling else label_of(self)  # a graph sees no frames
-            refuse_channels(input, dim, self.num_features, label)
+            refuse_channels(input, dim, sized[0].numel(), self.num_features, label)
         batch = arrange(input, residual, mask, dim)
         return restore(self._normalize(batch, plans if dim == 1 else None, context), batch, dim)
 
@@ -147,8 +148,11 @@ class Layer(Scriptable):
 
     def _normalize(self, batch: Batch, plans: Plans | None, context: LayerContext) -> Tensor:
         """Return y for a batch, and add a plan for later batches like it to the plans, where they are given."""
-        check(batch.x, batch.residual, batch.mask)
-        operands = Operands(batch.x, *self.weight_and_bias(), batch.residual, batch.mask)
+        (weight, bias), (mean, var, _) = self.weight_and_bias(), self.statistics_in(context)
+        of_domain = "" if context.domain is None else f"_{context.domain}"
+        sized = {"weight": weight, "bias": bias, f"running_mean{of_domain}": mean, f"running_var{of_domain}": var}
+        check(batch.x, batch.residual, batch.mask, **sized)
+        operands = Operands(batch.x, weight, bias, batch.residual, batch.mask)
         step = decide(self, batch, context)
         if step.counts and has_processes():
             self.count_samples(batch.samples)
@@ -180,6 +184,16 @@ class Layer(Scriptable):
         step = decide_in_torch(self, context)
         dim = dimension_of_channels(operands.x, self.channel_dim)
         return exporting.in_torch_operators(operands, step.running, step.rule, dim)
+
+    def _is_overridden(self, *tensors: Tensor | None) -> bool:
+        return ops.are_overridden(*tensors, *self.weight_and_bias())
+
+    def _overridden(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Return y as `batch_norm`, a function that the subclasses of Tensor among the arguments see."""
+        tensors = (x, residual, mask, *self.weight_and_bias())
+        by_torch = functools.partial(self._by_torch, x, residual, mask)
+        y: Tensor = ops.call_overridden(batch_norm, tensors, (x, residual, mask, self), otherwise=by_torch)
+        return y
 
     def _by_torch(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         """Return y by torch's own forward, for a class of tensors that takes no function but torch's."""

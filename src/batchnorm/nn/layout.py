@@ -80,14 +80,15 @@ def dimension_of_channels(x: Tensor, channel_dim: int) -> int:
     return channel_dim % x.dim()
 
 
-def refuse_channels(x: Tensor, dim: int, num_features: int, label: str) -> NoReturn:
-    """Raise the error of an input with another number of channels, and say which ``channel_dim`` would fit."""
+def refuse_channels(x: Tensor, dim: int, channels: int, num_features: int, label: str) -> NoReturn:
+    """Raise the error of an input with another number of channels, and say which ``channel_dim`` would fit.
+
+    ``channels`` are those of the layer's tensors, which are fewer than its num_features where a tool has cut them.
+    """
     shape = tuple(x.shape)
-    message = (
-        f"{label}input must have num_features={num_features} channels in dimension {dim}; got {shape[dim]}, "
-        f"in shape {shape}"
-    )
-    elsewhere = [i for i, size in enumerate(shape) if size == num_features and i not in (0, dim)]
+    needed = f"num_features={channels}" if channels == num_features else channels
+    message = f"{label}input must have {needed} channels in dimension {dim}; got {shape[dim]}, in shape {shape}"
+    elsewhere = [i for i, size in enumerate(shape) if size == channels and i not in (0, dim)]
     if elsewhere:
         axes = "(N, L, C)" if len(shape) == 3 and elsewhere == [2] else f"channels in dimension {elsewhere[-1]}"
         channel_dim = -1 if elsewhere[-1] == len(shape) - 1 else elsewhere[-1]

@@ -77,9 +77,7 @@ def decide(layer: State, batch: Batch, context: LayerContext) -> Step:
     trains = layer.trains()
     uses_batch_statistics = trains or (mean is None and var is None)
     everywhere = _global_moments(layer, batch) if layer.sync and trains else None
-    if uses_batch_statistics and (
-        x.numel() == layer.num_features > 0 if everywhere is None else everywhere.single_value
-    ):
+    if uses_batch_statistics and (x.numel() == x.shape[1] > 0 if everywhere is None else everywhere.single_value):
         if not (trains and layer.small_batch == "running"):
             refuse_single_value(layer, batch.shape)
         trains = uses_batch_statistics = False
@@ -157,7 +155,7 @@ def _global_moments(layer: State, batch: Batch) -> GlobalMoments | None:
         # A graph exchanges no names; nor does this rank later, outside of it, when the others would not answer.
         state.ranks_agreed = True
     elif not state.ranks_agreed:
-        label = f"{label_of(layer)}{layer.num_features} channels of {batch.x.dtype}, eps={layer.epsilon()}"
+        label = f"{label_of(layer)}{batch.x.shape[1]} channels of {batch.x.dtype}, eps={layer.epsilon()}"
         sync.check_same_layer(label, group, layer.process_group)
         state.ranks_agreed = True
     return sync.global_moments(batch.x, batch.mask, group)

@@ -135,7 +135,7 @@ def sum_inputs(
                 continue
             numbers = (samples + torch.arange(batch_size)) // samples_per_block
             for path in sums | of_batch:
-                channels = layers[path].num_features
+                channels = active_set(layers[path]).mean.numel()
                 before = sums.get(path) or _zeros(blocks, channels)
                 sums[path] = before.extended(of_batch.get(path) or _zeros(batch_size, channels), numbers)
             samples, blocks = samples + batch_size, int(numbers[-1]) + 1

@@ -198,10 +198,10 @@ def gather_results(
     if failure is not None:
         raise failure
     if group is not None:
-        device = active_set(next(iter(layers.values()))).mean.device
+        means = {path: active_set(layers[path]).mean for path in measured}
         moments = {
-            path: (moments.get(path) or Moments.empty(layers[path].num_features, device)).all_reduce(group)
-            for path in measured
+            path: (moments.get(path) or Moments.empty(mean.numel(), mean.device)).all_reduce(group)
+            for path, mean in means.items()
         }
     moments = {path: moments[path] for path in in_order(orders) if path in moments and moments[path].count > 0}
     if not moments:
