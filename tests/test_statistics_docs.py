@@ -1,8 +1,15 @@
 """docs/statistics.md shows the committed measurements, and these keep what the page promises."""
 
+import re
+
 import pytest
+import torch
+from sklearn.datasets import load_digits
 
 from batchnorm.lab.bench.markdown import replace_table
+from batchnorm.lab.estimators import BatchNormMLPClassifier
+from batchnorm.lab.serving.served import Served
+from batchnorm.lab.serving.shift import TableRows, examine
 from support import ROOT, benchmark_results, benchmark_script
 
 PAGE = (ROOT / "docs/statistics.md").read_text()
@@ -53,6 +60,17 @@ def test_what_readme_says_of_shifted_digits_is_in_the_committed_study():
     shares = [100 * share for share in clean["reported"]["stored statistics"].values()]
     assert f"in {min(shares):.0f} to {max(shares):.1f}% of 200 draws of clean digits" in text
     assert all(share == 1 for share in cases("brightness")[-1]["reported"]["stored statistics"].values())
+
+
+def test_the_scores_of_shifted_digits_on_the_page_are_those_of_its_classifier():
+    X, y = load_digits(return_X_y=True)
+    classifier = BatchNormMLPClassifier(random_state=0).fit(X[:900], y[:900])
+    served = Served(classifier.network_, lambda rows: torch.as_tensor(rows, dtype=torch.float64), classifier)
+    rows = TableRows(0.6 * X[900:] + 5, y[900:])
+    scores = examine(served, rows, prior=16, alpha=0.05, reference_samples=256).scores
+    for name, score in (("as is", scores.as_is), ("adapted", scores.adapted), ("retrained", scores.retrained)):
+        shown = float(re.search(rf"^    {name} +(\S+)", PAGE, re.MULTILINE)[1])
+        assert shown == pytest.approx(score, abs=0.02)  # sums in another order decide a few of the 449 rows otherwise
 
 
 def test_each_kind_has_five_severities_of_which_16_images_show_the_strongest():

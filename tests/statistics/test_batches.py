@@ -111,7 +111,7 @@ def test_a_batch_whose_samples_cannot_be_seen_is_refused_and_told_of_samples(bat
 
 @pytest.mark.parametrize(
     ("samples", "expected"),
-    [(7, 7), (np.int64(7), 7), (lambda batch: len(batch.x), 6), (lambda batch: torch.tensor(5), 5), (0, 0)],
+    [(7, 7), (np.int64(7), 7), (lambda batch: len(batch.x), 6), (lambda batch: torch.tensor(5), 5), (lambda b: 0, 0)],
 )
 def test_samples_are_a_number_or_a_function_of_the_batch(samples, expected):
     assert counted(Bag(X), samples) == expected
@@ -127,9 +127,16 @@ def test_samples_that_are_no_whole_number_are_refused(samples):
         counted(X, lambda batch: samples)
 
 
-def test_negative_samples_are_refused():
-    with pytest.raises(bn.InputError, match="at least 0; got -1"):
-        counted(X, -1)
+@pytest.mark.parametrize(("samples", "rule"), [(0, "at least 1; got 0"), (lambda batch: -1, "at least 0; got -1")])
+def test_too_small_numbers_of_samples_are_refused(samples, rule):
+    with pytest.raises(bn.InputError, match=rule):
+        counted(X, samples)
+
+
+@pytest.mark.parametrize("name", ["recalibrate", "at once", "adapt"])
+def test_a_loader_of_which_no_batch_has_samples_is_refused(name):
+    with pytest.raises(bn.InputError, match="at least one sample"):
+        calls(mixed_network(), loader_of(lambda x: x), samples=lambda batch: 0)[name]()
 
 
 # Counting, in the functions that use it
@@ -268,9 +275,13 @@ def test_a_batch_that_is_there_already_is_not_copied(batch):
     assert moved(batch, torch.device("cpu")) is batch
 
 
-def test_a_device_that_torch_does_not_know_is_refused():
-    with pytest.raises(bn.InputError, match=r"device must be None or a device of torch.*got 'gpu'"):
-        bn.recalibrate(mixed_network(), [X.double()], device="gpu")
+@pytest.mark.parametrize(
+    ("device", "rule"),
+    [("gpu", r"a device of this machine.*got 'gpu'"), ("xpu:9", "of this machine"), ("meta", "one that holds values")],
+)
+def test_a_device_without_tensors_of_this_machine_is_refused(device, rule):
+    with pytest.raises(bn.InputError, match=rf"device must be .*{rule}"):
+        bn.recalibrate(mixed_network(), [X.double()], device=device)
 
 
 @pytest.mark.parametrize("name", ["recalibrate", "adapt", "detect_shift"])

@@ -58,7 +58,7 @@ class BatchReader:
         self.device = device_of(model) if device is None else _checked_device(device)
         self._rows: int | None = None
         if samples is not None and not callable(samples):
-            _checked_count(samples, "samples must be None, a whole number or a function of the batch")
+            _checked_count(samples, "samples must be None, a whole number or a function of the batch", 1)
 
     def count(self, batch: Any) -> int:
         """Return the number of samples of a batch.
@@ -239,21 +239,21 @@ def _check_takes(batch: Any) -> None:
     )
 
 
-def _checked_count(value: Any, rule: str) -> int:
+def _checked_count(value: Any, rule: str, least: int = 0) -> int:
     if isinstance(value, Tensor) and value.dim() == 0:
         value = value.item()
     if not is_whole(value):
         raise InputTypeError(f"{rule}; got {value!r}")
-    if value < 0:
-        raise InputError(f"{rule}, at least 0; got {value!r}")
+    if value < least:
+        raise InputError(f"{rule}, at least {least}; got {value!r}")
     return int(value)
 
 
 def _checked_device(device: Any) -> torch.device:
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"device must be None or a device of torch, as in 'cuda:0'; got {device!r}: {reason}"
-        ) from error
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:  # torch without CUDA asserts that it has it
+        raise InputError(f"device must be None or a device of this machine, as in 'cuda:0'; got {device!r}") from error
+    if found.type == "meta":
+        raise InputError(f"device must be one that holds values; got {device!r}")
+    return found

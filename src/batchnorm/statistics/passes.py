@@ -204,7 +204,7 @@ def gather_results(
             for path, mean in means.items()
         }
     moments = {path: moments[path] for path in in_order(orders) if path in moments and moments[path].count > 0}
-    if not moments:
+    if not moments or not samples:
         raise InputError("the loader must bring at least one sample to a layer with running statistics; got none")
     return PassResult(moments, orders, uses, samples)
 
