@@ -125,3 +125,23 @@ def test_a_study_accepts_no_choice_of_claims():
 def test_an_unknown_number_is_null_and_not_nan(studied):
     for column in studied.frame().select(pl.selectors.float()).iter_columns():
         assert not any(value is not None and math.isnan(value) for value in column)
+
+
+def test_the_notes_on_the_data_are_part_of_the_report():
+    values = np.random.default_rng(0).normal(size=(40, 2)).astype(object)
+    values[4, 0] = "-"
+    values[5, 0] = "ganz"
+    found = bn.lab.compare(values, np.arange(40) % 2, missing="ganz", **QUICK, jobs=1)
+    notes = [
+        "classification: y has 2 values",
+        "column x1: 'ganz' in row 6 is taken as missing",
+        "column x1: '-' in row 5 is no number and taken as missing",
+        "2 missing numbers are filled with the median of their column in the training rows",
+        "the batch size of 30 is reduced to the 24 training rows",
+    ]
+    assert found.result.notes == notes
+    assert found.to_dict()["notes"] == notes
+    assert "5 notes" in repr(found)
+    assert f"- {notes[1]}" in str(found)
+    assert "is no number and taken as missing" in found._repr_html_()
+    assert "is no number and taken as missing" in found.to_html()

@@ -161,7 +161,6 @@ def compare(
     from batchnorm.lab.report.comparison import Comparison
     from batchnorm.lab.report.report import write_report
 
-    notes: list[str] = []
     if resume is not None:
         run, dataset = resume_run(resume)
     else:
@@ -177,11 +176,11 @@ def compare(
             dates=dates,
             header=header,
         )
-        run, dataset, notes = start_run(request, asked, out=out, command=shlex.join(["batchnorm", *sys.argv[1:]]))
+        run, dataset = start_run(request, asked, out=out, command=shlex.join(["batchnorm", *sys.argv[1:]]))
     tune_allocator()
     progress = terminal.Silence() if quiet else terminal.Bars()
     if not quiet:
-        terminal.describe_data(console(stderr=True), run.data, notes)
+        terminal.describe_data(console(stderr=True), run.data)
     try:
         with progress:
             extension = ClaimTests(run.request.claims) if run.request.claims else None

@@ -35,10 +35,10 @@ def compare(
     *,
     name: str = "data",
     task: Task | None = None,
-    numeric: Sequence[str] = (),
-    categorical: Sequence[str] = (),
+    numeric: str | Sequence[str] = (),
+    categorical: str | Sequence[str] = (),
     claims: Sequence[str] = (),
-    missing: Sequence[str] = (),
+    missing: str | Sequence[str] = (),
     dates: DateOrder | None = None,
     jobs: int | None = None,
     out: str | Path | None = None,
@@ -59,9 +59,9 @@ def compare(
         Name of the data in the report.
     task : "classification" or "regression", optional
         By default inferred: text, and whole numbers of at most 20 values, are classes.
-    numeric, categorical : sequences of column names
+    numeric, categorical : str or sequences of str
         Columns to take as numbers or as categories, whatever their values look like.
-    missing : sequence of str
+    missing : str or sequence of str
         Further texts that stand for a missing value; docs/compare.md lists those that are known.
     dates : "day-first" or "month-first", optional
         Order of texts such as 03/04/2020; by default that which the other dates show, else day first.
@@ -108,18 +108,18 @@ def compare(
     given = Settings(**settings)
     request = Request(
         task=task,
-        numeric=list(numeric),
-        categorical=list(categorical),
+        numeric=_listed(numeric),
+        categorical=_listed(categorical),
         claims=tests.names,
-        missing=list(missing),
+        missing=_listed(missing),
         dates=dates,
     )
     table = table_from_arrays(X, y, name, request.reading)
-    dataset = prepare(table, task=task, numeric=numeric, categorical=categorical, seed=given.seed)
-    fitted, _ = fit_to_data(given, dataset)
+    dataset = prepare(table, task=task, numeric=request.numeric, categorical=request.categorical, seed=given.seed)
+    fitted, note = fit_to_data(given, dataset)
     run = RunFile.create(
         Path(tempfile.mkdtemp(prefix="batchnorm-")) if out is None else new_folder(Path(out), name),
-        dataset.describe(),
+        dataset.describe(note),
         fitted,
         request=request,
         command=_call(settings, tests.names),
@@ -129,6 +129,10 @@ def compare(
     with terminal.Bars() if progress else terminal.Silence() as shown:
         run_comparison(dataset, run, jobs=jobs or cpu_count(), progress=shown, extension=tests if claims else None)
     return Comparison.of(run)
+
+
+def _listed(texts: str | Sequence[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def _call(settings: Mapping[str, Any], claims: list[str]) -> str:

@@ -82,7 +82,8 @@ def test_a_stray_cell_of_a_0_1_target_is_an_error(tmp_path, stray):
     content = "size,y\n" + "".join(f"{i * 7 % 11},{i % 2}\n" for i in range(30)) + f"5,{stray}\n7,{stray}\n"
     table = read(tmp_path, content)
     with pytest.raises(
-        DataError, match=r"in 'y' there are '.*' in line 32 and 1 other cell. Correct it, or pass missing="
+        DataError,
+        match=r"in 'y' of 'data.csv' there are '.*' in line 32 and 1 other cell. Correct it, or pass missing=",
     ):
         prepare(table)
     left_out = read(tmp_path, content, missing=[stray])
@@ -103,9 +104,15 @@ def test_a_missing_target_leaves_its_row_out(tmp_path, missing):
 @pytest.mark.parametrize(
     ("stray", "words"),
     [
-        ("-", "a class must not be a text that stands for a missing value; 'y' has '-' in line 32"),
-        ("unknown", "a class must not be a text that stands for a missing value; 'y' has 'unknown' in line 32"),
-        ("Yes", "classes must differ in more than case and blanks; 'y' has 'yes' and 'Yes' .'Yes' in line 32"),
+        ("-", "a class must not be a text that stands for a missing value; 'y' of 'data.csv' has '-' in line 32"),
+        (
+            "unknown",
+            "a class must not be a text that stands for a missing value; 'y' of 'data.csv' has 'unknown' in line 32",
+        ),
+        (
+            "Yes",
+            "classes must differ in more than case and blanks; 'y' of 'data.csv' has 'yes' and 'Yes' .'Yes' in line 32",
+        ),
         ("oops", "every class must have at least 2 rows; in 'y' oops has 1"),
     ],
 )

@@ -17,8 +17,8 @@ __all__ = ["resume_run", "start_run"]
 
 def start_run(
     request: Request, settings: Settings, *, out: Path | None = None, command: str = ""
-) -> tuple[RunFile, Dataset, list[str]]:
-    """Return a new run in a folder of its own, its data, and notes on what was changed in the settings.
+) -> tuple[RunFile, Dataset]:
+    """Return a new run in a folder of its own, and its data; a note says what was changed in the settings.
 
     Raises
     ------
@@ -30,8 +30,8 @@ def start_run(
     dataset = request.read(settings.seed)
     fitted, note = fit_to_data(settings, dataset)
     folder = new_folder(out, dataset.name)
-    run = RunFile.create(folder, dataset.describe(), fitted, request=request, command=command)
-    return run, dataset, [note] if note else []
+    run = RunFile.create(folder, dataset.describe(note), fitted, request=request, command=command)
+    return run, dataset
 
 
 def resume_run(folder: Path) -> tuple[RunFile, Dataset]:

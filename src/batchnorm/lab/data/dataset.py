@@ -124,8 +124,8 @@ class Dataset:
         x = self.x[rows]
         return ((x - self.center) / self.scale if standardized else x).astype(self.dtype), self.y[rows]
 
-    def describe(self) -> DataDescription:
-        """Return the description that a report shows."""
+    def describe(self, further_note: str | None = None) -> DataDescription:
+        """Return the description that a report shows, with one more note where one is given."""
         return DataDescription(
             name=self.name,
             task=self.task,
@@ -134,7 +134,7 @@ class Dataset:
             features=self.features,
             classes=self.classes,
             left_out=self.left_out,
-            notes=self.notes,
+            notes=[*self.notes, *filter(None, [further_note])],
             sha256=self.fingerprint,
         )
 
@@ -195,7 +195,9 @@ def prepare(
     target = encode_target(known[table.target], task)
     notes = [target.note, *table.notes]
     if known.height < frame.height:
-        notes.append(f"{frame.height - known.height} rows without a value of {table.target} are not used")
+        lost = frame.height - known.height
+        rows = "1 row without a value of {} is" if lost == 1 else f"{lost} rows without a value of {{}} are"
+        notes.append(f"{rows.format(table.target)} not used")
     parts = split(known.height, target.y if target.classes else None, seed)
     features = encode_columns(known.drop(table.target).iter_columns(), parts["train"], numeric, categorical)
     if not features.numbers and not features.categories:

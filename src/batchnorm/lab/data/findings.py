@@ -12,7 +12,7 @@ from batchnorm.lab.data.places import Places, shown
 
 __all__ = ["Cell", "Finding", "Rule", "cells_of", "describe_cells", "notes_of"]
 
-Rule = Literal["missing", "unreadable", "marks", "mixed", "dates", "rows"]
+Rule = Literal["missing", "unreadable", "marks", "zeros", "mixed", "dates", "rows"]
 
 MAX_CELLS = 3
 MAX_COLUMNS = 6
@@ -36,8 +36,9 @@ class Finding:
     column : str
     rule : str
         "missing": they always stand for a missing value; "unreadable": they are none of the numbers or dates of their
-        column and taken as missing; "marks": they are numbers with further marks; "mixed": they keep a column from
-        being one of numbers; "dates": day and month can be swapped; "rows": the whole row is left out.
+        column and taken as missing; "marks": they are numbers with further marks; "zeros": they are numbers that begin
+        with a zero; "mixed": they keep a column from being one of numbers; "dates": day and month can be swapped;
+        "rows": the whole row is left out.
     cells : sequence of Cell
     note : str
         The decision in one sentence.
@@ -91,6 +92,7 @@ SAME: dict[Rule, str] = {
     "missing": "have texts that are taken as missing",
     "unreadable": "have cells that are taken as missing, as they are none of the numbers or dates of their column",
     "marks": "have numbers with further marks",
+    "zeros": "have numbers that begin with a zero",
     "mixed": "have numbers among their categories",
     "dates": "have dates in which day and month can be swapped",
     "rows": "have rows that are left out",

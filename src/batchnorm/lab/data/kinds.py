@@ -82,6 +82,7 @@ def read_kinds(
     for column in frame.iter_columns():
         if column.name in plain:
             columns[column.name] = plain[column.name]
+            _add_zeros(column, places, findings)
             continue
         if column.dtype != pl.String:
             columns[column.name] = _without_given_numbers(column, reading)
@@ -152,6 +153,7 @@ def _read_column(
     if forced or _enough(numbers, filled, count):
         if marked.any():
             findings.append(_marks(texts, numbers, marked, places))
+        _add_zeros(texts, places, findings)
         _add_unreadable(texts, numbers, "numbers", places, findings)
         return numbers
     if not count:
@@ -201,6 +203,18 @@ def _add_unreadable(texts: pl.Series, values: pl.Series, kind: str, places: Plac
         several = sum(cell.count for cell in cells) > 1
         note = f"column {texts.name}: {describe_cells(cells)} {IS_NOT[kind][several]} and taken as missing"
         findings.append(Finding(texts.name, "unreadable", cells, note))
+
+
+def _add_zeros(texts: pl.Series, places: Places, findings: list[Finding]) -> None:
+    """Append a finding about numbers that begin with a zero, as postal codes do."""
+    zeros = texts.str.contains(r"^[-+]?0\d").fill_null(False)
+    if zeros.any():
+        cells = cells_of(texts, zeros, places)
+        note = (
+            f"column {texts.name}: {describe_cells(cells)} {_are(cells)} read as a number, without the zero; the "
+            "option categorical keeps a column of codes as it is"
+        )
+        findings.append(Finding(texts.name, "zeros", cells, note))
 
 
 def _mixed(texts: pl.Series, values: pl.Series, kind: str, count: int, places: Places) -> Finding:

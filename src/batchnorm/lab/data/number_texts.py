@@ -53,9 +53,16 @@ def plain_numbers(texts: pl.Series) -> pl.Series:
 
 def _groups(texts: pl.Series) -> pl.DataFrame:
     """Return the parts of numbers; all are null for a text that is none."""
-    tidy = texts.str.replace_all(BLANKS, " ").str.replace(MINUS, "-").str.replace_all(APOSTROPHES, "'")
+    tidy = (
+        texts.str.normalize("NFKC")
+        .str.replace_all(BLANKS, " ")
+        .str.replace(MINUS, "-")
+        .str.replace_all(APOSTROPHES, "'")
+    )
     tidy = tidy.str.replace(r"""^="(.*)"$""", "$1").str.replace(r"^'(\d)", "$1")
-    tidy = tidy.str.replace(rf"^({CURRENCY})?\s*\(\s*(.*\d.*)\s*\)$", "-$1$2").str.replace(r"^(.*\d)\s?-$", "-$1")
+    tidy = tidy.str.replace(rf"^({CURRENCY})?\s*\(\s*(\P{{L}}*\d\P{{L}}*)\s*\)$", "-$1$2").str.replace(
+        r"^(.*\d)\s?-$", "-$1"
+    )
     names = ["sign", "currency", "inner_sign", "digits", "exponent", "blank", "unit"]
     return tidy.str.extract_groups(NUMBER).struct.rename_fields(names).struct.unnest()
 

@@ -20,10 +20,18 @@ class Places:
         Line of the file at which each row begins, or number of each row, from 1.
     word : str
         "line" or "row".
+    source : str
+        Name of the file; empty for a data frame.
     """
 
     numbers: Sequence[int] = ()
     word: str = "row"
+    source: str = ""
+
+    @property
+    def of_source(self) -> str:
+        """The file in an error message: " of 'homes.csv'", or nothing."""
+        return f" of {self.source!r}" if self.source else ""
 
     @classmethod
     def rows(cls, count: int) -> Places:
@@ -40,7 +48,7 @@ class Places:
 
     def without(self, rows: Collection[int]) -> Places:
         """Return the names of the rows that are left when some are taken out."""
-        return Places([number for row, number in enumerate(self.numbers) if row not in rows], self.word)
+        return Places([number for row, number in enumerate(self.numbers) if row not in rows], self.word, self.source)
 
 
 def shown(text: str) -> str:

@@ -73,15 +73,21 @@ class _Lines:
 class _Body:
     """The records below the header, collected row by row."""
 
-    width: int
+    header: list[str]
     header_line: int
     comments: _Lines
     empty: _Lines = field(default_factory=_Lines)
+    repeated: _Lines = field(default_factory=_Lines)
     short: _Lines = field(default_factory=_Lines)
     long: _Lines = field(default_factory=_Lines)
     lines: list[int] = field(default_factory=list)
     chunk: list[Sequence[str | None]] = field(default_factory=list)
     frames: list[pl.DataFrame] = field(default_factory=list)
+
+    @property
+    def width(self) -> int:
+        """Number of cells of the header."""
+        return len(self.header)
 
     def add(self, row: Row, path: Path, separator: str) -> None:
         """Add a record, unless it is a comment or has no values."""
@@ -90,6 +96,8 @@ class _Body:
             self.comments.add(line)
         elif not any(cell.strip() for cell in cells):
             self.empty.add(line)
+        elif cells == self.header:
+            self.repeated.add(line)
         elif any(cell.strip() for cell in cells[self.width :]):
             raise _ragged(path, separator, (self.header_line, self.width), row)
         else:
@@ -115,6 +123,7 @@ class _Body:
         return [
             *self.comments.describe("is a comment and is left out", "are comments and are left out"),
             *self.empty.describe("has no values and is left out", "have no values and are left out"),
+            *self.repeated.describe("repeats the header and is left out", "repeat the header and are left out"),
             *self.short.describe(
                 f"has fewer than {self.width} cells; the last are missing",
                 f"have fewer than {self.width} cells; the last are missing",
@@ -151,11 +160,11 @@ def read_records(text: str, separator: str, path: Path) -> Records:
     if commented and _is_commented_header(commented[1], row[1]):
         header, first = commented, [row]
         comments.count -= 1
-    body = _Body(len(header[1]), header[0], comments)
+    body = _Body(header[1], header[0], comments)
     for row in chain(first, rows):
         body.add(row, path, separator)
     body.flush()
-    return Records(header[1], header[0], pl.concat(body.frames), Places(body.lines, "line"), body.notes)
+    return Records(header[1], header[0], pl.concat(body.frames), Places(body.lines, "line", path.name), body.notes)
 
 
 def _rows(text: str, separator: str, path: Path) -> Iterator[Row]:

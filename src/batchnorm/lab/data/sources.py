@@ -10,6 +10,7 @@ __all__ = ["BUILT_IN_NAMES", "check_source", "kind_of"]
 
 BUILT_IN_NAMES = ("digits", "breast_cancer", "wine", "diabetes", "placement")
 KINDS = ("csv", "tsv", "parquet", "npz")
+SHEETS = ("xlsx", "xls", "xlsm", "ods")
 
 
 def kind_of(path: Path) -> str:
@@ -33,4 +34,7 @@ def check_source(data: str) -> None:
     if not path.exists():
         raise DataError(f"data must be a file or one of {', '.join(BUILT_IN_NAMES)}; there is no file {data!r}")
     if not path.is_file() or kind_of(path) not in KINDS:
-        raise DataError(f"data must be a .csv, .tsv, .parquet or .npz file; got {data!r}")
+        way_out = (
+            "save its sheet as CSV" if kind_of(path) in SHEETS else "a table in a text file must have the ending .csv"
+        )
+        raise DataError(f"data must be a .csv, .tsv, .parquet or .npz file; got {data!r}: {way_out}")

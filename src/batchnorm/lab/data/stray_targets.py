@@ -36,24 +36,20 @@ def check_target(
     may_keep : bool
         Whether the option ``categorical`` can keep the cells as classes.
     """
-    keep = f", or categorical={column.name!r} to keep it as a class" if may_keep and task != "regression" else ""
+    keep = f", or pass categorical={column.name!r} to keep it as a class" if may_keep and task != "regression" else ""
     rules = {finding.rule: finding for finding in findings if finding.column == column.name}
     for rule in ("unreadable", "mixed"):
         if rule in rules:
             kind = "numbers" if column.dtype.is_numeric() or rule == "mixed" else str(column.dtype).lower()
-            raise _error(f"a target of {kind} must not have other cells", column.name, rules[rule], keep)
+            raise DataError(
+                f"a target of {kind} must not have other cells; in {column.name!r}{places.of_source} there "
+                f"{_is(rules[rule])} {describe_cells(rules[rule].cells)}. Correct it, or pass "
+                f"missing={rules[rule].cells[0].text!r} to leave out such rows{keep}"
+            )
     if column.dtype == pl.String:
         _check_texts(column, places, keep)
     elif column.dtype.is_float() and task is None:
         _check_whole(column, places)
-
-
-def _error(rule: str, name: str, finding: Finding, keep: str) -> DataError:
-    text = finding.cells[0].text
-    return DataError(
-        f"{rule}; in {name!r} there {_is(finding)} {describe_cells(finding.cells)}. Correct it, or pass "
-        f"missing={text!r} to leave out such rows{keep}"
-    )
 
 
 def _is(finding: Finding) -> str:
@@ -65,7 +61,7 @@ def _check_texts(column: pl.Series, places: Places, keep: str) -> None:
     for cell in placeholders:
         if is_symbol(cell.text) or cell.count <= MAX_STRAY * column.len():
             raise DataError(
-                f"a class must not be a text that stands for a missing value; {column.name!r} has "
+                f"a class must not be a text that stands for a missing value; {column.name!r}{places.of_source} has "
                 f"{describe_cells([cell])}. Pass missing={cell.text!r} to leave out such rows{keep}"
             )
     folded: dict[str, str] = {}
@@ -75,8 +71,8 @@ def _check_texts(column: pl.Series, places: Places, keep: str) -> None:
             cells = cells_of(column, column.is_in([text, other]).fill_null(False), places)
             rare = min(cells, key=lambda cell: cell.count)
             raise DataError(
-                f"classes must differ in more than case and blanks; {column.name!r} has {shown(other)} and "
-                f"{shown(text)} ({describe_cells([rare])}). Correct the rarer one{keep}"
+                f"classes must differ in more than case and blanks; {column.name!r}{places.of_source} has "
+                f"{shown(other)} and {shown(text)} ({describe_cells([rare])}). Correct the rarer one{keep}"
             )
 
 
@@ -88,6 +84,7 @@ def _check_whole(column: pl.Series, places: Places) -> None:
     if 0 < stray.sum() <= MAX_STRAY * known.len() and whole.n_unique() <= MAX_NUMERIC_CLASSES:
         cells = cells_of(column.cast(pl.String), stray, places)
         raise DataError(
-            f"a target must be classes or numbers; {column.name!r} has {whole.n_unique()} different whole numbers, as "
-            f"classes have, and {describe_cells(cells)}. Correct it, or pass task='regression' if it is a number"
+            f"a target must be classes or numbers; {column.name!r}{places.of_source} has {whole.n_unique()} different "
+            f"whole numbers, as classes have, and {describe_cells(cells)}. Correct it, or pass task='regression' for "
+            "a number"
         )

@@ -58,7 +58,7 @@ def read_text_table(path: Path, reading: Reading) -> ReadFrame:
 def _with_first_row(records: Records) -> Records:
     """Return records whose first one is a row too, and whose columns are numbered."""
     first = pl.DataFrame([pl.Series(str(i), [cell], dtype=pl.String) for i, cell in enumerate(records.header)])
-    places = Places([records.header_line, *records.places.numbers], records.places.word)
+    places = Places([records.header_line, *records.places.numbers], "line", records.places.source)
     numbered = [f"column_{i}" for i in range(1, len(records.header) + 1)]
     return Records(numbered, records.header_line, pl.concat([first, records.cells]), places, records.notes)
 

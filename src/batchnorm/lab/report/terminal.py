@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Self
 
 from rich.console import Console
@@ -62,12 +61,12 @@ class Bars(ProgressLine):
         self.console.print(sentence)
 
 
-def describe_data(out: Console, data: DataDescription, notes: Sequence[str]) -> None:
+def describe_data(out: Console, data: DataDescription) -> None:
     """Print what the data are, how they are split, and what was done to them."""
     rows = data.rows
     out.print(
         f"{data.name}: {len(data.features)} features to predict {data.target}; rows to train on "
         f"{rows['train']}, to choose and count on {rows['validation']}, to test on {rows['test']}."
     )
-    for note in [*data.sentences, *notes]:
+    for note in data.sentences:
         out.print(f"- {note}", markup=False)
