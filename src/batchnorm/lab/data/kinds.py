@@ -33,6 +33,9 @@ MIN_SHARE = 0.9
 MIN_MIXED = 0.1
 """Share of the filled cells that are numbers or dates, from which a column of categories is worth a note."""
 
+NO_CODE = r"^\P{L}*$|\d\s+\p{L}"
+"""Numbers without letters, or with a unit behind a blank; 12B is more likely a code."""
+
 IS_NOT: dict[str, tuple[str, str]] = {
     "numbers": ("is no number", "are no numbers"),
     "dates": ("is no date", "are no dates"),
@@ -162,7 +165,7 @@ def _read_column(
     order = reading.dates or orders.settled or conventions.order or "day-first"
     lower = texts.str.to_lowercase()
     truth = lower.replace_strict({"true": True, "false": False}, default=None, return_dtype=pl.Boolean)
-    shares = {"numbers": int((numbers.is_not_null() & ~texts.str.contains(r"\p{L}")).sum())}
+    shares = {"numbers": int((numbers.is_not_null() & texts.str.contains(NO_CODE)).sum())}
     for kind, values in (
         ("true or false", truth),
         ("dates", parse_dates(texts, order)),

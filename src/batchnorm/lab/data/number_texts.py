@@ -161,7 +161,7 @@ def _parse(texts: pl.Series, comma: bool) -> pl.Series:
         value=pl.when(valid & ~twice).then((mantissa + power).cast(pl.Float64, strict=False))
         * factor.fill_null(1.0)
         * pl.when(negative).then(-1.0).otherwise(1.0),
-        unit=unit.str.to_lowercase().str.replace_all("[ .]", ""),
+        unit=unit.str.to_lowercase().str.replace_all("[ .]", "").str.replace(r"(\p{L}{2})s$", "$1"),
     )
     return _of_one_unit(found.with_columns(value=pl.when(pl.col("value").is_finite()).then("value")))
 

@@ -37,6 +37,8 @@ class Records:
         The lines of these records.
     notes : list of str
         Sentences about records that were left out or completed.
+    repeated : bool
+        Whether records that repeat the header were left out.
     """
 
     header: list[str]
@@ -44,6 +46,7 @@ class Records:
     cells: pl.DataFrame
     places: Places
     notes: list[str] = field(default_factory=list)
+    repeated: bool = False
 
 
 Row = tuple[int, list[str]]
@@ -75,6 +78,7 @@ class _Body:
 
     header: list[str]
     header_line: int
+    may_repeat: bool
     comments: _Lines
     empty: _Lines = field(default_factory=_Lines)
     repeated: _Lines = field(default_factory=_Lines)
@@ -96,7 +100,7 @@ class _Body:
             self.comments.add(line)
         elif not any(cell.strip() for cell in cells):
             self.empty.add(line)
-        elif cells == self.header:
+        elif self.may_repeat and cells == self.header:
             self.repeated.add(line)
         elif any(cell.strip() for cell in cells[self.width :]):
             raise _ragged(path, separator, (self.header_line, self.width), row)
@@ -135,11 +139,12 @@ class _Body:
         ]
 
 
-def read_records(text: str, separator: str, path: Path) -> Records:
+def read_records(text: str, separator: str, path: Path, *, header_is_row: bool = False) -> Records:
     """Split a text into records and cells.
 
     Empty lines and comments (``#`` at the beginning) are left out. Cells that a record has too many of must be empty;
-    cells that it lacks at its end are missing.
+    cells that it lacks at its end are missing. Records that repeat a header of names are left out, unless the header is
+    known to be a row.
 
     Raises
     ------
@@ -160,11 +165,19 @@ def read_records(text: str, separator: str, path: Path) -> Records:
     if commented and _is_commented_header(commented[1], row[1]):
         header, first = commented, [row]
         comments.count -= 1
-    body = _Body(header[1], header[0], comments)
+    may_repeat = not header_is_row and all(_has_letters(cell) for cell in header[1])
+    body = _Body(header[1], header[0], may_repeat, comments)
     for row in chain(first, rows):
         body.add(row, path, separator)
     body.flush()
-    return Records(header[1], header[0], pl.concat(body.frames), Places(body.lines, "line", path.name), body.notes)
+    return Records(
+        header[1],
+        header[0],
+        pl.concat(body.frames),
+        Places(body.lines, "line", path.name),
+        body.notes,
+        body.repeated.count > 0,
+    )
 
 
 def _rows(text: str, separator: str, path: Path) -> Iterator[Row]:

@@ -36,11 +36,11 @@ def read_text_table(path: Path, reading: Reading) -> ReadFrame:
     if separator is None and (tabbed := as_tabbed(text)) is not None:
         text, separator = tabbed, "\t"
         notes.append(f"the cells of {path.name} are separated by blanks")
-    records = read_records(text, separator or ",", path)
+    with_header = reading.header is not False
+    records = read_records(text, separator or ",", path, header_is_row=not with_header)
     if not records.header:
         raise DataError(f"data must have rows; {str(path)!r} has none")
     semicolons = separator == ";"
-    with_header = reading.header is not False
     if not with_header:
         records = _with_first_row(records)
     names, renamed = unique_names(records.header)
@@ -50,7 +50,7 @@ def read_text_table(path: Path, reading: Reading) -> ReadFrame:
     notes = [*notes, *renamed, *records.notes]
     read = read_cells(frame, reading, places=records.places, semicolons=semicolons, notes=notes)
     kept = [cell for name, cell in zip(names, records.header, strict=True) if name in frame.columns]
-    if reading.header is None and looks_like_row(kept, read.frame):
+    if reading.header is None and looks_like_row(kept, read.frame, repeated=records.repeated):
         raise DataError(_may_be_row(path, records))
     return read
 
