@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -151,4 +152,26 @@ class TagWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=[KERNELS], cmdclass={"build_ext": BuildKernels, "bdist_wheel": TagWheel})
+def description() -> str:
+    """Return README.md for a package index, which has neither the images nor the pages that README.md links to.
+
+    An image is left out, and a link to a file becomes its text, followed by the path.
+    """
+    path = Path(__file__).with_name("README.md")
+    if not path.exists():  # only the kernels are built
+        return ""
+    text = re.sub(r"!\[[^]]*\]\([^)]*\)\n*", "", path.read_text(encoding="utf-8"))
+
+    def without_link(found: re.Match[str]) -> str:
+        return f"{found['words']} (`{found['target'].partition('#')[0]}`)"
+
+    text = re.sub(r"\[(?P<words>[^]]+)\]\((?!https?:|#)(?P<target>[^)]+)\)", without_link, text)
+    return f"{text}\nPaths such as `docs/layers.md` are those of the repository and of the source distribution.\n"
+
+
+setup(
+    ext_modules=[KERNELS],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": TagWheel},
+    long_description=description(),
+    long_description_content_type="text/markdown",
+)

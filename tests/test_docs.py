@@ -25,6 +25,22 @@ def result(name):
     return committed(name).result
 
 
+def test_a_newcomer_reads_how_to_get_install_and_run_it_in_that_order():
+    commands = " ".join(re.findall(r"^ {4}(.+?)(?:  +#.*)?$", README, re.MULTILINE))
+    steps = [
+        "git clone ",
+        "cd batchnorm",
+        "python3 -m venv",
+        "/whl/cpu",
+        "pip install '.[lab]'",
+        "make demo",
+        "compare",
+    ]
+    places = [commands.index(step) for step in steps]
+    assert places == sorted(places)
+    assert README.index("git clone ") < len(README) / 5
+
+
 PAGES = ["README.md", "docs/compare.md", "docs/explain.md", "docs/layers.md", "docs/statistics.md"]
 PAGES += ["docs/tools.md"]
 

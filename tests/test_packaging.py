@@ -128,6 +128,24 @@ def test_the_wheel_holds_the_package_and_the_library_and_no_source_of_it(wheel):
     assert held == {*packaged(), "batchnorm/kernels/_native.so"}
 
 
+def test_the_description_for_an_index_is_readme_without_relative_links_and_images(tmp_path):
+    prepare = f"build_meta.prepare_metadata_for_build_wheel({str(tmp_path)!r})"
+    run(sys.executable, "-c", f"from setuptools import build_meta; {prepare}")
+    headers, _, described = next(tmp_path.glob("*.dist-info/METADATA")).read_text().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in headers
+    targets = re.findall(r"\]\(([^)]*)\)", described)
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+    assert "![" not in described
+    assert "<img" not in described
+    readme = (ROOT / "README.md").read_text()
+    linked = re.findall(r"\]\(((?!https?:|#)[^)#]+)", re.sub(r"!\[[^]]*\]\([^)]*\)", "", readme))
+    assert len(linked) > 10
+    assert [path for path in linked if path not in described] == []  # each is named, and the user can find it
+    assert all((ROOT / path).exists() for path in linked)
+    headings = [line for line in readme.splitlines() if line.startswith("#")]
+    assert [line for line in described.splitlines() if line.startswith("#")] == headings
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="ELF")
 def test_the_library_needs_libc_and_libm_alone(library):
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", run("readelf", "-d", library))

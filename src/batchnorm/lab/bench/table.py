@@ -26,7 +26,7 @@ def text(run: BenchRun) -> str:
     for result in run.faults:
         lines += wrap(f"wrong, so not timed: {result.case.name}: {result.fault}")
     if (busy := busy_note(run)) is not None:
-        lines += ["", *wrap(busy)]
+        lines += [*([""] if lines[-1] else []), *wrap(busy)]
     if not run.complete:
         lines.append(f"Stopped after {len(run.results)} cases.")
     return "\n".join(lines)

@@ -20,6 +20,9 @@ ROWS = 4
 MAX_CLASSES = 20
 """Largest number of different whole numbers that are taken as classes, as the comparison takes them."""
 
+DIGITS = 3
+"""Digits after the point of a scaled target, few enough for the cells of the page."""
+
 Array = NDArray[np.float64]
 
 
@@ -190,7 +193,8 @@ def _scaled(target: Array, name: str) -> tuple[Array, str | None]:
     if not len(target) or (target.min() >= 0 and target.max() <= 1):
         return target, None
     low, span = float(target.min()), float(np.ptp(target)) or 1.0
-    return (target - low) / span, f"{name} is scaled to 0 to 1 over these rows: ({name} - {low:.7g}) / {span:.7g}."
+    scaled = ((target - low) / span).round(DIGITS)
+    return scaled, f"{name} is scaled to 0 to 1 over these rows, and rounded: ({name} - {low:.7g}) / {span:.7g}."
 
 
 def _listed(words: list[str]) -> str:
