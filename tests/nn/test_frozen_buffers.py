@@ -165,3 +165,22 @@ def test_statistics_of_a_lazy_layer_can_be_frozen_before_its_first_batch():
     layer = bn.freeze(bn.LazyBatchNorm1d(), affine=True)
     layer(torch.randn(8, 3))
     assert changed_names(bn.BatchNorm1d(3).state_dict(), layer) == []
+
+
+def test_micro_batches_before_the_freezing_are_dropped():
+    layer = bn.BatchNorm1d(4)
+    with bn.accumulate(layer):
+        layer(torch.randn(8, 4) + 5)
+        bn.freeze(layer)
+    assert changed_names(bn.BatchNorm1d(4).state_dict(), layer) == []
+
+
+def test_a_state_dict_is_loaded_by_swapping_tensors():
+    source, layer = frozen(), frozen()
+    source.running_mean.add_(1.0)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.load_state_dict(source.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert changed_names(copied_state(source), layer) == []

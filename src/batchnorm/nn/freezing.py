@@ -18,9 +18,10 @@ def freeze(model: nn.Module, statistics: bool = True, affine: bool = False) -> n
     model : Module
         A model whose layers are ours: torch's do not keep such a state through ``train()``.
     statistics : bool
-        Normalize with the running statistics in training too, and stop updating them.
+        Normalize with the running statistics in training too, and stop updating them. Resets and assignments leave
+        them as they are, with one warning per layer; ``load_state_dict`` fills them.
     affine : bool
-        Keep gamma and beta constant: they get no gradient, and an optimizer leaves them alone.
+        Keep gamma and beta constant: they get no gradient, and optimizers and ``reset_parameters()`` leave them alone.
 
     Returns
     -------

@@ -201,6 +201,7 @@ class State(RunningBuffers):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *arguments: Any
     ) -> None:
+        self.step_state.memory = {}  # torch.utils.swap_tensors refuses buffers that have weak references
         with filling():
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
         for name, buffer in self._buffers.items():  # with assign=True they are the tensors of the state dict

@@ -87,5 +87,5 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         yield
     with _COMMITTING:
         for layer, pool in pools.items():
-            for domain, parts in pool.items():
+            for domain, parts in pool.items() if not layer.frozen_statistics else ():
                 accumulated.commit(parts, layer.running(domain, update=True))
