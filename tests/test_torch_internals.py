@@ -58,6 +58,28 @@ def test_this_torch_has_every_private_name_as_known(name):
     assert name in lookup.FOUND
 
 
+def test_every_name_is_found_where_it_is_first_asked_for_within_transforms():
+    """All threads share the level of forward mode, so it is active in the thread of the probes too."""
+    code = f"""
+import warnings
+warnings.simplefilter("ignore")
+import torch
+from torch.func import grad, jvp
+from batchnorm import torch_internals
+def ask(x):
+    for name in {[name for name, paths in torch_internals.PATHS.items() if paths and name != "fast_apply"]!r}:
+        arguments = (x,) if name.startswith("is_") or name == "has_storage" else ()
+        getattr(torch_internals, name)(*((x, x) if name == "obstacle_to_update" else arguments))
+    return x.square().sum()
+x = torch.ones(1)
+jvp(grad(ask), (x,), (x,))
+print(sorted(torch_internals.PATHS.keys() - torch_internals.lookup.FOUND))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    without_private_names = {name for name, paths in torch_internals.PATHS.items() if not paths}
+    assert done.stdout.strip() == str(sorted({"fast_apply"} | without_private_names))
+
+
 @compiles
 def test_a_function_may_be_compiled_before_any_name_has_been_looked_up():
     code = """
