@@ -379,3 +379,32 @@ def test_an_adaptation_that_is_never_undone_does_not_keep_the_model(kind, loader
     del model
     gc.collect()
     assert layer() is None
+
+
+# Changes from outside, while updates are paused.
+
+
+@pytest.mark.parametrize("context", ["adapt to a loader", "adapt to each batch", "no updates"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_update_bn_within_a_context_that_pauses_updates_warns_and_changes_nothing(kind, context):
+    model = network(kind).train()
+    before = copied_buffers(model)
+    with CONTEXTS[context](model):
+        shown_before = shown(model[0])
+        with pytest.warns(UserWarning, match="leaves running statistics as they are within batchnorm"):
+            torch.optim.swa_utils.update_bn([rows(5)], model)
+        with pytest.warns(UserWarning, match="setting running_mean leaves"):
+            model[0].running_mean = torch.zeros(2, dtype=torch.float64)
+        assert same(shown(model[0]), shown_before)
+    assert_same_buffers(model, before)
+    model[0].running_mean = torch.full((2,), 4.0, dtype=torch.float64)
+    assert model[0].running_mean.tolist() == [4, 4]
+
+
+def test_a_lazy_layer_of_torchs_sees_its_first_batch_within_no_stat_updates():
+    model = nn.Sequential(nn.LazyBatchNorm1d(), bn.LazyBatchNorm1d())
+    with bn.no_stat_updates(model):
+        model(rows(0).float())
+    model(rows(0).float())
+    assert [type(layer) for layer in model] == [nn.BatchNorm1d, bn.BatchNorm1d]
+    assert int(model[1].num_batches_tracked) == 1

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm import torch_internals
 from batchnorm.errors import warn
-from batchnorm.nn import contexts
+from batchnorm.nn import contexts, stock
 from batchnorm.nn.options import Nonfinite
 from batchnorm.nn.step_state import StepState
 from batchnorm.torch_internals import TorchBatchNorm
@@ -100,7 +100,7 @@ class Buffers(TorchBatchNorm):
         """
         if "step_state" not in self.__dict__:  # torch's constructor calls this
             super().reset_running_stats()
-        elif self.track_running_stats and not self.keeps_frozen("running_mean", "reset_running_stats()"):
+        elif self.track_running_stats and not self.leaves("running_mean", "reset_running_stats()"):
             domain = self.active_domain
             for values, initial in zip(self.running_statistics(domain), (0, 1, 0), strict=True):
                 if values is not None:
@@ -124,11 +124,14 @@ class Buffers(TorchBatchNorm):
         if "step_state" not in self.__dict__:
             return name
         name = named(name, self.active_domain) if name in STATISTICS else name
-        return None if self.keeps_frozen(name, f"setting {name}") else name
+        return None if self.leaves(name, f"setting {name}") else name
 
-    def keeps_frozen(self, name: str, change: str) -> bool:
-        """Return whether running statistics have values that are frozen, and warn once that the change is ignored."""
+    def leaves(self, name: str, change: str) -> bool:
+        """Return whether running statistics are frozen, or paused by a context, and warn that the change is ignored."""
         values = self._buffers[name]
+        if not is_filling() and contexts.in_force(self.step_state.key, torch.compiler.is_compiling()).updates_paused:
+            stock.warn_of_pause(change)
+            return True
         if not self.frozen_statistics or is_filling() or values is None or values.is_meta or is_lazy(values):
             return False
         self.warn_of_frozen(change, "running statistics")

@@ -145,7 +145,7 @@ class OpenContext:
             was_open, self.is_open = self.is_open, False
             _open -= was_open
         if was_open:
-            _ENTERED.set(_entered())
+            _ENTERED.set(tuple(_entered()))
             self.narrow()
             for finish in self.at_end:
                 finish()
@@ -160,7 +160,7 @@ class OpenContext:
 
     def narrow(self) -> None:
         """Undo `stay`."""
-        _THREAD.staying = [(context, task) for context, task in _staying() if context is not self and context.is_open]
+        _THREAD.staying = [each for each in _staying() if each[0] is not self]
 
 
 def _are_same(settings: Collection[Setting]) -> bool:
@@ -217,24 +217,31 @@ class _View(types.ModuleType):
 _VIEW = _View("batchnorm_contexts_in_force")
 
 
-def _merged(key: str) -> LayerContext:
-    settings = [context.settings[key] for context in _contexts() if key in context.settings]
-    if not settings:
+# Compiled code calls the functions below for its inputs, and dynamo looks at each of their frames: it skips those
+# without tensors among the arguments, and refuses generators.
+
+
+def _merged(name: str) -> LayerContext:
+    found = [context.settings[name] for context in _contexts() if name in context.settings]
+    if not found:
         return PLAIN
-    settings.reverse()  # the one opened last comes first
-    domain = next((each.domain for each in settings if each.domain is not None), None)
-    pool = next((each.pool for each in settings if each.pool is not None), None)
-    adapted, hooks = None, []
-    for each in settings:
-        if each.hook is not None:
-            hooks.append(each.hook)
-        if each.adapted is not None:
-            if each.adapted.domain != domain:
+    domain, pool, paused = None, None, False
+    for setting in found:  # in the order of opening
+        domain = setting.domain or domain
+        pool = pool if setting.pool is None else setting.pool
+        paused = paused or setting.updates_paused
+    adapted: tuple[Tensor, Tensor] | None = None
+    hooks: list[InputHook] = []
+    for setting in reversed(found):
+        if setting.hook is not None:
+            hooks.insert(0, setting.hook)
+        if setting.adapted is not None:
+            if setting.adapted.domain != domain:
                 continue
-            adapted = each.adapted[:2]
-        if each.hides_adaptations:
+            adapted = setting.adapted[:2]
+        if setting.hides_adaptations:
             break
-    return LayerContext(domain, any(each.updates_paused for each in settings), pool, adapted, tuple(reversed(hooks)))
+    return LayerContext(domain, paused, pool, adapted, tuple(hooks))
 
 
 def _shared() -> tuple[str | None, LayerContext]:
@@ -243,26 +250,33 @@ def _shared() -> tuple[str | None, LayerContext]:
     groups = {context.group for context in found}
     if len(groups) != 1 or None in groups:
         return None, PLAIN
-    return groups.pop(), _merged(next(iter(found[0].settings)))
+    return found[0].group, _merged(next(iter(found[0].settings)))
 
 
-def _contexts() -> tuple[OpenContext, ...]:
+def _contexts() -> list[OpenContext]:
     """Return the contexts in force in this thread and task, in the order in which they were made."""
-    entered = _entered()
-    others = [
-        context
-        for context, task in _staying()
-        if context.is_open and context not in entered and (task is None or task() is None or task().done())
-    ]
-    return tuple(sorted((*entered, *others), key=lambda context: context.number)) if others else entered
+    found = _entered()
+    others = [context for context, task in _staying() if context not in found and _has_ended(task)]
+    if others:
+        found = sorted([*found, *others], key=_number)
+    return found
 
 
-def _entered() -> tuple[OpenContext, ...]:
-    return tuple(context for context in _ENTERED.get() if context.is_open)
+def _entered() -> list[OpenContext]:
+    return [context for context in _ENTERED.get() if context.is_open]
 
 
-def _staying() -> list[tuple[OpenContext, Any]]:
-    return getattr(_THREAD, "staying", [])
+def _number(context: OpenContext) -> int:
+    return context.number
+
+
+def _has_ended(task: weakref.ref[Any] | None) -> bool:
+    found = None if task is None else task()
+    return found is None or found.done()
+
+
+def _staying() -> list[tuple[OpenContext, weakref.ref[Any] | None]]:
+    return [each for each in getattr(_THREAD, "staying", ()) if each[0].is_open]
 
 
 def _current_task() -> weakref.ref[Any] | None:

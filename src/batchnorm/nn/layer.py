@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from batchnorm import ops, torch_internals
 from batchnorm.checks import Activation, check, check_dense
@@ -19,7 +20,7 @@ from batchnorm.nn.contexts import LayerContext
 from batchnorm.nn.layout import Batch, arrange, dimension_of_channels, refuse_channels, restore
 from batchnorm.nn.options import Nonfinite, Options, SmallBatch, checked_numbers, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
-from batchnorm.nn.running import channels_second
+from batchnorm.nn.running import channels_second, context_of
 from batchnorm.nn.scripting import Scriptable
 from batchnorm.nn.small_batch import label_of
 from batchnorm.nn.step import Step, decide, decide_in_torch, normalize
@@ -93,12 +94,9 @@ class Layer(Scriptable):
             return exporting.traced(self, base, input, residual, mask)
         compiling, state = torch.compiler.is_compiling(), self.step_state
         context = contexts.in_force(state.key, compiling)
-        if context.hooks:
-            if not compiling and self._is_overridden(input, residual, mask):
-                return self._overridden(input, residual, mask)  # the hooks are called within, once
-            context = self._after_hooks(context, input, mask)
         reader = exporting.graph_reader(compiling)
         if reader is not None and not (reader == "torch.export" and self.trains()):  # see step.normalize
+            context = self._after_hooks(context, input, mask)
             return self._in_torch_operators(reader, Operands(input, *self.weight_and_bias(), residual, mask), context)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         plans = None
@@ -117,6 +115,7 @@ class Layer(Scriptable):
                     return y
         if not compiling and self._is_overridden(input, residual, mask):
             return self._overridden(input, residual, mask)
+        context = self._after_hooks(context, input, mask)  # after an overridden input has come back unwrapped
         check_dense(input)
         dim = 1 if self.channel_dim == 1 else dimension_of_channels(input, self.channel_dim)
         sized = [each for each in (*self.weight_and_bias(), *self.statistics_in(context)[:2]) if each is not None]
@@ -128,9 +127,8 @@ class Layer(Scriptable):
 
     def _after_hooks(self, context: LayerContext, x: Tensor, mask: Tensor | None) -> LayerContext:
         """Call the hooks of open contexts, and return the context with the statistics that the last of them gave."""
-        x = channels_second(self, x)
         for hook in context.hooks:
-            found = hook(self, x, mask)
+            found = hook(self, channels_second(self, x), mask)
             if found is not None:
                 context = context._replace(adapted=found)
         return context
@@ -203,6 +201,8 @@ class Layer(Scriptable):
                 f"{type(x).__name__} takes torch's batch norm and no other function, so the layer must have the "
                 f"default options, and neither residual nor mask; got {options}"
             )
+        if self.training and context_of(self).updates_paused:
+            return F.batch_norm(x, None, None, *self.weight_and_bias(), training=True, eps=self.epsilon())
         return TorchBatchNorm.forward(self, x)
 
     def extra_repr(self) -> str:

@@ -52,6 +52,8 @@ class StepState:
         """Return the plans that are valid within a context; None if each forward must be decided anew."""
         if context is PLAIN:
             return self.plans
+        if context.hooks:
+            return None
         if context.updates_paused:
             return self.plans_without_updates
         return self.plans if context.pool is None else None  # which domain it is decides nothing in a plan

@@ -13,12 +13,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from batchnorm.errors import warn
 from batchnorm.nn import contexts
 from batchnorm.nn.contexts import PLAIN, LayerContext, LayerKey
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["context_of", "follow_contexts", "key_of", "unfollow_contexts"]
+__all__ = ["context_of", "follow_contexts", "key_of", "unfollow_contexts", "warn_of_pause"]
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _LOCK = threading.RLock()
 _CLASSES: WeakKeyDictionary[TorchBatchNorm, type[TorchBatchNorm]] = WeakKeyDictionary()
 _USES: WeakKeyDictionary[TorchBatchNorm, int] = WeakKeyDictionary()
@@ -56,6 +58,11 @@ def context_of(layer: TorchBatchNorm) -> LayerContext:
     return PLAIN if key is None else contexts.in_force(key, torch.compiler.is_compiling())
 
 
+def warn_of_pause(change: str) -> None:
+    """Warn that a change of running statistics is ignored within a context that promises to leave them."""
+    warn(f"{change} leaves running statistics as they are within batchnorm.no_stat_updates and batchnorm.adapt")
+
+
 def _following(original: Any) -> type[TorchBatchNorm]:
     """Return a class for one layer, which behaves as the original outside of contexts."""
 
@@ -70,6 +77,18 @@ def _following(original: Any) -> type[TorchBatchNorm]:
                     values, stored = adapted[name == "running_var"], self._buffers[name]
                     return values if stored is None else values.to(stored.dtype)
             return original.__getattr__(self, name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in STATISTICS and context_of(self).updates_paused:
+                warn_of_pause(f"setting {name}")
+            else:
+                original.__setattr__(self, name, value)
+
+        def reset_running_stats(self) -> None:
+            if context_of(self).updates_paused:
+                warn_of_pause("reset_running_stats()")
+            else:
+                original.reset_running_stats(self)
 
         @property
         def track_running_stats(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.errors import InputError
 from batchnorm.nn import accumulated
@@ -26,7 +27,7 @@ def no_stat_updates(model: nn.Module) -> Iterator[None]:
     """Leave the running statistics and counts of all batch normalization layers unchanged.
 
     Nothing else changes: in training mode the statistics of the batch are used. Updates are paused in this thread and
-    asyncio task only, and not in copies.
+    asyncio task only, and not in copies; torch's lazy layers, only once they have seen a batch.
 
     Examples
     --------
@@ -37,7 +38,10 @@ def no_stat_updates(model: nn.Module) -> Iterator[None]:
     >>> layer.running_mean
     tensor([0., 0.])
     """
-    layers = [*layers_of(model).values(), *stock_layers_of(model).values()]
+    stock = [
+        layer for layer in stock_layers_of(model).values() if not isinstance(layer.running_mean, UninitializedBuffer)
+    ]
+    layers = [*layers_of(model).values(), *stock]
     with settings(dict.fromkeys(layers, Setting(updates_paused=True))):
         yield
 
