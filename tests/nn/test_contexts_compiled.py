@@ -1,6 +1,7 @@
 """Contexts around compiled models: right in each context and thread, in a fixed number of compilations."""
 
 import copy
+import gc
 import threading
 
 import pytest
@@ -121,6 +122,15 @@ def test_equal_blocks_that_are_compiled_one_by_one_share_a_compilation_in_a_cont
         with CONTEXTS[context](model):
             model(rows())
         assert counter.frame_count == count
+
+
+def test_a_model_that_is_deleted_while_adapted_leaves_the_stance_of_the_compiler():
+    model, counter = network(bn.BatchNorm1d).eval(), CompileCounter()
+    bn.adapt(model)
+    del model
+    gc.collect()
+    torch.compile(network(bn.BatchNorm1d), backend=counter)(rows())
+    assert counter.frame_count == 1
 
 
 def test_threads_that_adapt_to_each_batch_leave_the_stance_of_the_compiler():

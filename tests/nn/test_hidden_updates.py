@@ -341,12 +341,12 @@ def test_a_lazy_layers_first_forward_within_no_stat_updates_moves_nothing():
     assert counts(layer) == [1]
 
 
-def test_resetting_within_no_stat_updates_resets():
+def test_resetting_within_no_stat_updates_warns_and_leaves_the_statistics():
     layer = bn.BatchNorm1d(4).double()
     layer(rows())
-    with bn.no_stat_updates(layer):
+    with bn.no_stat_updates(layer), pytest.warns(UserWarning, match="leaves running statistics as they are within"):
         layer.reset_running_stats()
-    assert counts(layer) == [0]
+    assert counts(layer) == [1]
 
 
 def test_a_single_value_within_no_stat_updates_is_told_of_small_batch_too():

@@ -104,7 +104,7 @@ PLAIN = LayerContext()
 
 _ENTERED: ContextVar[tuple[OpenContext, ...]] = ContextVar("batchnorm contexts", default=())
 _THREAD = threading.local()
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # a deleted layer may end a context at any moment
 _NUMBERS = itertools.count()
 _open = 0  # contexts of all threads: the lookup is skipped while there is none
 

@@ -46,11 +46,17 @@ def change_setting(context: OpenContext, layer: TorchBatchNorm, setting: Setting
 
 
 def end_with_layers(context: OpenContext, layers: Iterable[TorchBatchNorm]) -> None:
-    """Drop the setting for each layer when the layer is deleted."""
+    """Drop the setting for each layer when the layer is deleted, and leave the context when all are."""
     for layer in layers:
-        finalizer = weakref.finalize(layer, context.settings.pop, _key(layer).name, None)
+        finalizer = weakref.finalize(layer, _drop, context, _key(layer).name)
         finalizer.atexit = False
         context.at_end.append(finalizer.detach)
+
+
+def _drop(context: OpenContext, name: str) -> None:
+    context.settings.pop(name, None)
+    if not context.settings:
+        context.leave()
 
 
 def _key(layer: TorchBatchNorm) -> LayerKey:

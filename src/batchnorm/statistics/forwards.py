@@ -40,7 +40,7 @@ class _Eager:
     """Counts who needs compiled models to run eagerly: torch's stance is one for all threads."""
 
     def __init__(self) -> None:
-        self._lock, self._users = threading.Lock(), 0
+        self._lock, self._users = threading.RLock(), 0
         self._stance: AbstractContextManager[None] | None = None
 
     def add(self) -> None:
