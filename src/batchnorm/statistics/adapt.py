@@ -114,7 +114,7 @@ def adapt(
     samples: Samples = None,
     group: dist.ProcessGroup | None = None,
 ) -> Adaptation:
-    """Move running statistics towards those of shifted data, without labels; the change can be undone.
+    """Use running statistics that are moved towards those of shifted data, without labels, until this is undone.
 
     Where the inputs have shifted (another camera, another hospital) and the labels given the features have not, much of
     a network's loss of accuracy comes from statistics that no longer fit (Schneider et al. 2020). The new statistics
@@ -123,8 +123,12 @@ def adapt(
 
     With a loader, the layers are adapted to all of its samples, one layer after the other in the order in which they
     run, each measured in the network as adapted so far, in one pass over the loader per layer. Without a loader, each
-    batch that the model is given in eval mode is adapted to by itself, and the stored statistics stay unchanged; a
-    sample is then a row of the layer's input, and compiled models run eagerly until this is undone.
+    batch that the model is given in eval mode is adapted to by itself; a sample is then a row of the layer's input, and
+    compiled models run eagerly until this is undone, those of other threads too.
+
+    The stored statistics stay unchanged, in training as well. The adapted ones are in force in this thread and asyncio
+    task until ``undo()`` or the end of ``with batchnorm.adapt(...):``; without ``with``, also in the rest of this
+    thread after the task, or the notebook cell, has ended. A later adaptation replaces an earlier one while it lasts.
 
     Parameters
     ----------
@@ -147,8 +151,7 @@ def adapt(
     Returns
     -------
     Adaptation
-        The change of each layer. Its ``undo()`` restores the statistics, and so does the end of ``with
-        batchnorm.adapt(...):``.
+        The change of each layer. ``undo()`` ends the adaptation, and ``keep()`` writes it into the stored statistics.
 
     Raises
     ------
