@@ -104,6 +104,26 @@ def test_a_function_that_reads_the_option_too_knows_of_it():
         fuse_with_activation(bn.BatchNorm2d(4, activation="relu", channel_dim=-1))
 
 
+def oracle(norm, x):
+    y = torch.nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    return torch.relu(y)
+
+
+def made_and_read():
+    norm = bn.BatchNorm2d(4, activation="silu", channel_dim=-1)
+    return norm.num_features, norm.eps
+
+
+def test_a_function_that_names_the_activation_knows_of_it():
+    x = randn(2, 4, 3, 3)
+    torch.testing.assert_close(
+        oracle(bn.BatchNorm2d(4, activation="relu").eval(), x), torch.relu(x / (1 + 1e-5) ** 0.5)
+    )
+    with pytest.raises(bn.UnsupportedError, match=r"got activation='silu'\."):
+        oracle(bn.BatchNorm2d(4, activation="silu").eval(), x)
+    assert made_and_read() == (4, 1e-5)
+
+
 def test_a_plain_layer_converts_without_a_word():
     layer = bn.BatchNorm2d(4)
     assert type(nn.SyncBatchNorm.convert_sync_batchnorm(layer)) is nn.SyncBatchNorm

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection
 from dataclasses import fields
+from types import CodeType
 
 import torch
 
@@ -45,7 +46,7 @@ class Readable(State):
         else:
             frame = sys._getframe(1)
             if frame.f_locals.get("self") is not self:  # a method of a subclass knows the options
-                self._answer(frame.f_code.co_name, frame.f_code.co_names)
+                self._answer(frame.f_code.co_name, _words(frame.f_code))
         return self.epsilon()
 
     @eps.setter
@@ -53,11 +54,18 @@ class Readable(State):
         self.__dict__["eps"] = value
 
     def _answer(self, reader: str, names: Collection[str]) -> None:
-        """Stop a function by the names that it uses, or warn of it; options among the names are those that it knows."""
+        """Stop a function by the names that it uses, or warn of it.
+
+        An option whose name or value is among the names, as in ``F.relu(...)``, is one that the function knows.
+        """
         if OF_TOOLS.isdisjoint(names):
             return
         kind = f"{type(self).__name__}({self.num_features})"
-        options = [option for option in options_at_inference(self) if option.partition("=")[0] not in names]
+        options = [
+            option
+            for option in options_at_inference(self)
+            if option.partition("=")[0] not in names and option.partition("=")[2].strip("'") not in names
+        ]
         if options:
             raise UnsupportedError(
                 f"{reader} takes {kind} for torch's layer, which lacks some of its options; got {', '.join(options)}. "
@@ -71,6 +79,14 @@ class Readable(State):
                 f"{reader} copies the settings of {kind} to a layer that lacks {', '.join(lost)} and trains otherwise; "
                 "batchnorm.to_torch(model) reports what is lost"
             )
+
+
+def _words(code: CodeType) -> set[str]:
+    """Return the names that a function uses: of attributes, variables and keyword arguments, and its texts."""
+    words = {*code.co_names, *code.co_varnames, *code.co_freevars}
+    for constant in code.co_consts:
+        words.update(word for word in (constant if isinstance(constant, tuple) else (constant,)) if type(word) is str)
+    return words
 
 
 def options_at_inference(layer: State) -> list[str]:
