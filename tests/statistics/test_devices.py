@@ -63,6 +63,13 @@ for name, call in CALLS.items():
         loader = [wrap(rows) for rows in x.split(16)]
         result[f"{name}, {kind}"] = [call(network(device), loader, **options) for device in ("cpu", "second")]
 
+def adapted_to_itself(device):
+    model = network(device)
+    with bn.adapt(model):
+        return model(x.to(device)).cpu().tolist()
+
+
+result["each batch"] = [adapted_to_itself(device) for device in ("cpu", "second")]
 try:
     bn.recalibrate(network("second"), x.split(16), device="cpu")
 except RuntimeError as error:
@@ -92,6 +99,11 @@ def found():
 def test_a_loader_on_the_cpu_serves_a_model_on_another_device(found, name):
     on_cpu, on_second = found[name]
     assert on_second == on_cpu
+
+
+def test_batches_on_another_device_are_adapted_to_by_themselves(found):
+    on_cpu, on_second = found["each batch"]
+    assert on_second == [pytest.approx(row, abs=1e-6) for row in on_cpu]  # the device has no fused kernel
 
 
 def test_a_loader_on_another_device_serves_a_model_on_the_cpu(found):

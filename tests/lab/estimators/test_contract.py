@@ -55,13 +55,21 @@ def test_a_parameter_of_scikit_learn_has_its_default_except_the_learning_rate(ou
 
 @unconverged
 @pytest.mark.parametrize(
-    ("solver", "batch_norm", "rate"),
-    [("adam", "before", 0.01), ("adam", "after", 0.01), ("adam", None, 0.001), ("sgd", "before", 0.001)],
+    ("estimator", "solver", "batch_norm", "rate"),
+    [
+        (BatchNormMLPClassifier, "adam", "before", 0.01),
+        (BatchNormMLPClassifier, "adam", "after", 0.01),
+        (BatchNormMLPClassifier, "adam", None, 0.001),
+        (BatchNormMLPClassifier, "sgd", "before", 0.1),
+        (BatchNormMLPClassifier, "sgd", None, 0.001),
+        (BatchNormMLPRegressor, "adam", "before", 0.001),
+        (BatchNormMLPRegressor, "sgd", "before", 0.001),
+    ],
 )
-def test_the_automatic_learning_rate_depends_on_the_solver_and_on_batch_norm(iris, solver, batch_norm, rate):
+def test_the_automatic_rate_is_scikit_learns_except_for_normalized_classes(iris, estimator, solver, batch_norm, rate):
     shared = {"hidden_layer_sizes": (5,), "solver": solver, "batch_norm": batch_norm, "max_iter": 2, "random_state": 0}
-    chosen = BatchNormMLPClassifier(**shared).fit(*iris)
-    assert_same_network(chosen, BatchNormMLPClassifier(**shared, learning_rate_init=rate).fit(*iris))
+    chosen = estimator(**shared).fit(*iris)
+    assert_same_network(chosen, estimator(**shared, learning_rate_init=rate).fit(*iris))
     assert chosen.learning_rate_init == "auto"
 
 

@@ -8,13 +8,16 @@ from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, is_classifier
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 
 from batchnorm.errors import InputError
 from batchnorm.lab.training.settings import Placement
 
 __all__ = ["ATTRIBUTES", "PARAMETERS", "NetworkOptions", "Parameters"]
+
+NORMALIZED_CLASSES_RATE = {"adam": 0.01, "sgd": 0.1}
+"""The automatic learning rates of classification with batch normalization (benchmarks/learning_rates.py)."""
 
 PARAMETERS = """hidden_layer_sizes : sequence of int or int
         Units of each hidden layer.
@@ -37,8 +40,8 @@ PARAMETERS = """hidden_layer_sizes : sequence of int or int
     batch_size : int or "auto"
         Rows per mini-batch; "auto" is ``min(200, n_samples)``. A last mini-batch of one row joins the previous one.
     learning_rate_init : float or "auto"
-        The learning rate, which is constant. "auto" is 0.01 for "adam" with batch normalization, and scikit-learn's
-        default of 0.001 otherwise.
+        The learning rate, which is constant. "auto" is 0.01 for "adam" and 0.1 for "sgd" in classification with batch
+        normalization, and scikit-learn's default of 0.001 otherwise.
     max_iter : int
         Maximum number of epochs per fit.
     shuffle : bool
@@ -215,7 +218,8 @@ class Parameters(BaseEstimator):  # type: ignore[misc]  # scikit-learn is publis
 
     def _learning_rate(self) -> float:
         if isinstance(self.learning_rate_init, str):
-            return 0.01 if self.solver == "adam" and self.batch_norm is not None else 0.001
+            normalized_classes = self.batch_norm is not None and is_classifier(self)
+            return NORMALIZED_CLASSES_RATE[self.solver] if normalized_classes else 0.001
         return float(self.learning_rate_init)
 
     def _hidden(self) -> tuple[int, ...]:
