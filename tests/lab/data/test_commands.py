@@ -23,14 +23,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_compare_says_on_both_streams_and_in_json_how_cells_were_read(folder):
+def test_compare_says_on_both_streams_and_in_its_file_how_cells_were_read(folder):
     note = "column size: '-' in line 42 is no number and taken as missing"
     done = run_command("compare", "hyphen.csv", *QUICK, cwd=folder)
     assert f"- {note}" in done.stderr
     assert f"- {note}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
-    done = run_command("compare", "hyphen.csv", *QUICK, "--json", "--quiet", cwd=folder)
-    assert note in json.loads(done.stdout)["notes"]
+    run = json.loads((folder / "batchnorm-runs/hyphen-1/run.json").read_text())
+    assert note in run["result"]["notes"]
+    assert note in run["data"]["notes"]
 
 
 def test_explain_says_how_cells_were_read(folder):

@@ -122,6 +122,11 @@ def test_a_stray_cell_of_a_target_of_texts_is_an_error(tmp_path, stray, words):
         prepare(read(tmp_path, content))
 
 
+def test_numbers_may_be_a_minority_of_the_classes(tmp_path):
+    content = "size,y\n" + "".join(f"{i * 7 % 11},{['none', 'many', '1'][i % 3]}\n" for i in range(30))
+    assert prepare(read(tmp_path, content)).classes == ["1", "many", "none"]
+
+
 def test_a_frequent_class_may_be_called_unknown(tmp_path):
     content = "size,y\n" + "".join(f"{i * 7 % 11},{['no', 'yes', 'unknown'][i % 3]}\n" for i in range(30))
     assert prepare(read(tmp_path, content)).classes == ["no", "unknown", "yes"]
@@ -184,6 +189,18 @@ def test_another_data_frame_goes_through_the_same_rules():
     table = table_from_arrays(frame, np.arange(24) % 2, "data")
     assert table.frame["x1"].to_list() == [*range(20), None, None, None, 5]
     assert len(table.notes) == 2
+
+
+def test_objects_in_a_polars_frame_go_through_the_same_rules():
+    frame = pl.DataFrame({"x1": pl.Series([*range(20), "-", 5.5], dtype=pl.Object)})
+    table = table_from_arrays(frame, np.arange(22) % 2, "data")
+    assert table.frame["x1"].to_list() == [*range(20), None, 5.5]
+
+
+def test_a_number_that_the_user_calls_missing_is_missing_whatever_the_column_holds():
+    frame = pl.DataFrame({"number": [1.5, -999.0, 2.5], "text": ["1.5", "-999.0", "2.5"]})
+    read = table_from_arrays(frame, [0, 1, 0], "data", Reading(missing=["-999"])).frame
+    assert read["number"].to_list() == read["text"].to_list() == [1.5, None, 2.5]
 
 
 def test_missing_objects_are_no_texts():

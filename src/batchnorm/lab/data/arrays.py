@@ -56,7 +56,8 @@ def table_from_arrays(X: Any, y: Any, name: str, reading: Reading = AS_IT_STANDS
 def _frame(X: Any) -> tuple[pl.DataFrame, list[str]]:
     """Return the features as a Polars data frame, and notes on names that were changed."""
     if isinstance(X, pl.DataFrame):
-        return X, []
+        objects = [column for column in X.iter_columns() if column.dtype == pl.Object]
+        return X.with_columns(_series(column.name, column.to_numpy()) for column in objects), []
     if hasattr(X, "columns"):  # pandas, or another library with the same interface
         names, notes = unique_names([str(name) for name in X.columns])
         columns = [X.iloc[:, i] if hasattr(X, "iloc") else X[name] for i, name in enumerate(X.columns)]

@@ -101,7 +101,8 @@ def read_kinds(
     undecided = {name: column for name, column in texts.items() if name not in reading.categorical}
     conventions = _conventions(undecided, semicolons)
     for name, column in undecided.items():
-        columns[name] = _read_column(column, reading, places, conventions, findings)
+        values = _read_column(column, reading, places, conventions, findings)
+        columns[name] = _without_given_numbers(values, reading)
     return pl.DataFrame(list(columns.values())), findings
 
 

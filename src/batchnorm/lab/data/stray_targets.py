@@ -39,7 +39,7 @@ def check_target(
     keep = f", or pass categorical={column.name!r} to keep it as a class" if may_keep and task != "regression" else ""
     rules = {finding.rule: finding for finding in findings if finding.column == column.name}
     for rule in ("unreadable", "mixed"):
-        if rule in rules:
+        if rule in rules and (rule == "unreadable" or _are_few(column, rules[rule])):
             kind = "numbers" if column.dtype.is_numeric() or rule == "mixed" else str(column.dtype).lower()
             raise DataError(
                 f"a target of {kind} must not have other cells; in {column.name!r}{places.of_source} there "
@@ -50,6 +50,11 @@ def check_target(
         _check_texts(column, places, keep)
     elif column.dtype.is_float() and task is None:
         _check_whole(column, places)
+
+
+def _are_few(column: pl.Series, finding: Finding) -> bool:
+    """Return whether the cells that keep a column from being one of numbers are at most half of it."""
+    return 2 * sum(cell.count for cell in finding.cells) <= column.len() - column.null_count()
 
 
 def _is(finding: Finding) -> str:
