@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.nn import functional as F
 
 from batchnorm import ops, torch_internals
@@ -83,7 +84,7 @@ class Layer(Scriptable):
         The mask is bool, True where a value counts. Its sizes are those of the input without the channels, or 1.
         """
         # TorchScript compiles one branch of a condition that asks for it, but would compile what follows a return.
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_scripting():
             return self.in_torchscript(input, residual, mask)
         else:  # noqa: RET505
             return self._forward(input, residual, mask)

@@ -47,11 +47,12 @@ class Readable(State):
             frame = sys._getframe(1)
             if frame.f_locals.get("self") is not self:  # a method of a subclass knows the options
                 self._answer(frame.f_code.co_name, _words(frame.f_code))
-        return self.epsilon()
+        return self._eps
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self.__dict__["eps"] = value
+        # Torch's extra_repr looks into __dict__; torch.compile may find this property there instead of the number.
+        self.__dict__["eps"] = self.__dict__["_eps"] = value
 
     def _answer(self, reader: str, names: Collection[str]) -> None:
         """Stop a function by the names that it uses, or warn of it.

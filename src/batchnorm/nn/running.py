@@ -32,14 +32,13 @@ __all__ = [
 class RunningBuffers(Buffers):
     """The running statistics of a layer of ours, as a forward uses and updates them."""
 
+    _eps: float
     channel_dim: int
     unbiased: bool
 
     def epsilon(self) -> float:
         """Return eps. Asked for as an attribute, it stops tools that would compute torch's formula with it."""
-        if "eps" in self.__dict__:
-            return self.__dict__["eps"]  # type: ignore[no-any-return]
-        return self.eps  # a subclass computes it
+        return self._eps if "_eps" in self.__dict__ else self.eps  # a subclass may compute it
 
     def running(self, domain: str | None, *, update: bool) -> Running:
         """Return a domain's running statistics as a record, with how a batch updates them."""

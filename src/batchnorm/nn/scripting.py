@@ -16,7 +16,6 @@ class Scriptable(Readable):
 
     # TorchScript reads the annotations of the first class that has any, as types: hence no postponed annotations here.
     script_refusal: str
-    script_widens: bool
 
     __jit_unused_properties__ = ("active_domain", "domain_names", "eps", "__jit_ignored_attributes__")
 
@@ -26,7 +25,7 @@ class Scriptable(Readable):
         return self.buffers_torch_lacks()
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Check that TorchScript can compile the layer, and set the two attributes that it alone reads.
+        """Check that TorchScript can compile the layer, and set the attribute that it alone reads.
 
         Raises
         ------
@@ -54,9 +53,7 @@ class Scriptable(Readable):
                     f"TorchScript compiles hooks, which must be functions; got {type(hook).__name__}. Pruning ends "
                     "with torch.nn.utils.prune.remove(layer, 'weight')"
                 )
-        mean, weight = self.running_mean, self.weight
         self.__dict__["script_refusal"] = refusal(options, "TorchScript")
-        self.__dict__["script_widens"] = mean is not None and weight is not None and mean.dtype != weight.dtype
         return self
 
     def in_torchscript(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:  # noqa: A002
@@ -79,7 +76,7 @@ class Scriptable(Readable):
         batch_statistics = trains or mean is None
         if batch_statistics and mask is not None:
             raise RuntimeError("mask must be None in a script that uses batch statistics; got a mask")
-        if self.script_widens and mean is not None:
+        if mean is not None:  # in float32 where the parameters are narrower; the optimizer drops a cast of constants
             weight = None if weight is None else weight.to(mean.dtype)
             bias = None if bias is None else bias.to(mean.dtype)
         y = F.batch_norm(input, mean, var, weight, bias, batch_statistics, factor, self.eps)

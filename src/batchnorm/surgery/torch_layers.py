@@ -135,10 +135,10 @@ def _torchs_class(layer: Layer) -> type[TorchBatchNorm]:
 def _made(layer: Layer, statistics: Statistics) -> nn.Module:
     """Return torch's modules for a layer; they share all of its tensors but the statistics, which are those given."""
     stock = _torchs_class(layer)
-    # Two examples tell what a layer of ours has and torch's does not; scripting adds two more attributes.
+    # Two examples tell what a layer of ours has and torch's does not; scripting adds one more attribute.
     ours = next(kind for kind in KINDS if isinstance(layer, kind))
     surplus = vars(ours(1, device="meta")).keys() - vars(stock(1, device="meta")).keys()
-    surplus |= {"script_refusal", "script_widens"}
+    surplus |= {"script_refusal"}
     made = stock.__new__(stock)
     made.__dict__.update({name: value for name, value in vars(layer).items() if name not in surplus})
     made.__dict__.update({name: getattr(layer, name) for name in SETTINGS}, eps=layer.epsilon())
