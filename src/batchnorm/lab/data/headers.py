@@ -39,7 +39,7 @@ def looks_like_row(header: Sequence[str], frame: pl.DataFrame, *, repeated: bool
     for i, column in enumerate(frame.iter_columns()):
         if column.dtype == pl.String:
             texts += 1
-            again += bool((column == known[i]).any())
+            again += known[i] is not None and known[i] in column
         elif column.dtype.is_numeric():
             if numbers[i] is None and not placeholder[i]:
                 return False

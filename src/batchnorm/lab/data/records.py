@@ -155,10 +155,11 @@ def read_records(text: str, separator: str, path: Path, *, header_is_row: bool =
     comments = _Lines()
     commented: Row | None = None
     for row in rows:
-        if not _is_comment(row[1], 0):
+        if _is_comment(row[1], 0):
+            comments.add(row[0])
+            commented = (row[0], [row[1][0].lstrip("# "), *row[1][1:]])
+        elif any(cell.strip() for cell in row[1]):
             break
-        comments.add(row[0])
-        commented = (row[0], [row[1][0].lstrip("# "), *row[1][1:]])
     else:
         return Records([], 0, pl.DataFrame(), Places())
     header, first = row, []

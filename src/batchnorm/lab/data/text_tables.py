@@ -15,7 +15,7 @@ from batchnorm.lab.data.places import Places, shown
 from batchnorm.lab.data.reading import Reading
 from batchnorm.lab.data.records import Records, read_records
 from batchnorm.lab.data.sources import kind_of
-from batchnorm.lab.data.text_files import read_text
+from batchnorm.lab.data.text_files import read_text, refusal
 
 __all__ = ["read_text_table"]
 
@@ -43,6 +43,12 @@ def read_text_table(path: Path, reading: Reading) -> ReadFrame:
     semicolons = separator == ";"
     if not with_header:
         records = _with_first_row(records)
+    elif reading.header is None and len(records.header) > 2 and len([c for c in records.header if c.strip()]) == 1:
+        raise refusal(
+            path,
+            f"line {records.header_line} has one name for {len(records.header)} columns: delete it if it is a title, "
+            "or pass header=True",
+        )
     names, renamed = unique_names(records.header)
     frame = records.cells.rename(dict(zip(records.cells.columns, names, strict=True)))
     unnamed = [name for name, cell in zip(names, records.header, strict=True) if with_header and not cell.strip()]
