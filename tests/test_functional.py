@@ -59,7 +59,7 @@ BAD = {
     "mask must be bool and of shape \\(4,\\).*\\(3,\\)": {"mask": torch.ones(3, dtype=torch.bool)},
     "activation must be None or one of relu.*got 'swish'": {"activation": "swish"},
     "activation must be None or one of relu.*got \\['relu'\\]": {"activation": ["relu"]},
-    "momentum must be None or a number from 0 to 1.*got 5": {"momentum": 5},
+    "momentum must be None or a number from 0 .*got -5": {"momentum": -5},
     "eps must be finite and at least 0; got -1": {"eps": -1},
     "more than 1 value per channel.*\\(1, 3\\)": {"input": torch.ones(1, 3)},
     "running_mean and running_var must be given": {"training": False},

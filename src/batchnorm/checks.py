@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from batchnorm.errors import InputError, InputTypeError
+from batchnorm.errors import InputError, InputTypeError, warn
 
 __all__ = [
     "ACTIVATION_NAMES",
@@ -21,6 +21,7 @@ __all__ = [
     "check_activation",
     "check_count",
     "check_dense",
+    "check_eps",
     "check_momentum",
     "check_numbers",
     "is_real",
@@ -47,19 +48,30 @@ def check_activation(activation: str | None) -> None:
         raise InputError(f"activation must be None or one of {', '.join(ACTIVATION_NAMES)}; got {activation!r}")
 
 
+def check_eps(eps: float) -> None:
+    """Raise `InputError` unless eps is a finite number from 0."""
+    if not is_real(eps) or not 0 <= eps < math.inf:
+        raise InputError(f"eps must be finite and at least 0; got {eps!r}")
+
+
 def check_momentum(momentum: float | None) -> None:
-    """Raise `InputError` unless the momentum is None or a number from 0 to 1."""
-    if momentum is not None and not (is_real(momentum) and 0 <= momentum <= 1):
+    """Raise `InputError` unless the momentum is None or a finite number from 0; torch takes those above 1 too."""
+    if momentum is not None and not (is_real(momentum) and 0 <= momentum < math.inf):
         raise InputError(
-            f"momentum must be None or a number from 0 to 1 (the weight of the new value); got {momentum!r}"
+            "momentum must be None or a number from 0 (the weight of the new value, at most 1 as a rule); "
+            f"got {momentum!r}"
+        )
+    if momentum is not None and momentum > 1:
+        warn(
+            f"momentum={momentum} weighs the old running statistics by {1 - momentum:.4g}, so that they overshoot each "
+            "batch and the running variance may become negative; it is the weight of the new value, from 0 to 1"
         )
 
 
 def check_numbers(momentum: float | None, eps: float, activation: str | None) -> None:
     """Raise `InputError` unless momentum, eps and activation are in their ranges."""
     check_momentum(momentum)
-    if not is_real(eps) or not 0 <= eps < math.inf:
-        raise InputError(f"eps must be finite and at least 0; got {eps!r}")
+    check_eps(eps)
     check_activation(activation)
 
 

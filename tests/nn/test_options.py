@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import batchnorm as bn
 from batchnorm.kernels.chosen import cpu_kernel
@@ -16,16 +17,15 @@ REFUSED = {
     "activation": ({"activation": "swish"}, r"relu, leaky_relu, silu, gelu, tanh, sigmoid; got 'swish'"),
     "activation=list": ({"activation": ["relu"]}, r"one of relu, .*; got \['relu'\]"),
     "small_batch=list": ({"small_batch": ["raise"]}, r"small_batch must be 'raise' or 'running'; got \['raise'\]"),
-    "momentum=1.1": ({"momentum": 1.1}, r"momentum must be None or a number from 0 to 1.*; got 1\.1"),
-    "momentum=-0.1": ({"momentum": -0.1}, r"momentum must be None or a number from 0 to 1.*; got -0\.1"),
+    "momentum=inf": ({"momentum": float("inf")}, r"momentum must be None or a number from 0 .*; got inf"),
+    "momentum=-0.1": ({"momentum": -0.1}, r"momentum must be None or a number from 0 .*; got -0\.1"),
     "momentum=nan": ({"momentum": float("nan")}, r"momentum must be .*; got nan"),
     "momentum='0.1'": ({"momentum": "0.1"}, r"momentum must be .*; got '0\.1'"),
     "momentum=True": ({"momentum": True}, r"momentum must be .*; got True"),
-    "eps=0": ({"eps": 0}, r"eps must be positive.*; got 0"),
-    "eps=-1e-5": ({"eps": -1e-5}, r"eps must be positive.*; got -1e-05"),
-    "eps=nan": ({"eps": float("nan")}, r"eps must be positive.*; got nan"),
+    "eps=-1e-5": ({"eps": -1e-5}, r"eps must be finite and at least 0; got -1e-05"),
+    "eps=nan": ({"eps": float("nan")}, r"eps must be finite and at least 0; got nan"),
     "eps=inf": ({"eps": float("inf")}, r"eps must be .*; got inf"),
-    "eps=None": ({"eps": None}, r"eps must be positive.*; got None"),
+    "eps=None": ({"eps": None}, r"eps must be finite and at least 0; got None"),
     "virtual_batch_size=0": ({"virtual_batch_size": 0}, r"virtual_batch_size must be None or .* from 2; got 0"),
     "virtual_batch_size=1": ({"virtual_batch_size": 1}, r"virtual_batch_size must be None or .* from 2; got 1$"),
     "virtual_batch_size=1.5": ({"virtual_batch_size": 1.5}, r"virtual_batch_size must be .*; got 1\.5"),
@@ -279,3 +279,38 @@ def test_the_running_variance_is_unbiased_or_biased_as_the_option_says(shape, un
     expected = 0.75 + 0.25 * x.double().numpy().var(axis=axes, ddof=int(unbiased))
     # Kept in float32: a few roundings of 6e-8, relative.
     np.testing.assert_allclose(layer.running_var.numpy(), expected, rtol=3e-7)
+
+
+# Numbers that torch takes.
+
+
+def test_a_momentum_above_one_is_taken_with_a_warning_and_gives_torchs_statistics():
+    with pytest.warns(UserWarning, match=r"momentum=1.5 weighs the old running statistics by -0.5"):
+        layers = [bn.BatchNorm1d(3, momentum=1.5), nn.BatchNorm1d(3, momentum=1.5)]
+    for seed in range(3):
+        for layer in layers:
+            layer(torch.randn(8, 3, generator=torch.Generator().manual_seed(seed)))
+    ours, theirs = (dict(layer.named_buffers()) for layer in layers)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
+
+
+def test_an_eps_of_zero_gives_torchs_output_in_eval_a_constant_channel_included():
+    x, layers = torch.randn(8, 3), [of.BatchNorm1d(3, eps=0.0).eval() for of in (bn, nn)]
+    x[:, 0] = 5
+    for layer in layers:
+        layer.running_mean[0], layer.running_var[0] = 5, 0
+    ours, theirs = (layer(x) for layer in layers)
+    assert ours[:, 0].isnan().all()
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("layer", [bn.BatchNorm1d(3, eps=0), bn.BatchNorm1d(3, 0, track_running_stats=False).eval()])
+def test_an_eps_of_zero_is_refused_where_the_batchs_statistics_are_used(layer):
+    with pytest.raises(bn.InputError, match=r"eps must be positive where a batch's own statistics .*; got 0\. With"):
+        layer(torch.randn(8, 3))
+
+
+def test_an_eps_of_zero_trains_frozen():
+    layer = bn.freeze(bn.BatchNorm1d(3, eps=0))
+    assert torch.equal(layer(torch.eye(3)), torch.eye(3))

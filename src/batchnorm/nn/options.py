@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch.distributed as dist
 
-from batchnorm.checks import Activation, check_activation, check_momentum, is_real, is_whole
+from batchnorm.checks import Activation, check_activation, check_eps, check_momentum, is_whole
 from batchnorm.errors import InputError, warn
 from batchnorm.nn.renorm import Renorm, RenormSchedule
 
@@ -47,10 +46,9 @@ def checked_numbers(num_features: int, eps: float, momentum: float | None) -> tu
     """
     if not is_whole(num_features) or num_features < 0:
         raise InputError(f"num_features must be a whole number from 0; got {num_features!r}")
-    if not is_real(eps) or not 0 < eps < math.inf:
-        raise InputError(f"eps must be positive (a constant channel is divided by sqrt(eps)) and finite; got {eps!r}")
+    check_eps(eps)
     check_momentum(momentum)
-    if momentum is not None and momentum >= KERAS_FROM:
+    if momentum is not None and KERAS_FROM <= momentum <= 1:
         _warn_of_keras(momentum)
     return int(num_features), float(eps), None if momentum is None else float(momentum)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from batchnorm.errors import InputError, UnsupportedError, warn
 
-__all__ = ["label_of", "refuse_samples_apart", "refuse_single_value", "warn_of_one_sample"]
+__all__ = ["label_of", "refuse_samples_apart", "refuse_single_value", "refuse_zero_eps", "warn_of_one_sample"]
 
 
 def refuse_single_value(layer: nn.Module, shape: Sequence[int]) -> NoReturn:
@@ -35,6 +35,15 @@ def refuse_samples_apart(layer: nn.Module, shape: Sequence[int]) -> NoReturn:
         f"{label_of(layer)}batch normalization in training mixes the samples of a batch, so that no gradient belongs "
         f"to one sample; got one sample under vmap, of shape {tuple(shape)}. Ways out: batchnorm.freeze(model), or "
         "another normalization (for Opacus, ModuleValidator.fix(batchnorm.to_torch(model)[0]))"
+    )
+
+
+def refuse_zero_eps(layer: nn.Module) -> NoReturn:
+    """Raise the error of a batch that is normalized with its own statistics and an eps of 0."""
+    label = "" if torch.compiler.is_compiling() else label_of(layer)
+    raise InputError(
+        f"{label}eps must be positive where a batch's own statistics are used (a constant channel is divided by "
+        "sqrt(eps)); got 0. With running statistics, in eval mode, it may be 0"
     )
 
 

@@ -14,7 +14,13 @@ from batchnorm.nn import accumulated, exporting, sync
 from batchnorm.nn.accumulated import Pool
 from batchnorm.nn.contexts import LayerContext
 from batchnorm.nn.layout import Batch
-from batchnorm.nn.small_batch import label_of, refuse_samples_apart, refuse_single_value, warn_of_one_sample
+from batchnorm.nn.small_batch import (
+    label_of,
+    refuse_samples_apart,
+    refuse_single_value,
+    refuse_zero_eps,
+    warn_of_one_sample,
+)
 from batchnorm.nn.state import State
 from batchnorm.nn.step_state import StepState
 from batchnorm.nn.sync import GlobalMoments
@@ -62,7 +68,7 @@ def decide(layer: State, batch: Batch, context: LayerContext) -> Step:
     Raises
     ------
     InputError
-        The batch has a single value per channel.
+        The batch has a single value per channel, or eps is 0 where its own statistics are used.
     DistributedError
         With ``sync``, at the layer's first batch: the ranks are not at the same layer.
     UnsupportedError
@@ -82,6 +88,8 @@ def decide(layer: State, batch: Batch, context: LayerContext) -> Step:
             refuse_single_value(layer, batch.shape)
         trains = uses_batch_statistics = False
         everywhere = None
+    if uses_batch_statistics and layer.epsilon() == 0:
+        refuse_zero_eps(layer)
     if trains and batch.samples == 1 and not compiling and torch_internals.vmap_is_active():
         refuse_samples_apart(layer, batch.shape)
     if trains and not compiling and batch.samples == 1 and everywhere is None and not state.warned_of_one_sample:
