@@ -167,9 +167,7 @@ def test_names_that_are_no_identifiers_are_refused(names):
         bn.add_domains(bn.BatchNorm1d(3), names)
 
 
-@pytest.mark.parametrize(
-    "model", [nn.Linear(2, 2), nn.BatchNorm1d(3), bn.BatchNorm1d(3, track_running_stats=False)], ids=repr
-)
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), bn.BatchNorm1d(3, track_running_stats=False)], ids=repr)
 def test_a_model_without_layers_that_keep_statistics_is_refused(model):
     with pytest.raises(bn.InputError, match=f"{type(model).__name__} has none"):
         bn.add_domains(model, NAMES)
@@ -306,3 +304,37 @@ def test_a_state_dict_loaded_within_a_domain_fills_every_set(assign):
         model.load_state_dict(copy.deepcopy(source.state_dict()), assign=assign)
     for name in (None, *NAMES):
         assert equal(statistics(model[1], name), statistics(source[1], name))
+
+
+# A model that has torch's layers too.
+
+
+def mixed():
+    return nn.Sequential(nn.Sequential(bn.BatchNorm1d(3)), nn.BatchNorm1d(3), nn.SyncBatchNorm(3))
+
+
+def use_in_mixed(model):
+    bn.add_domains(model[0], ["real"])
+    return bn.use_domain(model, "real")
+
+
+OPENED = {
+    "add_domains": lambda model: bn.add_domains(model, ["real"]),
+    "use_domain": lambda model: use_in_mixed(model).__enter__(),
+    "freeze": bn.freeze,
+    "unfreeze": bn.unfreeze,
+    "accumulate": lambda model: bn.accumulate(model).__enter__(),
+}
+
+
+@pytest.mark.parametrize("name", OPENED)
+def test_what_torchs_layers_cannot_do_refuses_a_model_that_has_some(name):
+    with pytest.raises(
+        bn.InputError, match=f"^{name} needs batchnorm's layers, since torch's .*; got 2 .* first at 1$"
+    ):
+        OPENED[name](mixed())
+
+
+def test_domains_leave_torchs_layers_without_statistics_alone():
+    model = nn.Sequential(bn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False))
+    assert bn.add_domains(model, ["real"])[0].domain_names == ["real"]

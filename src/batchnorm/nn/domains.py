@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import InputError
 from batchnorm.nn.contexts import Setting
-from batchnorm.nn.layer import Layer, layers_of
+from batchnorm.nn.layer import Layer, layers_for
 from batchnorm.nn.opening import settings
 
 __all__ = ["add_domains", "use_domain"]
@@ -40,8 +40,8 @@ def add_domains(model: nn.Module, names: Iterable[str]) -> nn.Module:
     Raises
     ------
     InputError
-        A name is not an identifier, one string is given instead of several names, the model has no such layers, or a
-        lazy one has not seen a batch yet.
+        A name is not an identifier, one string is given instead of several names, the model has no such layers or has
+        some of torch's, or a lazy one has not seen a batch yet.
 
     Examples
     --------
@@ -60,7 +60,7 @@ def add_domains(model: nn.Module, names: Iterable[str]) -> nn.Module:
             raise InputError(
                 f"a domain's name must be an identifier, as it becomes part of a buffer's name; got {name!r}"
             )
-    layers = _layers(model)
+    layers = _layers(model, "add_domains")
     for path, layer in layers.items():
         assert layer.running_mean is not None
         if is_lazy(layer.running_mean):
@@ -84,9 +84,9 @@ def use_domain(model: nn.Module, name: str) -> Iterator[None]:
     Raises
     ------
     InputError
-        A layer has no such domain.
+        A layer has no such domain, or is one of torch's, which keep one set of statistics.
     """
-    layers = _layers(model)
+    layers = _layers(model, "use_domain")
     for path, layer in layers.items():
         if name not in layer.domain_names:
             known = ", ".join(layer.domain_names) or "none"
@@ -97,11 +97,5 @@ def use_domain(model: nn.Module, name: str) -> Iterator[None]:
         yield
 
 
-def _layers(model: nn.Module) -> dict[str, Layer]:
-    layers = {path: layer for path, layer in layers_of(model).items() if layer.running_mean is not None}
-    if not layers:
-        raise InputError(
-            "domains need a model with batchnorm's layers that keep running statistics; "
-            f"{type(model).__name__} has none"
-        )
-    return layers
+def _layers(model: nn.Module, function: str) -> dict[str, Layer]:
+    return layers_for(model, function, "keep one set of running statistics", statistics=True)

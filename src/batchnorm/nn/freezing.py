@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from batchnorm.errors import InputError
-from batchnorm.nn.layer import Layer, layers_of, stock_layers_of
+from batchnorm.nn.layer import Layer, layers_for
 
 __all__ = ["freeze", "unfreeze"]
 
@@ -71,13 +71,4 @@ def unfreeze(model: nn.Module, statistics: bool = True, affine: bool = True) -> 
 
 
 def _layers(model: nn.Module, function: str) -> dict[str, Layer]:
-    layers = layers_of(model)
-    stock = list(stock_layers_of(model))
-    if stock:
-        raise InputError(
-            f"{function} needs batchnorm's layers, since torch's do not keep such a state; got {len(stock)} of "
-            f"torch's, the first at {stock[0] or 'the model itself'}"
-        )
-    if not layers:
-        raise InputError(f"{function} needs a model with batch normalization layers; {type(model).__name__} has none")
-    return layers
+    return layers_for(model, function, "do not keep such a state", statistics=False)

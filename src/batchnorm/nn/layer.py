@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from batchnorm import ops, torch_internals
 from batchnorm.checks import Activation, check, check_dense
-from batchnorm.errors import UnsupportedError
+from batchnorm.errors import InputError, UnsupportedError
 from batchnorm.kernels.plan import Plan
 from batchnorm.kernels.records import Operands
 from batchnorm.nn import contexts, exporting
@@ -29,7 +29,7 @@ from batchnorm.nn.step_state import Plans
 from batchnorm.processes import has_processes
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["Layer", "layers_of", "overrides_forward", "stock_layers_of"]
+__all__ = ["Layer", "layers_for", "layers_of", "overrides_forward", "stock_layers_of"]
 
 
 SHAPES, PLANS_PER_SHAPE = 64, 4
@@ -239,3 +239,33 @@ def stock_layers_of(model: nn.Module) -> dict[str, TorchBatchNorm]:
     """Return torch's own layers in a model, by path."""
     layers = model.named_modules()
     return {path: layer for path, layer in layers if isinstance(layer, TorchBatchNorm) and not isinstance(layer, Layer)}
+
+
+def layers_for(model: nn.Module, function: str, torchs: str, *, statistics: bool) -> dict[str, Layer]:
+    """Return the layers of ours that a function acts on; with ``statistics`` those that keep running statistics.
+
+    Parameters
+    ----------
+    model : Module
+    function : str
+        Its name, for messages.
+    torchs : str
+        What torch's layers do, for which the function cannot act on them.
+    statistics : bool
+
+    Raises
+    ------
+    InputError
+        The model has none, or has some of torch's, which the function would pass over without a word.
+    """
+    stock = {p: layer for p, layer in stock_layers_of(model).items() if layer.track_running_stats or not statistics}
+    ours = {p: layer for p, layer in layers_of(model).items() if layer.track_running_stats or not statistics}
+    if stock:
+        raise InputError(
+            f"{function} needs batchnorm's layers, since torch's {torchs}; got {len(stock)} of torch's, the first at "
+            f"{next(iter(stock)) or 'the model itself'}"
+        )
+    if not ours:
+        needed = " that keep running statistics" if statistics else ""
+        raise InputError(f"{function} needs a model with batchnorm's layers{needed}; {type(model).__name__} has none")
+    return ours

@@ -13,7 +13,7 @@ from batchnorm.errors import InputError
 from batchnorm.nn import accumulated
 from batchnorm.nn.accumulated import Pool
 from batchnorm.nn.contexts import Setting
-from batchnorm.nn.layer import Layer, layers_of, stock_layers_of
+from batchnorm.nn.layer import Layer, layers_for, layers_of, stock_layers_of
 from batchnorm.nn.opening import settings
 from batchnorm.nn.running import context_of
 
@@ -73,17 +73,8 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     >>> layer.running_mean, layer.num_batches_tracked
     (tensor([0.3500]), tensor(1))
     """
-    layers = [layer for layer in layers_of(model).values() if layer.track_running_stats]
-    if not layers:
-        raise InputError(
-            f"accumulate needs a batchnorm layer that keeps running statistics; {type(model).__name__} has none"
-        )
-    stock = [path for path, layer in stock_layers_of(model).items() if layer.track_running_stats]
-    if stock:
-        raise InputError(
-            "accumulate needs batchnorm's layers, since torch's are updated by each micro-batch; got "
-            f"{len(stock)} of torch's, the first at {stock[0] or 'the model itself'}"
-        )
+    found = layers_for(model, "accumulate", "are updated by each micro-batch", statistics=True)
+    layers = list(found.values())
     if any(context_of(layer).pool is not None for layer in layers):
         raise InputError("accumulate cannot be nested; it is already active on this model")
     pools: dict[Layer, Pool] = {layer: {} for layer in layers}
