@@ -61,6 +61,7 @@ def test_a_price_is_scaled_so_that_one_step_changes_gamma_a_little():
         (["cat", "dog", "eel", "cat"], [1, 0, 0, 1], "y: 1 stands for cat, and 0 for each of the 2 other classes."),
         ([2, 1, 1, 2], [1, 0, 0, 1], "y: 1 stands for 2, and 0 for 1."),
         ([7, 5, 9, 7], [1, 0, 0, 1], "y: 1 stands for 7, and 0 for each of the 2 other classes."),
+        (["yes"] * 4, [1, 1, 1, 1], "y: 1 stands for yes."),
         ([True, False, False, True], [1, 0, 0, 1], None),
         ([0, 1, 0, 1], [0, 1, 0, 1], None),
         ([0.2, 0.9, 0.5, 0.7], [0.2, 0.9, 0.5, 0.7], None),

@@ -143,8 +143,10 @@ def _target(column: pl.Series) -> _Target:
     is_one = (column == one).cast(pl.Float64).fill_null(np.nan).to_numpy()
     numbers = pl.Series(range(classes.len()))
     groups = column.replace_strict(classes, numbers, default=-1, return_dtype=pl.Int64).to_numpy()
-    others = f"for {classes[0]}" if classes.len() == 2 else f"for each of the {classes.len() - 1} other classes"
-    return _Target(is_one, groups, f"{column.name}: 1 stands for {one}, and 0 {others}.")
+    others = {1: "", 2: f", and 0 for {classes[0]}"}.get(
+        classes.len(), f", and 0 for each of the {classes.len() - 1} other classes"
+    )
+    return _Target(is_one, groups, f"{column.name}: 1 stands for {one}{others}.")
 
 
 def _most_informative(columns: dict[str, Array], target: _Target) -> list[str]:
