@@ -335,3 +335,23 @@ def test_layers_of_a_file_that_is_loaded_twice_are_in_contexts_of_their_own():
     one, other = pickle.loads(data), pickle.loads(data)
     with bn.use_domain(one, "real"):
         assert (one.active_domain, other.active_domain) == ("real", None)
+
+
+def test_counts_follow_a_model_whose_other_tensors_were_set_elsewhere():
+    """A loader that sets the tensors of a checkpoint on another device knows of no others; here that device is meta."""
+    source = trained()
+    source[1](torch.full((4, 3), torch.nan))
+    model = copy.deepcopy(source)
+    set_one_by_one(model, {name: values.to("meta") for name, values in model.state_dict().items()})
+    assert model(torch.randn(8, 4, device="meta")).is_meta
+    assert counts(model) == {}
+    set_one_by_one(model, source.state_dict())
+    assert torch.equal(source.eval()(torch.ones(8, 4)), model.eval()(torch.ones(8, 4)))
+
+
+def test_a_model_built_of_fake_tensors_counts_once_its_state_is_assigned():
+    with FakeTensorMode():
+        layer = bn.BatchNorm1d(3)
+    layer.load_state_dict(bn.BatchNorm1d(3).state_dict(), assign=True)
+    layer(torch.full((4, 3), torch.nan))
+    assert int(layer.skipped_batches) == 1

@@ -185,9 +185,10 @@ class Buffers(TorchBatchNorm):
         self._begin_counts()
 
     def begin_counts(self) -> None:
-        """Begin at 0 each count that is None, unless the running statistics are on the meta device.
+        """Begin at 0 each count that is None, and move the others to where the running statistics are.
 
-        Within a mode, a transform or an export nothing is begun: the tensor would be one of theirs, and outlive them.
+        There is none on the meta device. Within a mode, a transform or an export nothing is begun: the tensor would be
+        one of theirs, and outlive them.
         """
         if torch.compiler.is_compiling():
             if not torch.compiler.is_exporting():
@@ -204,10 +205,13 @@ class Buffers(TorchBatchNorm):
         if self.counts_skipped():
             wanted.append(SKIPPED)
         for name in wanted:
-            if buffers.get(name) is None:
-                count = self.new_count()
-                if not count.is_meta:
-                    buffers[name] = count
+            new, count = self.new_count(), buffers.get(name)
+            if new.is_meta:
+                buffers[name] = None
+            elif count is None or count.is_meta or type(count) is not type(new):
+                buffers[name] = new
+            elif count.device != new.device:
+                buffers[name] = count.to(new.device)
 
     def new_count(self) -> Tensor:
         """Return a 0 that is stored as the running statistics are."""

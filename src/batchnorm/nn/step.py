@@ -81,6 +81,9 @@ def decide(layer: State, batch: Batch, context: LayerContext) -> Step:
         layer.restore_precision()
     mean, var, batches = layer.statistics_in(context)
     trains = layer.trains()
+    count = layer._buffers["samples_seen"]
+    if stored is not None and (trains if count is None else count.device != stored.device):
+        layer.begin_counts()
     uses_batch_statistics = trains or (mean is None and var is None)
     everywhere = _global_moments(layer, batch) if layer.sync and trains else None
     if uses_batch_statistics and (x.numel() == x.shape[1] > 0 if everywhere is None else everywhere.single_value):
@@ -98,8 +101,6 @@ def decide(layer: State, batch: Batch, context: LayerContext) -> Step:
     # Activation checkpointing runs forward again within the backward; a compiled graph has the forward once.
     recomputing = not compiling and torch_internals.graph_task_id() != -1
     counts = trains and layer.track_running_stats and not recomputing and not context.updates_paused
-    if counts and layer._buffers["samples_seen"] is None:
-        layer.begin_counts()
     pool = context.pool if counts else None
     running = layer.running_in(context, update=counts and pool is None)
     rule = Rule(layer.epsilon(), layer.activation, uses_batch_statistics)
