@@ -231,6 +231,22 @@ def test_a_copy_made_within_a_context_is_plain_within_it_and_after(kind, context
             assert_same_buffers(twin, copied_buffers(plain))
 
 
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_deepcopy_of_a_parametrized_layer_made_within_a_context_is_plain(kind):
+    layer, x = network(kind)[0], rows(4)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    plain = layer(x)
+    with bn.adapt(layer, [rows(9)]):
+        twin = copy.deepcopy(layer)
+        assert torch.equal(twin(x), plain)
+    assert type(twin) is type(layer)
+
+
 # How contexts end.
 
 

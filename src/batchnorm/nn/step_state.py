@@ -62,6 +62,10 @@ class StepState:
         """Drop the plans because a setting of the layer has changed."""
         self.plans, self.plans_without_updates = {}, {}
 
+    def __deepcopy__(self, _memo: object) -> StepState:
+        """Return `fresh`: parametrized modules copy their attributes without asking for the state."""
+        return self.fresh()
+
     def fresh(self) -> StepState:
         """Return the state that a copy of the layer begins with; it does not repeat the warnings."""
         return StepState(warned_of_one_sample=self.warned_of_one_sample, warned_of_frozen=self.warned_of_frozen)

@@ -32,6 +32,7 @@ def follow_contexts(layer: TorchBatchNorm) -> None:
         followed = _CLASSES.get(layer)
         if followed is None or type(layer) not in followed.__mro__:
             followed = _CLASSES[layer] = _following(type(layer))
+        followed._contexts_tracks = layer.__dict__["track_running_stats"]  # type: ignore[attr-defined]
         _USES[layer] = _USES.get(layer, 0) + 1
         if _USES[layer] == 1:
             layer.__class__ = followed
@@ -68,13 +69,14 @@ def _following(original: Any) -> type[TorchBatchNorm]:
 
     class Following(original):  # type: ignore[misc]
         _contexts_key = LayerKey()
+        _contexts_tracks = True  # the layer's own setting, which dynamo before torch 2.13 cannot read past the property
         __jit_unused_properties__ = ("track_running_stats",)  # torch.jit.script takes the attribute
 
         def __getattr__(self, name: str) -> Any:
             if name in ("running_mean", "running_var"):
                 adapted = context_of(self).adapted
                 if adapted is not None:
-                    values, stored = adapted[name == "running_var"], self._buffers[name]
+                    values, stored = adapted[0 if name == "running_mean" else 1], self._buffers[name]
                     return values if stored is None else values.to(stored.dtype)
             return original.__getattr__(self, name)
 
@@ -93,11 +95,12 @@ def _following(original: Any) -> type[TorchBatchNorm]:
         @property
         def track_running_stats(self) -> bool:
             """Torch's setting; False while updates are paused, when torch's forward leaves the buffers out."""
-            return self.__dict__["track_running_stats"] and not context_of(self).updates_paused
+            return type(self)._contexts_tracks and not context_of(self).updates_paused
 
         @track_running_stats.setter
         def track_running_stats(self, value: bool) -> None:
             self.__dict__["track_running_stats"] = value
+            type(self)._contexts_tracks = value
 
         def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 (torch's name for it)
             found = None
@@ -120,6 +123,15 @@ def _following(original: Any) -> type[TorchBatchNorm]:
         def __reduce_ex__(self, _protocol: Any) -> Any:
             return object.__new__, (original,), self.__getstate__()
 
+    if hasattr(original, "__deepcopy__"):  # parametrized modules have one, which makes another of the same class
+
+        def deepcopy(layer: Any, memo: Any) -> Any:
+            twin = original.__deepcopy__(layer, memo)
+            if type(twin) is Following:
+                twin.__class__ = original
+            return twin
+
+        Following.__deepcopy__ = deepcopy
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(Following, name, getattr(original, name))
     return Following
