@@ -177,6 +177,7 @@ def test_rows_without_a_target_are_not_used():
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
+        ({"y": ["a", "b"] * 29 + ["-"] * 2}, {}, "for a missing value; 'y' has '-' in row 59 and 1 other cell"),
         ({"y": [1] * ROWS}, {}, "at least 2 classes; 'y' has 1: 1"),
         ({"y": [2] + [0, 1] * 29 + [0]}, {}, "at least 2 rows; in 'y' 2 has 1"),
         ({"y": [None] * ROWS}, {}, "all of 'y' are missing"),

@@ -33,16 +33,16 @@ GROUPED = r"^\d{1,3}(?:[' ]\d{3})+(?:[.,]\d*)?$"
 
 @dataclass(frozen=True)
 class DecimalMarks:
-    """Numbers of a column that can be read in one way alone, by their decimal mark, and those that can be in two."""
+    """Numbers of cells of a column: those that must have a decimal comma or a decimal point, and all filled ones."""
 
-    comma: int = 0
-    point: int = 0
-    ambiguous: int = 0
+    comma: int
+    point: int
+    filled: int
 
     @property
     def show_comma(self) -> bool:
-        """Whether enough numbers have a decimal comma; a few odd ones are not enough."""
-        return self.comma > self.point and 10 * self.comma >= self.comma + self.point + self.ambiguous
+        """Whether at least a tenth of the cells have a decimal comma; a few odd ones are not enough."""
+        return self.comma > self.point and 10 * self.comma >= self.filled
 
 
 def plain_numbers(texts: pl.Series) -> pl.Series:
@@ -77,11 +77,10 @@ def _mantissa(digits: pl.Series) -> pl.Series:
 def count_decimal_marks(texts: pl.Series) -> DecimalMarks:
     """Count the numbers of a column that show which decimal mark they have."""
     digits = _mantissa(_groups(texts.drop_nulls())["digits"]).drop_nulls()
-    ambiguous = digits.str.contains(AMBIGUOUS)
-    sure = digits.filter(~ambiguous)
+    sure = digits.filter(~digits.str.contains(AMBIGUOUS))
     comma = sure.str.contains(COMMA_DECIMAL) & sure.str.contains("[,.]")
     point = sure.str.contains(POINT_DECIMAL) & sure.str.contains("[,.]") & ~comma
-    return DecimalMarks(int(comma.sum()), int(point.sum()), int(ambiguous.sum()))
+    return DecimalMarks(int(comma.sum()), int(point.sum()), texts.len() - texts.null_count())
 
 
 def parse_numbers(texts: pl.Series, comma: bool) -> tuple[pl.Series, pl.Series]:

@@ -17,7 +17,7 @@ class Places:
     Attributes
     ----------
     numbers : sequence of int
-        Line of the file at which each row begins, or number of each row, from 1.
+        Line of the file at which each row begins, or number of each row, from 1; rows beyond them are counted.
     word : str
         "line" or "row".
     source : str
@@ -44,7 +44,7 @@ class Places:
         >>> Places.rows(3).name(0), Places([2, 5], "line").name(1)
         ('row 1', 'line 5')
         """
-        return f"{self.word} {self.numbers[row]}"
+        return f"{self.word} {self.numbers[row] if row < len(self.numbers) else row + 1}"
 
     def without(self, rows: Collection[int]) -> Places:
         """Return the names of the rows that are left when some are taken out."""
