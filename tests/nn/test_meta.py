@@ -355,3 +355,31 @@ def test_a_model_built_of_fake_tensors_counts_once_its_state_is_assigned():
     layer.load_state_dict(bn.BatchNorm1d(3).state_dict(), assign=True)
     layer(torch.full((4, 3), torch.nan))
     assert int(layer.skipped_batches) == 1
+
+
+def test_parameters_may_be_empty_but_for_forward_and_backward():
+    """DeepSpeed's ZeRO-3 sets ``parameter.data`` in such hooks, and gathers again before the backward."""
+    source, model = trained(), trained()
+    whole = {parameter: parameter.data.clone() for parameter in model.parameters()}
+
+    def gather(module, *_):
+        for parameter in module.parameters():
+            parameter.data = whole[parameter]
+
+    def release(module, *_):
+        for parameter in module.parameters():
+            parameter.data = torch.empty(0)
+
+    for module in model:
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+    release(model)
+    for _ in range(3):
+        x = torch.randn(8, 4)
+        losses = [one(x).square().sum() for one in (source, model)]
+        gather(model)
+        for loss in losses:
+            loss.backward()
+        release(model)
+    for mine, theirs in zip(model.parameters(), source.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
