@@ -40,7 +40,8 @@ def check_target(
     rules = {finding.rule: finding for finding in findings if finding.column == column.name}
     for rule in ("unreadable", "mixed"):
         if rule in rules and (rule == "unreadable" or _are_few(column, rules[rule])):
-            kind = "numbers" if column.dtype.is_numeric() or rule == "mixed" else str(column.dtype).lower()
+            kind = "dates" if column.dtype.is_temporal() else "numbers"
+            kind = "true and false" if column.dtype == pl.Boolean else kind
             raise DataError(
                 f"a target of {kind} must not have other cells; in {column.name!r}{places.of_source} there "
                 f"{_is(rules[rule])} {describe_cells(rules[rule].cells)}. Correct it, or pass "
