@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
@@ -261,6 +262,25 @@ def test_a_forward_recomputed_by_checkpointing_updates_the_statistics_once(use_r
     assert int(plain[0]["1.num_batches_tracked"]) == 2
     for found, expected in zip(on_ranks(recomputed, 2, tmp_path / "again", use_reentrant, renorm), plain, strict=True):
         torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def recorded(rank, recorder):
+    layer, part = bn.BatchNorm1d(C, sync=True, activation="relu"), doubles(9, C).float().split((2, 7))[rank]
+    graph = make_fx(layer)(part) if recorder == "make_fx" else torch.export.export(layer, (part,)).module()
+    x = part.clone().requires_grad_()
+    y = graph(x)
+    (y * torch.arange(C)).sum().backward()
+    return {"y": y.detach(), "dx": x.grad}
+
+
+@pytest.mark.parametrize("recorder", ["make_fx", "torch.export"])
+def test_a_recorded_graph_has_the_gradients_of_the_whole_batch(recorder, tmp_path):
+    x = doubles(9, C).float().requires_grad_()
+    y = bn.BatchNorm1d(C, activation="relu")(x)
+    (y * torch.arange(C)).sum().backward()
+    parts = on_ranks(recorded, 2, tmp_path, recorder)
+    for name, whole in (("y", y.detach()), ("dx", x.grad)):
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole, **CLOSE)
 
 
 def accumulated(rank):

@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from batchnorm import ops, torch_internals
 from batchnorm.errors import DistributedError, UnsupportedError
-from batchnorm.kernels import reference
+from batchnorm.kernels import native, reference
 from batchnorm.kernels.call import FUSED
 from batchnorm.kernels.records import BatchMoments, Operands, Rule, Running
 from batchnorm.ops import Normalized, operators
@@ -113,7 +112,6 @@ def check_same_layer(label: str, group: Group, process_group: Any) -> None:
         raise DistributedError(f"{SAME_LAYERS}; {at}")
 
 
-@torch.no_grad()
 def global_moments(x: Tensor, mask: Tensor | None, group: Group) -> GlobalMoments:
     """Return the moments of all ranks' parts x (N, C, *), by one collective."""
     local = ops.moments(x, mask)
@@ -143,54 +141,65 @@ def normalize(operands: Operands, running: Running, rule: Rule, batch: GlobalMom
         weight, bias = ops.corrected(operands.weight, operands.bias, *correction)
         operands = operands._replace(weight=weight, bias=bias)
     fused = rule.activation if rule.activation in FUSED else None
-    y = _Normalize.apply(*operands, *moments, rule.eps, fused, group.name)  # type: ignore[no-untyped-call]
+    y = _NORMALIZE_PART(operands, moments, rule._replace(activation=fused), group=group.name)
     ops.running.update_(running, moments)
     if rule.activation != fused:
         y = ops.apply_activation(y, rule.activation, operands.mask)
     return Normalized(y, moments, correction)
 
 
-class _Normalize(torch.autograd.Function):
-    """``y = activation(weight * x_hat + bias + residual)`` with the moments of all ranks' values."""
+_NORMALIZE_PART = operators.Operator(
+    "normalize_part",
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, Tensor mean, Tensor var, Tensor count, "
+    "float eps, str? activation, str group",
+    "Tensor",
+)
+"""``y = activation(weight * x_hat + bias + residual)`` with the moments of all ranks' values."""
 
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        """Take the operands, the mean, variance and count, eps, the activation and the name of the group."""
-        x, weight, bias, residual, mask, mean, var, count, eps, activation, group = arguments
-        rule = Rule(eps, activation, training=False)
-        y, _ = operators.forward(Operands(x, weight, bias, residual, mask), Running(mean, var), rule)
-        sign = ops.sign_of_activation(y, residual, activation)
-        ctx.save_for_backward(x, weight, bias, sign, mask, mean, var, count)
-        ctx.eps, ctx.activation, ctx.group = eps, activation, group
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, y, mask, mean, var, count = ctx.saved_tensors
-        of_x, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
-        # In the dtype of the moments, so that the sums are exact, and present even if the layer has no gamma or beta.
-        gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-        beta = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
-        wanted = [of_x, True, True, of_residual and y is not None]
-        operands, rule = Operands(x, gamma, beta, None, mask), Rule(ctx.eps, ctx.activation, training=False)
-        dx, dgamma, dbeta, dresidual = operators.backward(
-            dy, operands, torch.stack((mean, var)), rule, y=y, wanted=wanted
-        )
-        assert dgamma is not None
-        assert dbeta is not None
-        if of_x:
-            means = sum_in_graph(torch.stack((dgamma, dbeta)), ctx.group) / count.clamp(min=1)
-            scale, shift = -gamma * torch.rsqrt(var + ctx.eps) * means
-            operands = Operands(x, scale, shift, dx, mask)
-            dx, _ = operators.forward(operands, Running(mean, var), rule._replace(activation=None))
-        if of_residual and y is None:
-            dresidual = dy if mask is None else torch.where(mask.unsqueeze(1), dy, 0.0)
-        return (
-            dx,
-            dgamma.to(weight.dtype) if of_weight else None,
-            dbeta.to(bias.dtype) if of_bias else None,
-            None if dresidual is None else dresidual.to(ctx.residual_dtype),
-            *(None,) * 7,
-        )
+@_NORMALIZE_PART.implementation
+def _normalize_part(given: dict[str, Any]) -> Tensor:
+    operands, rule = operators.take(Operands, given), operators.take(Rule, given, training=False)
+    return operators.forward(operands, Running(given["mean"], given["var"]), rule)[0]
+
+
+@_NORMALIZE_PART.fake
+def _fake_normalize_part(given: dict[str, Any]) -> Tensor:
+    return torch.empty_like(native.ready(given["x"]))
+
+
+def _save(ctx: Any, given: dict[str, Any], y: Tensor) -> None:
+    x, weight, bias, residual, mask = operators.take(Operands, given)
+    sign = ops.sign_of_activation(y, residual, given["activation"])
+    ctx.save_for_backward(x, weight, bias, sign, mask, given["mean"], given["var"], given["count"])
+    ctx.rule, ctx.group = operators.take(Rule, given, training=False), given["group"]
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _gradients(ctx: Any, needs: dict[str, bool], dy: Tensor) -> dict[str, Tensor | None]:
+    x, weight, bias, y, mask, mean, var, count = ctx.saved_tensors
+    rule = ctx.rule
+    # In the dtype of the moments, so that the sums are exact, and present even if the layer has no gamma or beta.
+    gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+    beta = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+    wanted = [needs["x"], True, True, needs["residual"] and y is not None]
+    operands = Operands(x, gamma, beta, None, mask)
+    dx, dgamma, dbeta, dresidual = operators.backward(dy, operands, torch.stack((mean, var)), rule, y=y, wanted=wanted)
+    assert dgamma is not None
+    assert dbeta is not None
+    if needs["x"]:
+        means = sum_in_graph(torch.stack((dgamma, dbeta)), ctx.group) / count.clamp(min=1)
+        scale, shift = -gamma * torch.rsqrt(var + rule.eps) * means
+        operands = Operands(x, scale, shift, dx, mask)
+        dx, _ = operators.forward(operands, Running(mean, var), rule._replace(activation=None))
+    if needs["residual"] and y is None:
+        dresidual = dy if mask is None else torch.where(mask.unsqueeze(1), dy, 0.0)
+    return {
+        "x": dx,
+        "weight": dgamma.to(weight.dtype) if needs["weight"] else None,
+        "bias": dbeta.to(bias.dtype) if needs["bias"] else None,
+        "residual": None if dresidual is None else dresidual.to(ctx.residual_dtype),
+    }
+
+
+_NORMALIZE_PART.gradients(_gradients, _save, once=True)

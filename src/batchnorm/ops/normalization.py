@@ -166,11 +166,10 @@ def run_plan(plan: Plan, operands: Operands, statistics: Statistics) -> Tensor |
     return y
 
 
-@torch.no_grad()
 def moments(x: Tensor, mask: Tensor | None = None) -> BatchMoments:
     """Return mean and biased variance (C,) of x (N, C, *), and the count of values, without a gradient."""
     sharding.admit(x)
-    x, mask = without_subclass(x), without_subclass(mask)
+    x, mask = without_subclass(x).detach(), without_subclass(mask)
     if torch_internals.may_be_transformed():
         return reference.moments(x, mask)
     rule = Rule(1.0, None, training=True)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from batchnorm.errors import InputError
 from batchnorm.kernels import native
@@ -78,7 +79,9 @@ class Operator:
         torch.library.register_fake(f"batchnorm::{self._name}", self._by_name(function), lib=_LIBRARY)
         return function
 
-    def gradients(self, backward: Callable[..., dict[str, Tensor | None]], save: Callable[..., None]) -> None:
+    def gradients(
+        self, backward: Callable[..., dict[str, Tensor | None]], save: Callable[..., None], *, once: bool = False
+    ) -> None:
         """Register the formula of the gradients, which every recorder of the operator gets.
 
         Parameters
@@ -88,6 +91,8 @@ class Operator:
             Returns the gradients by the names of the arguments.
         save : callable
             Takes the context, a dictionary of the arguments, and the results.
+        once : bool
+            The gradients cannot be differentiated; torch raises an error where they would be.
         """
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -99,7 +104,8 @@ class Operator:
             found = backward(ctx, needs, *gradients)
             return tuple(found.get(name) for name in names)
 
-        torch.library.register_autograd(f"batchnorm::{self._name}", flat, setup_context=setup_context, lib=_LIBRARY)
+        formula = once_differentiable(flat) if once else flat
+        torch.library.register_autograd(f"batchnorm::{self._name}", formula, setup_context=setup_context, lib=_LIBRARY)
 
 
 def take(record: type[Record], given: dict[str, Any], **otherwise: Any) -> Record:
