@@ -179,6 +179,13 @@ def test_a_training_export_of_a_bfloat16_layer_has_float32_statistics():
 # The statistics that an export uses and updates.
 
 
+@pytest.mark.parametrize(("options", "skips"), [({}, False), ({"momentum": None}, True)], ids=["torch's", "other"])
+def test_a_graph_of_torchs_batch_norm_alone_takes_a_batch_that_is_not_finite(options, skips):
+    exported = export(bn.BatchNorm1d(3, **options), (randn(8, 3),)).module()
+    exported(torch.full((8, 3), torch.inf))
+    assert bool(exported.running_mean.isfinite().all()) == skips
+
+
 def test_a_frozen_layer_stays_frozen_in_a_training_export():
     model = network()
     model(randn(8, 3).double() + 1)

@@ -1,10 +1,10 @@
 """Batch normalization as a differentiable operation on tensors.
 
 In plain eager mode a CPU batch goes straight to the native kernels, which also update the running statistics. Under
-torch.compile, export, fake tensors and dispatch modes, and on other devices, it goes through the operators
+torch.compile, fake tensors and dispatch modes, and on other devices, it goes through the operators
 ``batchnorm::forward`` and ``batchnorm::backward``, so that a compiled graph keeps each as one node, virtual batches
-included; batch renormalization also needs ``batchnorm::moments``. Transforms of torch.func, and second derivatives, use
-the reference, which consists of differentiable operations.
+included; batch renormalization also needs ``batchnorm::moments``. Each operator has its gradient. Transforms of
+torch.func, second derivatives and torch.export use the reference, which consists of differentiable operations.
 """
 
 from batchnorm.ops import operators, running
