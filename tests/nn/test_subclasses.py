@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 
 import batchnorm as bn
-from support import assert_same_buffers, copied_buffers, randn
+from support import assert_same_buffers, compiles, copied_buffers, randn
 
 # Sums of 40 float32 values of order 5, in another order: off by a few roundings of 6e-8.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -50,10 +50,10 @@ def of_kind(kind, values):
     return values.as_subclass(kind) if kind in (Tagged, Unwrapping, Hidden) else kind(values)
 
 
-def outcome(layer, x, **options):
+def outcome(run, x, layer):
     """Return class and values of y, then of the gradients, then the statistics."""
     x = x.detach().requires_grad_() if not x.requires_grad else x
-    y = layer(x, **options)
+    y = run(x)
     y.square().sum().backward()
     return [(type(v), v.detach().as_subclass(torch.Tensor)) for v in (y, x.grad, layer.weight.grad, layer.running_var)]
 
@@ -67,9 +67,8 @@ def assert_same_outcome(found, expected):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_input_of_a_subclass_gives_what_torchs_layer_gives(kind, mode):
     x = randn(5, 3, 4, 2) * 2 + 1
-    assert_same_outcome(
-        *(outcome(of.BatchNorm2d(3).train(mode), of_kind(kind, x.clone())) for of in (bn, nn)),
-    )
+    layers = [of.BatchNorm2d(3).train(mode) for of in (bn, nn)]
+    assert_same_outcome(*(outcome(layer, of_kind(kind, x.clone()), layer) for layer in layers))
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
@@ -79,7 +78,7 @@ def test_a_gamma_of_a_subclass_gives_what_torchs_layer_gives(kind, mode):
     for of in (bn, nn):
         layer = of.BatchNorm2d(3).train(mode)
         layer.weight = kind(randn(3, seed=1))
-        found.append(outcome(layer, randn(5, 3, 4, 2)))
+        found.append(outcome(layer, randn(5, 3, 4, 2), layer))
     assert_same_outcome(*found)
 
 
@@ -135,6 +134,19 @@ def test_normalize_gives_y_of_the_subclass_and_plain_statistics():
     assert torch.equal(y.as_subclass(torch.Tensor), expected)
     assert [type(values) for values in found] == [torch.Tensor] * 3
     torch.testing.assert_close(found, expected_stats, rtol=0, atol=0)
+
+
+class Simple(torch.Tensor):
+    """A subclass that replaces no method; torch.compile itself calls some of them."""
+
+
+@compiles
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile looks at it
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_a_compiled_layer_gives_the_class_that_torchs_layer_gives(mode):
+    x, ours, theirs = randn(5, 3, 4, 2), bn.BatchNorm2d(3).train(mode), nn.BatchNorm2d(3).train(mode)
+    found = outcome(torch.compile(ours, backend="aot_eager"), x.clone().as_subclass(Simple), ours)
+    assert_same_outcome(found, outcome(theirs, x.clone().as_subclass(Simple), theirs))
 
 
 class KnowsBatchNorm(torch.Tensor):

@@ -114,7 +114,7 @@ class Layer(Scriptable):
                 y = self._run_plan(plan, input, residual, context)
                 if y is not None:
                     return y
-        if not compiling and self._is_overridden(input, residual, mask):
+        if self._is_overridden(input, residual, mask):
             return self._overridden(input, residual, mask)
         context = self._after_hooks(context, input, mask)  # after an overridden input has come back unwrapped
         check_dense(input)
