@@ -54,7 +54,7 @@ def test_a_small_network_is_fitted_and_predicts_on_one_thread(iris, batch_norm):
 
 @unconverged
 def test_a_large_network_keeps_torchs_threads():
-    X = np.random.default_rng(0).normal(size=(64, 1000))
+    X = np.random.default_rng(0).normal(size=(128, 1000))
     classifier = Observed((2000,), max_iter=1).fit(X, X[:, 0] > 0)
     assert classifier.seen == {4}
     assert numbers_of_predictions(classifier, X) == {4}

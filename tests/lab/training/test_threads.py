@@ -115,9 +115,10 @@ print(tasks() - before)
     [
         ((64, 100, 10), torch.float64, 200, 3, 1),  # digits at the defaults
         ((64, 100, 10), torch.float64, 4096, 1, 1),
-        ((784, 256, 10), torch.float32, 200, 3, 3),
-        ((784, 256, 10), torch.float64, 200, 3, 6),
-        ((784, 256, 10), torch.float64, 200, 1, 2),
+        ((784, 256, 10), torch.float32, 200, 3, 1),
+        ((784, 256, 10), torch.float64, 200, 3, 2),
+        ((784, 256, 10), torch.float64, 200, 1, 1),
+        ((784, 1024, 1024, 10), torch.float64, 200, 3, 22),
         ((1, 1), torch.float32, 1, 1, 1),
     ],
 )

@@ -18,10 +18,11 @@ from torch import nn
 
 __all__ = ["limited_threads", "threads_for"]
 
-WORK_PER_THREAD = 150e6
+WORK_PER_THREAD = 400e6
 """Bytes of weights, times rows, times products per weight and row, that keep a thread busy for long enough.
 
-Two threads gain about a quarter of the time of a step at twice this work (benchmarks/estimators.py).
+On an idle machine two threads gain from much less on, but they lose far more where other work keeps a core busy. At
+twice this work they gain about half (benchmarks/estimators.py).
 """
 
 _lock = threading.Lock()
