@@ -107,10 +107,14 @@ class Layer(Scriptable):
             and torch_internals.count_dispatch_modes() == 0
             and type(input) is Tensor  # its sizes are numbers
             and torch_internals.graph_task_id() == -1
-            and not input.is_nested  # then it has no shape
         ):
             plans = state.plans_in(context)
-            for plan in plans.get(input.shape, ()) if plans is not None else ():
+            try:
+                of_shape = plans.get(input.shape, ()) if plans is not None else ()
+            except RuntimeError:  # a nested tensor has no shape
+                check_dense(input)
+                raise
+            for plan in of_shape:
                 y = self._run_plan(plan, input, residual, context)
                 if y is not None:
                     return y

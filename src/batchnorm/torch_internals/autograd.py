@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from batchnorm.torch_internals import lookup
 from batchnorm.torch_internals.lookup import PATHS, accessor, itself, works
@@ -61,9 +62,17 @@ def has_saved_tensors_hooks() -> bool:
     return True
 
 
-@accessor("torch._C._autograd._profiler_enabled", probe=lambda enabled: type(enabled()) is bool)
+def _profiler_is_active() -> bool:
+    return profiler._is_profiler_enabled
+
+
+@accessor(
+    "torch.autograd.profiler._is_profiler_enabled",
+    make=lambda enabled: _profiler_is_active if type(enabled) is bool else None,
+    probe=lambda active: type(active()) is bool,
+)
 def profiler_is_active() -> bool:
-    """Return whether a profiler records this thread; True where torch does not tell, and a record is made in vain."""
+    """Return whether a profiler records; True where torch does not tell, and a record is made in vain."""
     return True
 
 
