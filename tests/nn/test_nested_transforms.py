@@ -118,7 +118,7 @@ def test_buffers_that_every_transform_gets_are_updated_once(name):
     torch.testing.assert_close(network.buffers, twin.buffers, **CLOSE)
 
 
-@pytest.mark.filterwarnings("ignore:under torch.func.grad or jvp")
+@pytest.mark.filterwarnings("ignore:under torch.func.grad, jvp")
 @pytest.mark.parametrize("name", OUTER_LEVELS_ALONE)
 def test_buffers_that_one_transform_does_not_get_stay_as_they_are(name):
     network, formula = Network(), Network(Formula)
@@ -127,7 +127,7 @@ def test_buffers_that_one_transform_does_not_get_stay_as_they_are(name):
     torch.testing.assert_close(network.buffers, Network().buffers, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:under torch.func.grad or jvp")
+@pytest.mark.filterwarnings("ignore:under torch.func.grad, jvp")
 @pytest.mark.parametrize("inner", [lambda n: n.closed, lambda n: lambda p: grad(n.loss)(p, n.buffers)])
 def test_linearize_updates_by_its_forward_alone(inner):
     network = Network()
@@ -162,7 +162,7 @@ def test_statistics_that_vmap_does_not_map_over_are_an_error(wrapped):
         vmap(wrapped(network), in_dims=(0, None))(network.copies()[0], network.buffers)
 
 
-@pytest.mark.filterwarnings("ignore:under torch.func.grad or jvp")
+@pytest.mark.filterwarnings("ignore:under torch.func.grad, jvp")
 def test_grad_of_an_ensemble_leaves_captured_statistics_alone():
     network = Network()
     parameters, buffers = network.copies()

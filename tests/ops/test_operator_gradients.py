@@ -8,6 +8,7 @@ from torch import nn
 from torch._functorch.aot_autograd import aot_export_module, aot_module
 from torch._functorch.compilers import nop
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import batchnorm as bn
@@ -186,3 +187,20 @@ def test_a_layer_takes_its_input_as_its_residual_in_one_graph(dynamic):
 def test_a_recorded_layer_keeps_the_layout_of_its_input(layout):
     x = with_layout(randn(2, 3, 4, 5), layout)
     assert make_fx(bn.BatchNorm2d(3))(x)(x).stride() == x.stride()
+
+
+def test_functionalize_updates_the_statistics_that_are_passed_in_and_no_others():
+    layer, x = bn.BatchNorm1d(3), randn(8, 3)
+    before = {name: values.clone() for name, values in layer.state_dict().items()}
+
+    def call(state, x):
+        return functional_call(layer, state, (x,))
+
+    passed = {name: values.clone() for name, values in before.items()}
+    functionalize(call)(passed, x)
+    batchnorm.ops.running._warn_of_captured.cache_clear()
+    with pytest.warns(UserWarning, match="functionalize"):
+        functionalize(layer)(x)
+    torch.testing.assert_close(dict(layer.state_dict()), before, rtol=0, atol=0)
+    layer(x)
+    torch.testing.assert_close(passed, dict(layer.state_dict()))

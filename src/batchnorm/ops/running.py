@@ -125,6 +125,6 @@ def _obstacle(values: Tensor | None, new: Tensor | None) -> str | None:
 @functools.cache
 def _warn_of_captured() -> None:
     warn(
-        "under torch.func.grad or jvp, running statistics that are no argument of the transformed function are not "
-        "updated; batchnorm.normalize returns updated ones"
+        "under torch.func.grad, jvp or functionalize, running statistics that are no argument of the transformed "
+        "function are not updated; batchnorm.normalize returns updated ones"
     )

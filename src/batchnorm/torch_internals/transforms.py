@@ -170,7 +170,7 @@ def _make_obstacle(
         outside = active.keys() - (set() if values is None else _levels_of(level_of, unwrapped, values))
         if any(active[level] == "Vmap" and level in mapped for level in outside):
             return "unmapped"
-        if any(active[level] in ("Grad", "Jvp") for level in outside):
+        if any(active[level] in ("Grad", "Jvp", "Functionalize") for level in outside):
             return "captured"
         if forward_mode_is_active() and "Jvp" not in active.values():
             return "captured"
@@ -198,8 +198,9 @@ def obstacle_to_update(values: Tensor | None, new: Tensor | None) -> Obstacle | 
     """Return why the active transforms forbid to write new values to a tensor in place; None if they do not.
 
     ``"unmapped"``: vmap maps over the new values, and not over the tensor. ``"captured"``: the tensor is no argument of
-    a function that grad, jvp or forward mode differentiates. None stands for values outside of all transforms, and for
-    new values that depend on all. Where torch does not tell levels apart, being wrapped by any is enough.
+    a function that grad, jvp or forward mode differentiates, or that is functionalized. None stands for values outside
+    of all transforms, and for new values that depend on all. Where torch does not tell levels apart, being wrapped by
+    any is enough.
     """
     if values is not None and is_functorch_wrapped(values):
         return None
