@@ -191,7 +191,7 @@ class Buffers(TorchBatchNorm):
         one of theirs, and outlive them.
         """
         if torch.compiler.is_compiling():
-            if not torch.compiler.is_exporting():
+            if not torch_internals.is_exporting():
                 self._begin_counts()
         elif torch_internals.count_dispatch_modes() == 0 and not torch_internals.is_transformed():
             with torch.inference_mode(False):  # training could not update tensors that were made in it

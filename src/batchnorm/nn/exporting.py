@@ -64,7 +64,7 @@ def traced(layer: nn.Module, base: Callable[..., Tensor] | None, x: Any, residua
 def graph_reader(compiling: bool) -> Reader | None:
     """Return the tool that reads this call and knows torch's own operators; None in nearly all calls."""
     if compiling:
-        return "torch.export" if torch.compiler.is_exporting() else None
+        return "torch.export" if torch_internals.is_exporting() else None
     return None if torch_internals.jit_tracing_state() is None else "torch.jit.trace"
 
 

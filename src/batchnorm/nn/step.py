@@ -131,7 +131,7 @@ def decide_in_torch(layer: State, context: LayerContext) -> Step:
 def normalize(operands: Operands, step: Step, state: StepState) -> Tensor:
     """Return y, and keep for later what the step says."""
     running, rule, pool, domain, everywhere, keeps_correction, *_ = step
-    if torch.compiler.is_exporting():
+    if torch_internals.is_exporting():
         if pool is not None:
             raise UnsupportedError(
                 "torch.export cannot record a forward within batchnorm.accumulate; export outside of it"

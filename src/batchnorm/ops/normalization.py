@@ -94,7 +94,7 @@ def _by_operators(operands: Operands, running: Running, rule: Rule) -> Normalize
     A program of torch's own operators can be loaded without this library.
     """
     x, mask = operands.x, operands.mask
-    by_reference = torch_internals.may_be_transformed() or (torch.compiler.is_exporting() and _has_fixed_chunks(rule))
+    by_reference = torch_internals.may_be_transformed() or (torch_internals.is_exporting() and _has_fixed_chunks(rule))
     batches: list[BatchMoments] = []
     if by_reference:
         batches = chunks.moments_of_chunks(x, mask, rule) if rule.training else [_stored_moments(x, running)]

@@ -22,7 +22,7 @@ def update_(running: Running, batch: BatchMoments) -> None:
     given, a batch with a channel whose mean or variance is not finite leaves the statistics and the count of batches
     unchanged, and adds one to ``running.skipped``.
     """
-    if torch.compiler.is_exporting():  # torch cannot save a program with a block of torch.no_grad that returns nothing
+    if torch_internals.is_exporting():  # torch cannot save a program with a block of torch.no_grad that returns nothing
         _update(running, batch._replace(mean=batch.mean.detach(), var=batch.var.detach()))
     else:
         with torch.no_grad():

@@ -17,6 +17,7 @@ __all__ = [
     "constant_while_compiling",
     "count_dispatch_modes",
     "dispatch_mode_class",
+    "is_exporting",
     "jit_tracing_state",
     "traces_pre_dispatch",
     "without_compile_wrappers",
@@ -101,6 +102,15 @@ def compiled_module(module: nn.Module) -> nn.Module | None:
     """Return the module that ``torch.compile(module)`` wraps, or None."""
     inner = getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else None
+
+
+def is_exporting() -> bool:
+    """Return whether torch.export records this call; torch.compile may trace this.
+
+    In a graph of torch.compile, the public function of torch 2.10 returns True as well.
+    """
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def constant_while_compiling(function: _F) -> _F:
