@@ -102,7 +102,6 @@ def test_where_the_model_is_given_the_first_tensor_alone_its_rows_count():
         ((IMAGES, torch.zeros(5)), "sizes 3, 5 in tuple"),
         (([torch.zeros(n, 2) for n in (3, 1, 4)], Y), "sizes 1, 3, 4, 6 in tuple"),
     ],
-    ids=str,
 )
 def test_a_batch_whose_samples_cannot_be_seen_is_refused_and_told_of_samples(batch, got):
     with pytest.raises((bn.InputError, bn.InputTypeError), match=rf"{got}.*pass samples=.*lambda batch"):
@@ -270,7 +269,7 @@ def test_an_object_that_moves_in_place_and_returns_nothing_is_kept():
     assert bag.x.is_meta
 
 
-@pytest.mark.parametrize("batch", [X, (X, Y), {"x": [X]}, Record(X), Bag(X), "text", None, X.numpy(), [1, 2]], ids=str)
+@pytest.mark.parametrize("batch", [X, (X, Y), {"x": [X]}, Record(X), Bag(X), "text", None, X.numpy(), [1, 2]])
 def test_a_batch_that_is_there_already_is_not_copied(batch):
     assert moved(batch, torch.device("cpu")) is batch
 
