@@ -53,6 +53,8 @@ MADE = {
     "parquet.csv": saved(pl.DataFrame(COLUMNS).write_parquet),
     "npz.csv": saved(lambda file: np.savez(file, y=np.arange(12))),
     "nul.csv": b"size,y\n35,0\n4\x001,1\n",
+    "long_cell.csv": PLAIN.encode().replace("Orléans".encode(), b"x" * 200_000, 1),
+    "categories.parquet": saved(pl.DataFrame(COLUMNS, schema_overrides={"size": pl.Categorical}).write_parquet),
     "texts.parquet": saved(pl.DataFrame(COLUMNS).write_parquet),
     "texts.npz": saved(lambda file: np.savez(file, **{name: np.array(column) for name, column in COLUMNS.items()})),
 }

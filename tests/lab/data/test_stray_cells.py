@@ -36,7 +36,7 @@ ODD += [
 stray_texts = st.sampled_from(ODD) | st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12)
 columns = st.one_of(
     st.lists(st.integers(-999, 99_999).map(str), min_size=4, max_size=40),
-    st.lists(st.floats(-99, 99).map(lambda x: f"{x:.3f}"), min_size=4, max_size=40),
+    st.lists(st.floats(-99, 99).map(lambda x: f"{x:.3f}"), min_size=11, max_size=40),
     st.lists(st.floats(0, 9e6).map(lambda x: f"{x:,.2f}"), min_size=4, max_size=40),
     st.lists(st.floats(0, 99).map(lambda x: f"{x:.2f}".replace(".", ",")), min_size=4, max_size=40),
     st.lists(st.integers(1, 999).map(lambda x: f"${x}"), min_size=4, max_size=40),
@@ -91,6 +91,18 @@ def test_a_stray_cell_of_a_0_1_target_is_an_error(tmp_path, stray):
     assert any("in line 32" in note for note in left_out.notes)
     kept = read(tmp_path, content, categorical=["y"])
     assert prepare(kept, categorical=["y"]).classes == sorted(["0", "1", stray])
+
+
+@pytest.mark.parametrize("stray", ["1-", "1%", "(1)"])
+def test_a_few_numbers_with_marks_make_no_class(tmp_path, stray):
+    content = "size,y\n" + "".join(f"{i * 7 % 11},{i % 2}\n" for i in range(30)) + f"5,{stray}\n7,{stray}\n"
+    with pytest.raises(DataError, match=r"further marks; in 'y' of 'data.csv' there are '.*' in line 32 and 1 other"):
+        prepare(read(tmp_path, content))
+
+
+def test_codes_of_a_digit_and_a_letter_are_classes(tmp_path):
+    content = "size,y\n" + "".join(f"{i * 7 % 11},{['3A', '4A', '3B'][i % 3]}\n" for i in range(30))
+    assert prepare(read(tmp_path, content)).classes == ["3A", "3B", "4A"]
 
 
 @pytest.mark.parametrize("missing", ["", "NA", "#N/A", " NA ", "<NA>"])

@@ -12,7 +12,7 @@ import polars as pl
 
 from batchnorm.lab.data.reading import DateOrder
 
-__all__ = ["DateOrders", "count_date_orders", "parse_dates", "parse_times"]
+__all__ = ["DateOrders", "count_date_orders", "has_short_year", "parse_dates", "parse_times"]
 
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 WEEKDAY = r"^(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*\.?,?\s+"
@@ -20,6 +20,7 @@ CANDIDATE = rf"\d[-/.]\d|\d\D?(?:{'|'.join(MONTHS)})|(?:{'|'.join(MONTHS)}).*\d"
 """Texts that can be a date, in lower case."""
 
 SWAPPABLE = r"^(\d{1,2})([-/])(\d{1,2})[-/](\d{4}|\d{2})\b"
+SHORT_YEAR = rf"^(?:\d{{1,2}}[-/.]\d{{1,2}}[-/.]|\d{{1,2}}[- ]?(?:{'|'.join(MONTHS)})[a-z]*\.?[- ,]*)\d\d(?:$|[t, ])"
 CLOCKS = ("%H:%M", "%H:%M:%S%.f", "%I:%M %p", "%I:%M:%S %p")
 
 
@@ -49,7 +50,8 @@ def _year_first(texts: pl.Series, order: DateOrder) -> pl.Series:
         dates = dates.str.replace(r"^m(\d\d)[- ](\d{1,2}),?[- ]+(\d{4})\b", "y$3-$1-$2")
         dates = dates.str.replace(r"^(\d{4})[- ]?m(\d\d)[- ]?(\d{1,2})\b", "y$1-$2-$3")
     dates = dates.str.replace(r"^(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})\b", "y$1-$2-$3")
-    dates = dates.str.replace(r"^(\d{1,2})\.(\d{1,2})\.(\d{4}|\d{2})\b", "y$3-$2-$1")
+    dates = dates.str.replace(r"^(\d{1,2})\.(\d{1,2})\.(\d{4})\b", "y$3-$2-$1")
+    dates = dates.str.replace(r"^(\d\d)\.(\d\d)\.(\d\d)\b", "y$3-$2-$1")
     dates = dates.str.replace(SWAPPABLE, "y$4-$3-$1" if order == "day-first" else "y$4-$1-$3")
     dates = dates.str.replace(r"^y([0-6]\d)-", "20$1-").str.replace(r"^y([7-9]\d)-", "19$1-").str.replace("^y", "")
     dates = dates.str.replace(r"^(\d{4}-\d{1,2}-\d{1,2})(?:t|,?\s+)(\d)", "$1 $2").str.replace(r"(\d)\s*z$", "$1+0000")
@@ -80,6 +82,15 @@ def parse_dates(texts: pl.Series, order: DateOrder) -> pl.Series:
     if all(time.null_count() == time.len() for time in times):
         return days
     return pl.select(pl.coalesce(days.cast(pl.Datetime("us")), *times).alias(name)).to_series()
+
+
+def has_short_year(texts: pl.Series) -> pl.Series:
+    """Return which dates have a year of two digits.
+
+    >>> has_short_year(pl.Series(["31/01/20", "31/01/2020", "2020-01-31", "5 Jan 99"])).to_list()
+    [True, False, False, True]
+    """
+    return texts.str.to_lowercase().str.replace(WEEKDAY, "").str.contains(SHORT_YEAR).fill_null(False)
 
 
 def parse_times(texts: pl.Series) -> pl.Series:

@@ -10,9 +10,9 @@ import polars as pl
 
 from batchnorm.lab.data.places import Places, shown
 
-__all__ = ["Cell", "Finding", "Rule", "cells_of", "describe_cells", "notes_of"]
+__all__ = ["Cell", "Finding", "Rule", "are", "cells_of", "describe_cells", "notes_of"]
 
-Rule = Literal["missing", "unreadable", "marks", "zeros", "mixed", "dates", "rows"]
+Rule = Literal["missing", "unreadable", "marks", "decimals", "zeros", "mixed", "dates", "years", "rows"]
 
 MAX_CELLS = 3
 MAX_COLUMNS = 6
@@ -36,9 +36,10 @@ class Finding:
     column : str
     rule : str
         "missing": they always stand for a missing value; "unreadable": they are none of the numbers or dates of their
-        column and taken as missing; "marks": they are numbers with further marks; "zeros": they are numbers that begin
-        with a zero; "mixed": they keep a column from being one of numbers; "dates": day and month can be swapped;
-        "rows": the whole row is left out.
+        column and taken as missing; "marks": they are numbers with further marks; "decimals": numbers whose point could
+        be between thousands; "zeros": they are numbers that begin with a zero; "mixed": they keep a column from being
+        one of numbers; "dates": day and month can be swapped; "years": the year has two digits; "rows": the whole row
+        is left out.
     cells : sequence of Cell
     note : str
         The decision in one sentence.
@@ -55,6 +56,11 @@ def cells_of(texts: pl.Series, chosen: pl.Series, places: Places) -> list[Cell]:
     found = pl.DataFrame({"text": texts, "row": pl.int_range(texts.len(), eager=True)}).filter(chosen)
     counted = found.group_by("text", maintain_order=True).agg(pl.col("row").first(), pl.len())
     return [Cell(text, places.name(row), count) for text, row, count in counted.iter_rows()]
+
+
+def are(cells: Sequence[Cell]) -> str:
+    """Return "is" for one cell, and "are" for several."""
+    return "is" if sum(cell.count for cell in cells) == 1 else "are"
 
 
 def describe_cells(cells: Sequence[Cell]) -> str:
@@ -92,8 +98,10 @@ SAME: dict[Rule, str] = {
     "missing": "have texts that are taken as missing",
     "unreadable": "have cells that are taken as missing, as they are none of the numbers or dates of their column",
     "marks": "have numbers with further marks",
+    "decimals": "have numbers whose point could be between thousands",
     "zeros": "have numbers that begin with a zero",
     "mixed": "have numbers among their categories",
     "dates": "have dates in which day and month can be swapped",
+    "years": "have dates whose year has two digits",
     "rows": "have rows that are left out",
 }

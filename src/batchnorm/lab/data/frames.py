@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import polars as pl
+from polars import selectors as cs
 
 from batchnorm.lab.data.findings import Finding, notes_of
 from batchnorm.lab.data.kinds import read_kinds
@@ -63,6 +64,7 @@ def read_cells(
     notes : sequence of str
         Decisions that were taken before.
     """
+    frame = frame.with_columns(cs.by_dtype(pl.Categorical, pl.Enum).cast(pl.String))
     kept, places, summed = without_summary_rows(frame, places or Places.rows(frame.height))
     typed, findings = read_kinds(kept, reading, places, semicolons=semicolons)
     return ReadFrame(typed, places, [*summed, *findings], notes)

@@ -6,22 +6,14 @@ finding names them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
 import polars as pl
-from polars import selectors as cs
 
-from batchnorm.lab.data.date_texts import DateOrders, count_date_orders, parse_dates, parse_times
-from batchnorm.lab.data.findings import Cell, Finding, cells_of, describe_cells
+from batchnorm.errors import DataError
+from batchnorm.lab.data.conventions import Conventions, conventions_of, plain_columns
+from batchnorm.lab.data.date_texts import DateOrders, has_short_year, parse_dates, parse_times
+from batchnorm.lab.data.findings import Finding, are, cells_of, describe_cells
 from batchnorm.lab.data.missing import is_placeholder, stripped, without_missing
-from batchnorm.lab.data.number_texts import (
-    DecimalMarks,
-    count_decimal_marks,
-    only_plain_numbers,
-    parse_numbers,
-    plain_numbers,
-)
+from batchnorm.lab.data.number_texts import ambiguous_cells, parse_numbers, plain_numbers
 from batchnorm.lab.data.places import Places, shown
 from batchnorm.lab.data.reading import DateOrder, Reading
 
@@ -45,24 +37,6 @@ IS_NOT: dict[str, tuple[str, str]] = {
 """What a note says about one cell, or several, that are not of the kind of their column."""
 
 
-@dataclass(frozen=True)
-class Conventions:
-    """Decimal mark and order of dates that the columns of a table agree on.
-
-    Attributes
-    ----------
-    commas : sequence of str
-        Columns in which ambiguous numbers have a decimal comma: those whose other numbers show it, and if no column
-        shows a decimal point, all others too where one shows a comma or the cells were separated by semicolons.
-    order : "day-first", "month-first" or None
-        The order that the dates of other columns show.
-    """
-
-    commas: Sequence[str]
-    order: DateOrder | None
-    orders: Mapping[str, DateOrders]
-
-
 def read_kinds(
     frame: pl.DataFrame, reading: Reading, places: Places, *, semicolons: bool = False
 ) -> tuple[pl.DataFrame, list[Finding]]:
@@ -81,7 +55,7 @@ def read_kinds(
     findings: list[Finding] = []
     texts: dict[str, pl.Series] = {}
     columns: dict[str, pl.Series] = {}
-    plain = {} if semicolons else _plain_columns(frame, reading)
+    plain, marks = plain_columns(frame, reading, semicolons=semicolons)
     for column in frame.iter_columns():
         if column.name in plain:
             columns[column.name] = plain[column.name]
@@ -96,32 +70,14 @@ def read_kinds(
         gone = known.is_null() & (tidy != "").fill_null(False)
         if gone.any():
             cells = cells_of(tidy, gone, places)
-            note = f"column {column.name}: {describe_cells(cells)} {_are(cells)} taken as missing"
+            note = f"column {column.name}: {describe_cells(cells)} {are(cells)} taken as missing"
             findings.append(Finding(column.name, "missing", cells, note))
     undecided = {name: column for name, column in texts.items() if name not in reading.categorical}
-    conventions = _conventions(undecided, semicolons)
+    conventions = conventions_of(undecided, marks, semicolons=semicolons)
     for name, column in undecided.items():
         values = _read_column(column, reading, places, conventions, findings)
         columns[name] = _without_given_numbers(values, reading)
     return pl.DataFrame(list(columns.values())), findings
-
-
-def _plain_columns(frame: pl.DataFrame, reading: Reading) -> dict[str, pl.Series]:
-    """Return the columns of texts that are plain numbers alone; none if a point may be a mark of thousands in them."""
-    if reading.missing:
-        return {}
-    plain: dict[str, pl.Series] = {}
-    for column in frame.select(cs.string().exclude(reading.categorical)).iter_columns():
-        numbers = only_plain_numbers(column)
-        if numbers is not None:
-            plain[column.name] = numbers
-        elif column.str.contains(r",\d").any():
-            return {}
-    return plain
-
-
-def _are(cells: list[Cell]) -> str:
-    return "is" if sum(cell.count for cell in cells) == 1 else "are"
 
 
 def _without_given_numbers(column: pl.Series, reading: Reading) -> pl.Series:
@@ -130,19 +86,6 @@ def _without_given_numbers(column: pl.Series, reading: Reading) -> pl.Series:
     if not given.len() or not column.dtype.is_numeric():
         return column
     return column.set(column.cast(pl.Float64).is_in(given.to_list()).fill_null(False), None)
-
-
-def _conventions(texts: Mapping[str, pl.Series], semicolons: bool) -> Conventions:
-    marks: dict[str, DecimalMarks] = {}
-    if any(column.str.contains(r",\d").any() for column in texts.values()):
-        marks = {name: count_decimal_marks(column) for name, column in texts.items()}
-    commas = [name for name, found in marks.items() if found.show_comma]
-    if (commas or semicolons) and not any(found.point > found.comma for found in marks.values()):
-        commas = [name for name, found in marks.items() if found.show_comma or not found.point]
-    orders = {name: count_date_orders(column) for name, column in texts.items()}
-    settled = {found.settled for found in orders.values()} - {None}
-    order = settled.pop() if len(settled) == 1 else None
-    return Conventions(commas, order, orders)
 
 
 def _read_column(
@@ -157,6 +100,8 @@ def _read_column(
     if forced or _enough(numbers, filled, count):
         if marked.any():
             findings.append(_marks(texts, numbers, marked, places))
+        elif name in conventions.undecided and (unsure := ambiguous_cells(texts)).any():
+            findings.append(_decimals(texts, numbers, unsure, places))
         _add_zeros(texts, places, findings)
         _add_unreadable(texts, numbers, "numbers", places, findings)
         return numbers
@@ -175,9 +120,13 @@ def _read_column(
         if _enough(values, filled, count):
             if kind == "dates" and orders.both and reading.dates is None:
                 findings.append(_order(texts, order, orders, conventions.order, places))
+            if kind == "dates":
+                _add_short_years(texts, values, places, findings)
             _add_unreadable(texts, values, kind, places, findings)
             return values
         shares[kind] = values.len() - values.null_count()
+    if reading.dates is not None:
+        _check_order(texts, reading.dates, filled, count, places)
     kind = max(shares, key=lambda kind: shares[kind])
     if shares[kind] >= MIN_MIXED * count:
         values = {"numbers": numbers, "dates": parse_dates(texts, order), "times": parse_times(texts)}.get(kind, truth)
@@ -199,6 +148,14 @@ def _marks(texts: pl.Series, numbers: pl.Series, marked: pl.Series, places: Plac
     return Finding(texts.name, "marks", cells, f"column {texts.name}: {example}{more}")
 
 
+def _decimals(texts: pl.Series, numbers: pl.Series, unsure: pl.Series, places: Places) -> Finding:
+    """Return a finding about numbers with a point that could be between thousands."""
+    cell = cells_of(texts, unsure, places)[0]
+    value = numbers[int(unsure.arg_true()[0])]
+    note = f"column {texts.name}: {shown(cell.text)} in {cell.place} is read as {value:.15g}"
+    return Finding(texts.name, "decimals", [], f"{note}, as the point is the decimal mark of other columns")
+
+
 def _add_unreadable(texts: pl.Series, values: pl.Series, kind: str, places: Places, findings: list[Finding]) -> None:
     """Append a finding about the cells that are not of the kind of their column."""
     unreadable = values.is_null() & texts.is_not_null()
@@ -215,7 +172,7 @@ def _add_zeros(texts: pl.Series, places: Places, findings: list[Finding]) -> Non
     if zeros.any():
         cells = cells_of(texts, zeros, places)
         note = (
-            f"column {texts.name}: {describe_cells(cells)} {_are(cells)} read as a number, without the zero; the "
+            f"column {texts.name}: {describe_cells(cells)} {are(cells)} read as a number, without the zero; the "
             "option categorical keeps a column of codes as it is"
         )
         findings.append(Finding(texts.name, "zeros", cells, note))
@@ -247,7 +204,31 @@ def _order(
     else:
         both = parse_dates(texts, "day-first") != parse_dates(texts, "month-first")
         cell = cells_of(texts, both.fill_null(False), places)[0]
-        reason = (
-            f"but {shown(cell.text)} in {cell.place} and all others can be month first too; the option dates decides"
-        )
+        others = f" and {orders.both - 1} other{'s' if orders.both > 2 else ''}" if orders.both > 1 else ""
+        reason = f"but {shown(cell.text)} in {cell.place}{others} can be month first too; the option dates decides"
     return Finding(texts.name, "dates", [], f"column {texts.name}: dates are read {words}, {reason}")
+
+
+def _add_short_years(texts: pl.Series, dates: pl.Series, places: Places, findings: list[Finding]) -> None:
+    """Append a finding about dates whose year has two digits."""
+    short = has_short_year(texts) & dates.is_not_null()
+    if short.any():
+        cells = cells_of(texts, short, places)
+        date = dates[int(short.arg_true()[0])]
+        note = (
+            f"column {texts.name}: {shown(cells[0].text)} in {cells[0].place} is in the year {date.year}; years of two "
+            "digits are 1970 to 2069"
+        )
+        findings.append(Finding(texts.name, "years", [], note))
+
+
+def _check_order(texts: pl.Series, order: DateOrder, filled: pl.Series, count: int, places: Places) -> None:
+    """Raise an error if a column has dates in the other order than the user says."""
+    other: DateOrder = "month-first" if order == "day-first" else "day-first"
+    found = parse_dates(texts, other)
+    if _enough(found, filled, count):
+        cell = cells_of(texts, found.is_not_null() & parse_dates(texts, order).is_null(), places)[0]
+        raise DataError(
+            f"dates must be the order of all dates; got {order!r}, and column {texts.name!r}{places.of_source} has "
+            f"{shown(cell.text)} in {cell.place}. Pass dates={other!r}, or categorical={texts.name!r} to keep its texts"
+        )

@@ -22,7 +22,7 @@ WORDS |= {"not reported", "not recorded", "invalid", "error"}
 SYMBOL = r"^[^\p{L}\p{N}]+$"
 """Marks alone, such as "-" and "..": missing values in a column of numbers."""
 
-INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"
+INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060\u00ad\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def stripped(texts: pl.Series) -> pl.Series:
@@ -32,7 +32,7 @@ def stripped(texts: pl.Series) -> pl.Series:
 
 def without_missing(texts: pl.Series, further: Sequence[str]) -> pl.Series:
     """Return stripped texts, with a null in place of those that stand for a missing value in every column."""
-    given = {text.strip().casefold() for text in further}
+    given = {text.strip().lower() for text in further}
     missing = texts.is_in(list(ALWAYS))
     if given:
         missing |= texts.str.to_lowercase().is_in(list(given))

@@ -19,12 +19,20 @@ def unique_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
     >>> unique_names(["value", "y", "value", ""])[0]
     ['value (column 1)', 'y', 'value (column 3)', 'column_4']
     """
-    tidy = [" ".join(name.split()) or f"column_{i}" for i, name in enumerate(names, 1)]
-    repeated = {name: count for name, count in Counter(tidy).items() if count > 1}
-    unique = [f"{name} (column {i})" if name in repeated else name for i, name in enumerate(tidy, 1)]
+    given = [" ".join(name.split()) for name in names]
+    repeated = {name: count for name, count in Counter(filter(None, given)).items() if count > 1}
+    taken = {name for name in given if name not in repeated}
+    unique = list(given)
+    for i, name in enumerate(given):
+        if not name or name in repeated:
+            number = i + 1
+            while (made := f"{name} (column {number})" if name else f"column_{number}") in taken:
+                number += 1
+            taken.add(made)
+            unique[i] = made
     notes = []
     for name, count in list(repeated.items())[:SHOWN]:
-        new = [changed for changed, old in zip(unique, tidy, strict=True) if old == name]
+        new = [changed for changed, old in zip(unique, given, strict=True) if old == name]
         notes.append(f"{count} columns have the name {name!r}; they are called {' and '.join(map(repr, new[:5]))}")
     return unique, notes
 

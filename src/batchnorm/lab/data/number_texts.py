@@ -10,22 +10,30 @@ from dataclasses import dataclass
 
 import polars as pl
 
-__all__ = ["DecimalMarks", "count_decimal_marks", "only_plain_numbers", "parse_numbers", "plain_numbers"]
+from batchnorm.lab.data.units import CURRENCY, UNIT, split_factor, with_one_unit
 
-CODES = "USD|EUR|GBP|CHF|JPY|CNY|INR|CAD|AUD|NZD|SEK|NOK|DKK|PLN|CZK|BRL|MXN|ZAR"
-CURRENCY = rf"(?:US|CA|AU|NZ|HK|R|A|C|S)?\p{{Sc}}|{CODES}|Rs\.?|Fr\."
-WORD = r"(?:\p{Sc}|[%‰°\"'\u2032\u2033]|[\p{L}µ]+\.?[23²³]?)"
-UNIT = rf"{WORD}(?:[ /·]?{WORD})*"
+__all__ = [
+    "DecimalMarks",
+    "ambiguous_cells",
+    "count_decimal_marks",
+    "count_plain_marks",
+    "only_plain_numbers",
+    "parse_numbers",
+    "plain_numbers",
+]
+
 DIGITS = r"(?:\d[\d.,' ]*\d|\d)[.,]?|[.,]\d+"
 NUMBER = rf"^([-+]?)\s*({CURRENCY})?\s*([-+]?)({DIGITS})(?:[eE]([-+]?\d+))?(\s?)({UNIT})?$"
-FACTORS = {"k": 1e3, "K": 1e3, "M": 1e6, "mn": 1e6, "bn": 1e9, "B": 1e9}
-"""Factors that stand directly behind a number, as in 565K."""
 
 MINUS = r"^[\u2010-\u2015\u2212\ufe63\uff0d]"
+FOOTNOTE = r"(?:^|[^\p{L}\p{No}])\p{No}|\d\p{Lm}"
+"""A raised digit or letter behind a number, or a digit in a circle; behind a letter it belongs to a unit, as in m²."""
+
 APOSTROPHES = "[\u2019`\u00b4]"
 BLANKS = r"[\u00a0\u2007\u2009\u202f\t]"
 
 AMBIGUOUS = r"^[1-9]\d{0,2}[.,]\d{3}$"
+SIGNED_AMBIGUOUS = rf"^[-+]?{AMBIGUOUS[1:]}"
 COMMA_DECIMAL = r"^\d{1,3}(?:\.\d{3})+,\d*$|^\d{1,3}(?:\.\d{3}){2,}$|^\d*,\d*$"
 POINT_DECIMAL = r"^\d{1,3}(?:,\d{2,3})*,\d{3}\.\d*$|^\d{1,3}(?:,\d{2,3})*,\d{3}$|^\d*\.\d*$"
 GROUPED = r"^\d{1,3}(?:[' ]\d{3})+(?:[.,]\d*)?$"
@@ -54,7 +62,8 @@ def plain_numbers(texts: pl.Series) -> pl.Series:
 def _groups(texts: pl.Series) -> pl.DataFrame:
     """Return the parts of numbers; all are null for a text that is none."""
     tidy = (
-        texts.str.normalize("NFKC")
+        texts.set(texts.str.contains(FOOTNOTE).fill_null(False), None)
+        .str.normalize("NFKC")
         .str.replace_all(BLANKS, " ")
         .str.replace(MINUS, "-")
         .str.replace_all(APOSTROPHES, "'")
@@ -76,11 +85,22 @@ def _mantissa(digits: pl.Series) -> pl.Series:
 
 def count_decimal_marks(texts: pl.Series) -> DecimalMarks:
     """Count the numbers of a column that show which decimal mark they have."""
-    digits = _mantissa(_groups(texts.drop_nulls())["digits"]).drop_nulls()
+    possible = texts.filter(texts.str.contains(r"\d[.,]|[.,]\d").fill_null(False))
+    digits = _mantissa(_groups(possible)["digits"]).drop_nulls()
     sure = digits.filter(~digits.str.contains(AMBIGUOUS))
     comma = sure.str.contains(COMMA_DECIMAL) & sure.str.contains("[,.]")
     point = sure.str.contains(POINT_DECIMAL) & sure.str.contains("[,.]") & ~comma
     return DecimalMarks(int(comma.sum()), int(point.sum()), texts.len() - texts.null_count())
+
+
+def count_plain_marks(texts: pl.Series) -> DecimalMarks:
+    """Count the decimal points of a column of plain numbers, none of which is ambiguous."""
+    return DecimalMarks(0, int(texts.str.contains(".", literal=True).sum()), texts.len() - texts.null_count())
+
+
+def ambiguous_cells(texts: pl.Series) -> pl.Series:
+    """Return which plain numbers have a point that could be between thousands, as in 1.234."""
+    return texts.str.contains(SIGNED_AMBIGUOUS).fill_null(False)
 
 
 def parse_numbers(texts: pl.Series, comma: bool) -> tuple[pl.Series, pl.Series]:
@@ -100,11 +120,11 @@ def parse_numbers(texts: pl.Series, comma: bool) -> tuple[pl.Series, pl.Series]:
     [213700.0, 1.3, -1200.0, None]
     """
     plain = plain_numbers(texts)
-    marked = texts.is_not_null() & (plain.is_null() | (texts.str.contains(AMBIGUOUS) & comma))
+    marked = texts.is_not_null() & (plain.is_null() | (texts.str.contains(SIGNED_AMBIGUOUS) & comma))
     if not marked.any():
         return _whole(texts, plain), marked
     rows = marked.arg_true()
-    values = _parse(texts.gather(rows), comma)
+    values = _parse(texts.gather(rows), comma, texts.len() - texts.null_count())
     whole = bool((values.drop_nulls() == values.drop_nulls().round()).all())
     found = plain.scatter(rows, values)
     marked &= found.is_not_null()
@@ -133,7 +153,7 @@ def _whole(texts: pl.Series, plain: pl.Series) -> pl.Series:
     return plain
 
 
-def _parse(texts: pl.Series, comma: bool) -> pl.Series:
+def _parse(texts: pl.Series, comma: bool, numbers: int) -> pl.Series:
     """Return the values of numbers with marks; null for other texts, and for those of less frequent units."""
     parts = _groups(texts)
     digits = _mantissa(parts["digits"])
@@ -149,25 +169,13 @@ def _parse(texts: pl.Series, comma: bool) -> pl.Series:
         .then(pl.col("digits").str.replace_all(".", "", literal=True).str.replace(",", ".", literal=True))
         .otherwise(pl.col("digits").str.replace_all(",", "", literal=True))
     )
-    factor = pl.when(pl.col("blank") == "").then(
-        pl.col("unit").replace_strict(FACTORS, default=None, return_dtype=pl.Float64)
-    )
     negative = (pl.col("sign") + pl.col("inner_sign")) == "-"
     twice = (pl.col("sign") + pl.col("inner_sign")).str.len_chars() > 1
-    unit = pl.concat_str(pl.col("currency").fill_null(""), pl.when(factor.is_null()).then("unit").fill_null(""))
     power = pl.lit("e") + pl.col("exponent").fill_null("0")
+    units = split_factor(parts)
     found = frame.select(
         value=pl.when(valid & ~twice).then((mantissa + power).cast(pl.Float64, strict=False))
-        * factor.fill_null(1.0)
-        * pl.when(negative).then(-1.0).otherwise(1.0),
-        unit=unit.str.to_lowercase().str.replace_all("[ .]", "").str.replace(r"(\p{L}{2})s$", "$1"),
-    )
-    return _of_one_unit(found.with_columns(value=pl.when(pl.col("value").is_finite()).then("value")))
-
-
-def _of_one_unit(found: pl.DataFrame) -> pl.Series:
-    with_unit = found.filter(pl.col("value").is_not_null() & (pl.col("unit") != ""))
-    if not with_unit.height:
-        return found["value"]
-    most = with_unit["unit"].value_counts().sort(["count", "unit"], descending=[True, False])["unit"][0]
-    return found["value"].set(~found["unit"].is_in(["", most]), None)
+        * units["factor"].fill_null(1.0)
+        * pl.when(negative).then(-1.0).otherwise(1.0)
+    )["value"]
+    return with_one_unit(found.set(~found.is_finite().fill_null(True), None), units, numbers)

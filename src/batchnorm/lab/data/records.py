@@ -157,14 +157,14 @@ def read_records(text: str, separator: str, path: Path, *, header_is_row: bool =
     for row in rows:
         if _is_comment(row[1], 0):
             comments.add(row[0])
-            commented = (row[0], [row[1][0].lstrip("# "), *row[1][1:]])
+            commented = row
         elif any(cell.strip() for cell in row[1]):
             break
     else:
         return Records([], 0, pl.DataFrame(), Places())
     header, first = row, []
-    if commented and _is_commented_header(commented[1], row[1]):
-        header, first = commented, [row]
+    if commented and _is_commented_header(commented, row):
+        header, first = (commented[0], _without_hash(commented[1])), [row]
         comments.count -= 1
     may_repeat = not header_is_row and all(_has_letters(cell) for cell in header[1])
     body = _Body(header[1], header[0], may_repeat, comments)
@@ -183,18 +183,46 @@ def read_records(text: str, separator: str, path: Path, *, header_is_row: bool =
 
 def _rows(text: str, separator: str, path: Path) -> Iterator[Row]:
     """Yield the line and the cells of each record that is not empty."""
-    csv.field_size_limit(max(len(text), 1 << 17))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     last = text.count("\n") + (not text.endswith("\n"))
-    line = 1
+    line, header = 1, 0
+    split: list[str] = []
     for row in reader:
         if line < last == reader.line_num and "\n".join(text.split("\n")[line - 1 :]).count('"') % 2:
             raise refusal(
                 path, f'a quote that line {line} opens is not closed; write "" for a quote within a quoted cell'
             )
         if row:
+            if header and reader.line_num > line:
+                split = split or text.split("\n")
+                _check_lines(split, separator, path, (header, line, reader.line_num))
+            elif not header and any(row) and not _is_comment(row, 0):
+                header = line
             yield line, row
         line = reader.line_num + 1
+
+
+def _check_lines(split: Sequence[str], separator: str, path: Path, lines: tuple[int, int, int]) -> None:
+    """Raise an error if rows stand between the first and last line of a record, which two stray quotes have joined.
+
+    A line is such a row if it has as many cells as the header. One with a blank behind a separator is more likely a
+    sentence, unless the header has blanks too.
+    """
+    header, first, last = lines
+    width = split[header - 1].count(separator)
+    spaced = f"{separator} " in split[header - 1]
+    rows = [
+        line
+        for line in range(first, last + 1)
+        if split[line - 1].count(separator) == width > 0 and (spaced or f"{separator} " not in split[line - 1])
+    ]
+    between = [line for line in rows if first < line < last]
+    if 2 * len(between) > last - first - 1 or (rows[:1] == [first] and rows[-1] == last):
+        raise refusal(
+            path,
+            f"a quote joins lines {first} to {last} to one record, and line {(between or [last])[0]} looks like a row; "
+            f'take out the quotes in lines {first} and {last}, or write "" for a quote within a quoted cell',
+        )
 
 
 def _is_comment(cells: Sequence[str], width: int) -> bool:
@@ -204,9 +232,22 @@ def _is_comment(cells: Sequence[str], width: int) -> bool:
     return len(cells) != width or cells[0].startswith("# ")
 
 
-def _is_commented_header(names: Sequence[str], first: Sequence[str]) -> bool:
-    """Return whether a comment has the names of the columns, as numpy.savetxt writes them."""
-    return len(names) == len(first) > 1 and all(names) and not _has_letters(first[0]) and _has_letters("".join(names))
+def _is_commented_header(comment: Row, record: Row) -> bool:
+    """Return whether a comment has the names of the columns: "# size,y", as numpy.savetxt writes it, or "#city,y".
+
+    It is above the first record and has as many names, all different. Above a record that begins with a text, a comment
+    has a blank behind the "#".
+    """
+    names, cells = [name.strip() for name in _without_hash(comment[1])], record[1]
+    if not len(names) == len(cells) == len(set(names)) > 1 or not all(names) or comment[0] + 1 != record[0]:
+        return False
+    if _has_letters(cells[0]) and (comment[1][0].startswith("# ") or names == [cell.strip() for cell in cells]):
+        return False
+    return _has_letters("".join(names))
+
+
+def _without_hash(cells: Sequence[str]) -> list[str]:
+    return [cells[0].lstrip("# "), *cells[1:]]
 
 
 def _has_letters(text: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import polars as pl
 
 from batchnorm.errors import DataError
-from batchnorm.lab.data.findings import Finding, cells_of, describe_cells
+from batchnorm.lab.data.findings import Finding, are, cells_of, describe_cells
 from batchnorm.lab.data.missing import is_placeholder, is_symbol
 from batchnorm.lab.data.places import Places, shown
 from batchnorm.lab.data.target import MAX_NUMERIC_CLASSES, Task
@@ -44,9 +44,11 @@ def check_target(
             kind = "true and false" if column.dtype == pl.Boolean else kind
             raise DataError(
                 f"a target of {kind} must not have other cells; in {column.name!r}{places.of_source} there "
-                f"{_is(rules[rule])} {describe_cells(rules[rule].cells)}. Correct it, or pass "
+                f"{are(rules[rule].cells)} {describe_cells(rules[rule].cells)}. Correct it, or pass "
                 f"missing={rules[rule].cells[0].text!r} to leave out such rows{keep}"
             )
+    if task is None and "marks" in rules:
+        _check_marks(column, rules["marks"], places, keep)
     if column.dtype == pl.String:
         _check_texts(column, places, keep)
     elif column.dtype.is_float() and task is None:
@@ -58,8 +60,17 @@ def _are_few(column: pl.Series, finding: Finding) -> bool:
     return 2 * sum(cell.count for cell in finding.cells) <= column.len() - column.null_count()
 
 
-def _is(finding: Finding) -> str:
-    return "is" if sum(cell.count for cell in finding.cells) == 1 else "are"
+def _check_marks(column: pl.Series, finding: Finding, places: Places, keep: str) -> None:
+    """Refuse a few numbers with further marks, such as "1-", among whole numbers that look like classes."""
+    known = column.drop_nulls()
+    if not column.dtype.is_numeric() or known.n_unique() > MAX_NUMERIC_CLASSES:
+        return
+    if sum(cell.count for cell in finding.cells) <= MAX_STRAY * known.len():
+        raise DataError(
+            f"a target of classes must not have numbers with further marks; in {column.name!r}{places.of_source} there "
+            f"{are(finding.cells)} {describe_cells(finding.cells)}. Correct it, or pass "
+            f"missing={finding.cells[0].text!r} to leave out such rows{keep}"
+        )
 
 
 def _check_texts(column: pl.Series, places: Places, keep: str) -> None:

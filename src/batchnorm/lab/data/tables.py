@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def _read_file(path: Path, reading: Reading) -> ReadFrame:
         raise
     except PermissionError as error:
         raise DataError(f"data must be readable; {str(path)!r} is not") from error
-    except (PolarsError, UnicodeError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except (PolarsError, csv.Error, UnicodeError, ValueError, OSError, zipfile.BadZipFile) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")[:120]
         if kind == "npz":  # numpy advises to load it unsafely
             reason = "it is not an archive of numbers, texts or dates"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import polars as pl
@@ -32,6 +33,7 @@ def read_text_table(path: Path, reading: Reading) -> ReadFrame:
     """
     text, notes = read_text(path)
     text, separator = split_separator_line(text)
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))
     separator = separator or ("\t" if kind_of(path) == "tsv" and "\t" in text else separator_of(text))
     if separator is None and (tabbed := as_tabbed(text)) is not None:
         text, separator = tabbed, "\t"
