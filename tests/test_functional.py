@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import batchnorm as bn
+from support import randn
 
 
 def statistics():
@@ -77,3 +78,16 @@ def test_bad_input_is_refused_with_the_rule_and_the_value(message):
 def test_an_operand_that_is_no_tensor_is_refused(name, value, type_name):
     with pytest.raises(bn.InputTypeError, match=f"^{name} must be a tensor; got {type_name}$"):
         bn.batch_norm(torch.randn(4, 3), None, None, training=True, **{name: value})
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["batch_norm", "normalize"])
+def test_a_trace_computes_the_function(name):
+    def traced(x):
+        if name == "batch_norm":
+            return bn.batch_norm(x, torch.zeros(3), torch.ones(3), training=True)
+        return bn.normalize(x, bn.Stats(torch.zeros(3), torch.ones(3), torch.tensor(0)))[0]
+
+    graph = torch.jit.trace(traced, randn(8, 3))
+    x = 5 * randn(6, 3, seed=1)
+    assert torch.equal(graph(x), traced(x))

@@ -182,3 +182,13 @@ class Computed(bn.BatchNorm1d):
 
 def test_an_eps_that_a_subclass_computes_is_used():
     torch.testing.assert_close(Computed(3).eval()(torch.ones(2, 3)), torch.full((2, 3), 0.5))
+
+
+def test_a_pickle_of_a_version_without_the_property_has_its_eps():
+    layer, x = bn.BatchNorm1d(3, eps=0.5, activation="relu").eval(), randn(4, 3)
+    state = layer.__getstate__()
+    del state["_eps"]
+    loaded = bn.BatchNorm1d.__new__(bn.BatchNorm1d)
+    loaded.__setstate__(state)
+    assert loaded.eps == 0.5
+    assert torch.equal(loaded(x), layer(x))

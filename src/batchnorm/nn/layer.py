@@ -123,12 +123,17 @@ class Layer(Scriptable):
         context = self._after_hooks(context, input, mask)  # after an overridden input has come back unwrapped
         check_dense(input)
         dim = 1 if self.channel_dim == 1 else dimension_of_channels(input, self.channel_dim)
-        sized = [each for each in (*self.weight_and_bias(), *self.statistics_in(context)[:2]) if each is not None]
-        if sized and input.shape[dim] != sized[0].numel():  # as in torch, num_features is not asked
+        (weight, bias), (mean, var, _) = self.weight_and_bias(), self.statistics_in(context)
+        sized = next((each for each in (weight, bias, mean, var) if each is not None), None)
+        if sized is not None and input.shape[dim] != sized.numel():  # as in torch, num_features is not asked
             label = "" if compiling else label_of(self)  # a graph sees no frames
-            refuse_channels(input, dim, sized[0].numel(), self.num_features, label)
+            refuse_channels(input, dim, sized.numel(), self.num_features, label)
         batch = arrange(input, residual, mask, dim)
-        return restore(self._normalize(batch, plans if dim == 1 else None, context), batch, dim)
+        of_domain = "" if context.domain is None else f"_{context.domain}"
+        per_channel = {"weight": weight, "bias": bias, f"running_mean{of_domain}": mean, f"running_var{of_domain}": var}
+        check(batch.x, batch.residual, batch.mask, **per_channel)
+        operands = Operands(batch.x, weight, bias, batch.residual, batch.mask)
+        return restore(self._normalize(operands, batch, plans if dim == 1 else None, context), batch, dim)
 
     def _after_hooks(self, context: LayerContext, x: Tensor, mask: Tensor | None) -> LayerContext:
         """Call the hooks of open contexts, and return the context with the statistics that the last of them gave."""
@@ -149,13 +154,8 @@ class Layer(Scriptable):
             self.count_samples(x.shape[0])
         return y
 
-    def _normalize(self, batch: Batch, plans: Plans | None, context: LayerContext) -> Tensor:
+    def _normalize(self, operands: Operands, batch: Batch, plans: Plans | None, context: LayerContext) -> Tensor:
         """Return y for a batch, and add a plan for later batches like it to the plans, where they are given."""
-        (weight, bias), (mean, var, _) = self.weight_and_bias(), self.statistics_in(context)
-        of_domain = "" if context.domain is None else f"_{context.domain}"
-        sized = {"weight": weight, "bias": bias, f"running_mean{of_domain}": mean, f"running_var{of_domain}": var}
-        check(batch.x, batch.residual, batch.mask, **sized)
-        operands = Operands(batch.x, weight, bias, batch.residual, batch.mask)
         step = decide(self, batch, context)
         if step.counts and has_processes():
             self.count_samples(batch.samples)

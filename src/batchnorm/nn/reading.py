@@ -10,6 +10,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import fields
 from types import CodeType
+from typing import Any
 
 import torch
 
@@ -53,6 +54,11 @@ class Readable(State):
     def eps(self, value: float) -> None:
         # Torch's extra_repr looks into __dict__; torch.compile may find this property there instead of the number.
         self.__dict__["eps"] = self.__dict__["_eps"] = value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "eps" in self.__dict__:  # older versions kept it under this name alone
+            self.__dict__.setdefault("_eps", self.__dict__["eps"])
 
     def _answer(self, reader: str, names: Collection[str]) -> None:
         """Stop a function by the names that it uses, or warn of it.

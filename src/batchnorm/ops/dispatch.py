@@ -45,8 +45,11 @@ def no_modes() -> bool:
 
 
 def is_unwatched() -> bool:
-    """Return whether there are `no_modes` and no tracer that runs before autograd; a plan's guards check the latter."""
-    return no_modes() and not torch_internals.traces_pre_dispatch()
+    """Return whether nothing records operators: no modes, no tracer before autograd, no torch.jit.trace.
+
+    A plan's guards check the second, and a layer asks for the third before it runs a plan.
+    """
+    return no_modes() and not torch_internals.traces_pre_dispatch() and torch_internals.jit_tracing_state() is None
 
 
 def records_gradients() -> bool:
