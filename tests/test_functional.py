@@ -80,7 +80,7 @@ def test_an_operand_that_is_no_tensor_is_refused(name, value, type_name):
         bn.batch_norm(torch.randn(4, 3), None, None, training=True, **{name: value})
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", ["batch_norm", "normalize"])
 def test_a_trace_computes_the_function(name):
     def traced(x):
