@@ -40,8 +40,8 @@ def freeze_by_hand(norm):
     return scale, norm.bias - norm.running_mean * scale
 
 
-def to_group_norm(norm):
-    return nn.GroupNorm(2, norm.num_features, norm.eps)
+def to_torchs_layer(norm):
+    return nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)
 
 
 READERS = {
@@ -50,7 +50,7 @@ READERS = {
     "convert_sync_batchnorm": nn.SyncBatchNorm.convert_sync_batchnorm,
     "fuse_by_hand": lambda norm: fuse_by_hand(nn.Conv2d(3, 4, 3), norm),
     "freeze_by_hand": freeze_by_hand,
-    "to_group_norm": to_group_norm,
+    "to_torchs_layer": to_torchs_layer,
 }
 
 
@@ -151,12 +151,38 @@ def standardized(layer, x):
 
 
 @compiles
-def test_a_compiled_function_is_answered_or_stopped_too():
-    compiled = torch.compile(standardized, backend="eager")
-    layer, x = bn.BatchNorm1d(3, virtual_batch_size=2).eval(), randn(4, 3)
-    torch.testing.assert_close(compiled(layer, x), layer(x))
-    with pytest.raises(bn.UnsupportedError, match="activation='relu'"):
-        compiled(bn.BatchNorm1d(3, activation="relu"), x)
+def test_a_compiled_function_gets_the_number():
+    layer, x = bn.BatchNorm1d(3, activation="relu").eval(), randn(4, 3)
+    compiled = torch.compile(standardized, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(layer, x).relu(), layer(x))
+    scaled = torch.compile(lambda x: x * layer.eps, backend="eager", fullgraph=True)
+    torch.testing.assert_close(scaled(x), x * 1e-5)
+
+
+class Stretched(bn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x) * (1 + self.eps)
+
+
+@compiles
+def test_a_compiled_subclass_may_use_eps_beside_the_forward_of_its_base():
+    layer, x = Stretched(3, activation="relu", eps=0.5).eval(), randn(4, 3)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), (x / 1.5**0.5).relu() * 1.5)
+
+
+def logged(layer):
+    return {"eps": layer.eps, "num_features": layer.num_features}
+
+
+def to_group_norm(norm):
+    return nn.GroupNorm(2, norm.num_features, norm.eps)
+
+
+def test_a_function_that_logs_settings_or_builds_another_kind_of_layer_gets_them():
+    layer = bn.BatchNorm1d(4, activation="relu", channel_dim=-1)
+    assert logged(layer) == {"eps": 1e-5, "num_features": 4}
+    assert to_group_norm(layer).num_channels == 4
 
 
 class Scaled(bn.BatchNorm1d):

@@ -7,7 +7,6 @@ Functions that fuse, freeze or replace a layer take it for torch's, because it i
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
 from dataclasses import fields
 from types import CodeType
 from typing import Any
@@ -23,10 +22,10 @@ __all__ = ["AT_INFERENCE", "Readable", "lost_in_training", "options_at_inference
 AT_INFERENCE = ("activation", "channel_dim")
 """The options that change what a layer computes at inference."""
 
-OF_TOOLS = frozenset(("running_var", "num_features", "affine", "track_running_stats"))
-"""A function that uses one of these names beside eps computes torch's formula, or builds another layer.
+TOOL_SIGNS = ({"running_var"}, {"affine", "track_running_stats"}, {"momentum", "num_features"})
+"""A function that uses all names of one of these sets beside eps computes torch's formula, or builds torch's layer.
 
-One that uses ``momentum`` too builds a layer that trains.
+One that uses ``momentum`` builds a layer that trains.
 """
 
 
@@ -42,9 +41,7 @@ class Readable(State):
         UnsupportedError
             The function that asks for it takes the layer for torch's, and an option makes torch's formula wrong.
         """
-        if torch.compiler.is_compiling():  # a graph sees no frames
-            self._answer("a compiled function", OF_TOOLS)
-        else:
+        if not torch.compiler.is_compiling():  # a graph sees no frames, so a compiled function gets the number
             frame = sys._getframe(1)
             if frame.f_locals.get("self") is not self:  # a method of a subclass knows the options
                 self._answer(frame.f_code.co_name, _words(frame.f_code))
@@ -60,12 +57,12 @@ class Readable(State):
         if "eps" in self.__dict__:  # older versions kept it under this name alone
             self.__dict__.setdefault("_eps", self.__dict__["eps"])
 
-    def _answer(self, reader: str, names: Collection[str]) -> None:
+    def _answer(self, reader: str, names: set[str]) -> None:
         """Stop a function by the names that it uses, or warn of it.
 
         An option whose name or value is among the names, as in ``F.relu(...)``, is one that the function knows.
         """
-        if OF_TOOLS.isdisjoint(names):
+        if not any(names >= sign for sign in TOOL_SIGNS):
             return
         kind = f"{type(self).__name__}({self.num_features})"
         options = [
