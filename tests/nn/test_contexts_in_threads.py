@@ -218,3 +218,24 @@ def test_tasks_of_one_thread_in_different_contexts_get_the_outputs_of_each_alone
     for name, values in before.items():
         assert torch.equal(values, dict(model.named_buffers())[name]), name
     assert left_behind(model) == state
+
+
+def test_threads_that_open_contexts_for_a_layer_and_new_ones_leave_no_trace_of_them():
+    layer, failed = bn.BatchNorm1d(2), []
+
+    def work():
+        try:
+            for _ in range(300):
+                with bn.no_stat_updates(nn.ModuleList([layer, bn.BatchNorm1d(2)])):
+                    pass
+        except RuntimeError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    with bn.no_stat_updates(layer):
+        assert len(layer.step_state.key.groups) == 1

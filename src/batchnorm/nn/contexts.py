@@ -6,6 +6,7 @@ on the layers themselves: other threads and tasks see none of them, and copies, 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import sys
 import threading
@@ -35,14 +36,15 @@ class LayerKey:
     Attributes
     ----------
     name : str
-    groups : dict of frozenset
-        The names of all layers of each context that this layer was in. Compiled code of equal blocks is the same for
-        all layers of such a group, where it would be compiled anew for each name.
+    groups : dict of str
+        The groups of the open contexts that this layer is in. Compiled code of equal blocks is the same for all layers
+        of such a group, where it would be compiled anew for each name. The groups of contexts that have been left are
+        dropped when the next one is entered.
     """
 
     def __init__(self) -> None:
         self.name = f"layer_{next(_NUMBERS)}"
-        self.groups: dict[str, frozenset[str]] = {}
+        self.groups: dict[str, None] = {}
 
 
 class Adapted(NamedTuple):
@@ -106,7 +108,7 @@ _ENTERED: ContextVar[tuple[OpenContext, ...]] = ContextVar("batchnorm contexts",
 _THREAD = threading.local()
 _LOCK = threading.RLock()  # a deleted layer may end a context at any moment
 _NUMBERS = itertools.count()
-_open = 0  # contexts of all threads: the lookup is skipped while there is none
+_OPEN: dict[int, str | None] = {}  # the groups of all threads' contexts: the lookup is skipped while there is none
 
 
 class OpenContext:
@@ -125,25 +127,25 @@ class OpenContext:
     def __init__(self, settings: Mapping[LayerKey, Setting]) -> None:
         self.settings = {key.name: setting for key, setting in settings.items()}
         self.group = _group(settings) if _are_same(settings.values()) else None
+        self._keys = () if self.group is None else tuple(settings)
         self.at_end: list[Callable[[], object]] = []
         self.is_open = False
         self.number = next(_NUMBERS)
 
     def enter(self) -> None:
         """Put the settings in force in this thread or task, and in those that inherit its contextvars."""
-        global _open
         with _LOCK:
-            _open += not self.is_open
             self.is_open = True
+            _OPEN[self.number] = self.group
+            self._join()
         if self not in _ENTERED.get():
             _ENTERED.set((*_entered(), self))
 
     def leave(self) -> None:
         """End the settings everywhere; a second call does nothing."""
-        global _open
         with _LOCK:
             was_open, self.is_open = self.is_open, False
-            _open -= was_open
+            _OPEN.pop(self.number, None)
         if was_open:
             _ENTERED.set(tuple(_entered()))
             self.narrow()
@@ -162,6 +164,15 @@ class OpenContext:
         """Undo `stay`."""
         _THREAD.staying = [each for each in _staying() if each[0] is not self]
 
+    def _join(self) -> None:
+        still_open = set(_OPEN.copy().values())  # a copy, as a deleted layer may end a context meanwhile
+        for key in self._keys:
+            for group in tuple(key.groups):
+                if group not in still_open:
+                    del key.groups[group]
+            if self.group is not None:
+                key.groups[self.group] = None
+
 
 def _are_same(settings: Collection[Setting]) -> bool:
     """Return whether all settings are the same and nothing in them belongs to one layer."""
@@ -172,20 +183,16 @@ def _are_same(settings: Collection[Setting]) -> bool:
 
 
 def _group(keys: Collection[LayerKey]) -> str:
-    names, first = frozenset(key.name for key in keys), next(iter(keys))
-    group = next((group for group, members in first.groups.items() if members == names), None)
-    if group is None:
-        group = f"group_{next(_NUMBERS)}"
-        for key in keys:
-            key.groups[group] = names
-    return group
+    """Return a name that is the same for each context of these layers, as compiled code knows the group by it."""
+    names = " ".join(sorted(key.name for key in keys))
+    return f"group_{hashlib.sha256(names.encode()).hexdigest()}"
 
 
 def in_force(key: LayerKey, compiling: bool = False) -> LayerContext:
     """Return the settings for a layer in this thread and task."""
     if compiling:
         return _traced(key) if _VIEW.has_contexts else PLAIN
-    return _merged(key.name) if _open else PLAIN
+    return _merged(key.name) if _OPEN else PLAIN
 
 
 def _traced(key: LayerKey) -> LayerContext:
@@ -206,7 +213,7 @@ class _View(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name == "has_contexts":
-            return bool(_open and _contexts())
+            return bool(_OPEN and _contexts())
         if name == "shared":
             return _shared()
         if name.startswith("layer_"):
