@@ -76,9 +76,18 @@ class Buffers(TorchBatchNorm):
 
     @property
     def domain_names(self) -> list[str]:
-        """The domains that have running statistics of their own."""
-        prefix = f"{STATISTICS[0]}_"
-        return [name.removeprefix(prefix) for name in self._buffers if name.startswith(prefix)]
+        """The domains that have running statistics of their own; a subclass may have buffers with similar names."""
+        buffers, prefix = self._buffers, f"{STATISTICS[0]}_"
+        suffixes = [name.removeprefix(prefix) for name in buffers if name.startswith(prefix)]
+        return [domain for domain in suffixes if all(f"{kind}_{domain}" in buffers for kind in STATISTICS)]
+
+    def statistics_names(self) -> list[str]:
+        """Return the names of the buffers of running statistics: the layer's own, and those of its domains."""
+        return [named(kind, domain) for domain in (None, *self.domain_names) for kind in STATISTICS]
+
+    def count_names(self) -> list[str]:
+        """Return the names of the counts that no state dict has."""
+        return [SKIPPED, *(named(SAMPLES, domain) for domain in (None, *self.domain_names))]
 
     def running_statistics(self, domain: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the running mean, the running variance and the count of batches of a domain."""
@@ -89,7 +98,8 @@ class Buffers(TorchBatchNorm):
 
     def buffers_torch_lacks(self) -> list[str]:
         """Return the names of the buffers that torch's layers do not have: counts, and the statistics of domains."""
-        return [name for name in self._buffers if name.startswith((*COUNTS, *(f"{kind}_" for kind in STATISTICS)))]
+        names = {*self.count_names(), *self.statistics_names()}.difference(STATISTICS)
+        return [name for name in self._buffers if name in names]
 
     # Changes that come from outside of the layer. They reach one set of running statistics, and none that is frozen.
 
@@ -114,14 +124,14 @@ class Buffers(TorchBatchNorm):
         set_name = self.name_to_set(name)
         if set_name is not None:
             super().register_buffer(set_name, tensor, persistent)
-            if set_name.startswith(STATISTICS) and "step_state" in self.__dict__:
+            if "step_state" in self.__dict__ and set_name in self.statistics_names():
                 self.remember_values()
 
     def name_to_set(self, name: str) -> str | None:
         """Return the name of the buffer that is meant by ``layer.name = ...``, of the active domain; None if frozen."""
         if not name.startswith(STATISTICS) or name not in self._buffers or is_filling():
             return name
-        if "step_state" not in self.__dict__:
+        if "step_state" not in self.__dict__ or name not in self.statistics_names():
             return name
         name = named(name, self.active_domain) if name in STATISTICS else name
         return None if self.leaves(name, f"setting {name}") else name
@@ -147,10 +157,11 @@ class Buffers(TorchBatchNorm):
 
     def remember_values(self) -> None:
         """Keep a second reference to the memory of running statistics, for `restore_precision`."""
+        names = self.statistics_names()
         self.step_state.memory = {
             name: (weakref.ref(buffer), buffer.detach())
             for name, buffer in self._buffers.items()
-            if name.startswith(STATISTICS) and buffer is not None and not is_lazy(buffer) and not is_narrow(buffer)
+            if name in names and buffer is not None and not is_lazy(buffer) and not is_narrow(buffer)
         }
 
     @torch.no_grad()
@@ -222,8 +233,9 @@ class Buffers(TorchBatchNorm):
 
     def drop_counts(self) -> None:
         """Set the counts on the meta device to None: nothing but the layer gives them a value."""
-        for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.is_meta and name.startswith(COUNTS):
+        for name in self.count_names():
+            count = self._buffers.get(name)
+            if count is not None and count.is_meta:
                 self._buffers[name] = None
 
     def register_domain(self, domain: str) -> None:

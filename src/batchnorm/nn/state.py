@@ -89,10 +89,15 @@ class State(RunningBuffers):
             value: Any = self.statistics_in(context)[STATISTICS.index(name)]
         else:
             value = super().__getattr__(name)
-        if name.startswith(COUNTS) and value is None:
+        if value is None and name.startswith(COUNTS) and name in self.count_names():
             self.begin_counts()
             return self._buffers[name]
-        if name.startswith("num_batches_tracked") and value is not None and self.frozen_statistics:
+        if (
+            name.startswith("num_batches_tracked")
+            and value is not None
+            and self.frozen_statistics
+            and name in self.statistics_names()
+        ):
             return value.clone()  # ``layer.num_batches_tracked *= 0`` changes it before it sets it
         return value
 
@@ -163,14 +168,14 @@ class State(RunningBuffers):
         """
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and not is_lazy(buffer)}
         on_meta = {name for name, values in (*self._parameters.items(), *before.items()) if _is_on_meta(values)}
-        kept = (*COUNTS, *STATISTICS) if self.frozen_statistics else COUNTS
+        kept = {*self.count_names(), *(self.statistics_names() if self.frozen_statistics else ())}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             assert new is not None
             if is_narrow(new) and not is_narrow(old):
                 self._buffers[name] = old.to(new.device)
-            elif new is not old and name.startswith(kept) and not (old.is_meta or new.is_meta):
+            elif new is not old and name in kept and not (old.is_meta or new.is_meta):
                 new.copy_(old)
         if on_meta:
             self._fill(on_meta)
