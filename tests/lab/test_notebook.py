@@ -74,6 +74,15 @@ def test_run_json_in_a_given_folder_is_that_of_the_command_line(tmp_path):
     assert "claims" not in content["result"]
 
 
+def test_the_call_in_a_report_has_the_options_that_say_how_the_data_is_read(tmp_path):
+    x, y = load_diabetes(return_X_y=True)
+    options = {"name": "sugar", "task": "regression", "numeric": ["x1"], "categorical": ["x2"], "missing": ["-1"]}
+    bn.lab.compare(x, y, **options, dates="day-first", **QUICK, jobs=1, out=tmp_path / "kept")
+    call = json.loads((tmp_path / "kept" / "run.json").read_text())["command"]
+    for option, value in {**options, "dates": "day-first"}.items():
+        assert f"{option}={value!r}" in call
+
+
 class Frame:
     """A data frame as pandas has them: columns, and each by its name."""
 

@@ -11,11 +11,13 @@ from typing import Annotated, Literal
 import typer
 
 from batchnorm.cli.options import (
+    Categorical,
     Data,
     Dates,
     Header,
     Json,
     Missing,
+    Numeric,
     Quiet,
     Target,
     at_least,
@@ -46,8 +48,8 @@ def compare(
     task: Annotated[
         Task | None, typer.Option(help="Kind of target (default: inferred from the column).", metavar=one_of(Task))
     ] = None,
-    numeric: Annotated[str | None, typer.Option(help="Columns to treat as numbers.", metavar="A,B")] = None,
-    categorical: Annotated[str | None, typer.Option(help="Columns to treat as categories.", metavar="A,B")] = None,
+    numeric: Numeric = None,
+    categorical: Categorical = None,
     missing: Missing = None,
     dates: Dates = None,
     header: Header = None,

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.options import SOURCES, Dates, Header, Json, Missing, Target, one_of
+from batchnorm.cli.options import (
+    SOURCES,
+    Categorical,
+    Dates,
+    Header,
+    Json,
+    Missing,
+    Numeric,
+    Target,
+    one_of,
+    parse_names,
+)
 from batchnorm.lab.data.sources import check_source
 from batchnorm.lab.training.settings import Activation
 
@@ -21,6 +32,8 @@ def explain(
         typer.Argument(help=f"Data set of the 4 rows (default: the example of the notes): {SOURCES}.", metavar="DATA"),
     ] = None,
     target: Target = None,
+    numeric: Numeric = None,
+    categorical: Categorical = None,
     missing: Missing = None,
     dates: Dates = None,
     header: Header = None,
@@ -45,9 +58,8 @@ def explain(
     from batchnorm.lab.teaching.from_table import from_table
     from batchnorm.lab.teaching.worked_example import NOTES, worked_example
 
-    batch = (
-        NOTES if data is None else from_table(read_table(data, target, reading=Reading(missing or [], dates, header)))
-    )
+    reading = Reading(missing or [], dates, header, parse_names(numeric), parse_names(categorical))
+    batch = NOTES if data is None else from_table(read_table(data, target, reading=reading))
     example = worked_example(batch, activation=activation)
     if html is not None:
         write_page(example, html)

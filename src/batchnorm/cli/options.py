@@ -15,12 +15,14 @@ from batchnorm.lab.data.reading import DateOrder
 from batchnorm.lab.data.sources import BUILT_IN_NAMES
 
 __all__ = [
+    "Categorical",
     "Command",
     "Data",
     "Dates",
     "Header",
     "Json",
     "Missing",
+    "Numeric",
     "Quiet",
     "Target",
     "at_least",
@@ -62,6 +64,8 @@ Dates = Annotated[
         metavar=one_of(DateOrder),
     ),
 ]
+Numeric = Annotated[str | None, typer.Option(help="Columns to treat as numbers.", metavar="A,B")]
+Categorical = Annotated[str | None, typer.Option(help="Columns to treat as categories.", metavar="A,B")]
 Header = Annotated[
     bool | None,
     typer.Option("--header/--no-header", help="Whether line 1 of a text file names the columns.", show_default=False),

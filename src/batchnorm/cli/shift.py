@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.options import Data, Dates, Header, Json, Missing, at_least, between, parse_names
+from batchnorm.cli.options import (
+    Categorical,
+    Data,
+    Dates,
+    Header,
+    Json,
+    Missing,
+    Numeric,
+    at_least,
+    between,
+    parse_names,
+)
 from batchnorm.errors import InputError
 from batchnorm.lab.data.sources import check_source
 
@@ -29,6 +40,8 @@ def shift(
     columns: Annotated[
         str | None, typer.Option(help="Columns of the features, in the order of the model's inputs.", metavar="A,B")
     ] = None,
+    numeric: Numeric = None,
+    categorical: Categorical = None,
     missing: Missing = None,
     dates: Dates = None,
     header: Header = None,
@@ -75,7 +88,7 @@ def shift(
     from batchnorm.lab.serving.served import load
     from batchnorm.lab.serving.shift import examine, read_rows
 
-    reading = Reading(missing or [], dates, header)
+    reading = Reading(missing or [], dates, header, parse_names(numeric), parse_names(categorical))
     rows = read_rows(data, target, parse_names(columns), reading)
     known = None if reference is None else read_rows(reference, target, parse_names(columns), reading)
     served = load(model, weights)

@@ -122,7 +122,7 @@ def compare(
         dataset.describe(note),
         fitted,
         request=request,
-        command=_call(settings, tests.names),
+        command=_call(request, name, settings),
     )
     if out is None:
         weakref.finalize(run, shutil.rmtree, run.folder, ignore_errors=True)
@@ -135,11 +135,14 @@ def _listed(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
 
-def _call(settings: Mapping[str, Any], claims: list[str]) -> str:
-    """Return the call with its settings, for the report."""
-    function = "study" if claims == list(CLAIMS) else "compare"
-    given = {**settings, **({"claims": claims} if claims and function == "compare" else {})}
-    return f"bn.lab.{function}({', '.join(['X', 'y', *(f'{name}={value!r}' for name, value in given.items())])})"
+def _call(request: Request, name: str, settings: Mapping[str, Any]) -> str:
+    """Return the call with the options that were given and its settings, for the report."""
+    function = "study" if list(request.claims) == list(CLAIMS) else "compare"
+    names = ["task", "numeric", "categorical", "missing", "dates", *(["claims"] if function == "compare" else [])]
+    given = [] if name == "data" else [("name", name)]
+    given += [(option, getattr(request, option)) for option in names if getattr(request, option)]
+    given += settings.items()
+    return f"bn.lab.{function}({', '.join(['X', 'y', *(f'{name}={value!r}' for name, value in given)])})"
 
 
 def study(X: Any, y: Any, **options: Any) -> Comparison:

@@ -65,3 +65,20 @@ def test_a_stray_cell_of_the_target_is_an_error_that_names_file_line_and_option(
         "error: a target of numbers must not have other cells; in 'size' of 'hyphen.csv' there is '-' in line 42. "
         "Correct it, or pass --missing '-' to leave out such rows, or pass --categorical 'size' to keep it as a class"
     )
+
+
+@pytest.mark.parametrize("command", [["compare"], ["explain"], ["shift", "trained_model:model"]])
+@pytest.mark.parametrize("option", ["--numeric", "--categorical"])
+def test_every_command_takes_the_options_that_notes_name(folder, command, option):
+    error = usage_error(*command, "mark.csv", option, "Size", cwd=folder)
+    assert f"{option} must name columns of the data; got 'Size'" in error
+    assert "did you mean 'size'?" in error
+
+
+def test_explain_takes_a_column_with_many_texts_as_numbers_if_asked(folder):
+    rows = [f"{i % 7 if i % 4 else 'none at all'},{i * 5 % 13},{i * 3 % 8},{i % 2}" for i in range(40)]
+    (folder / "texts.csv").write_text("\n".join(["size,rooms,age,y", *rows]))
+    note = "the option numeric takes the others as missing"
+    assert note in " ".join(run_command("explain", "texts.csv", cwd=folder).stdout.split())
+    done = " ".join(run_command("explain", "texts.csv", "--numeric", "size", cwd=folder).stdout.split())
+    assert "'none at all' in line 2 and 9 other cells are no numbers and taken as missing" in done

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from batchnorm.errors import DataError
 
-__all__ = ["first_names", "suggestion", "unique_names", "unknown_column"]
+__all__ = ["check_columns", "first_names", "suggestion", "unique_names", "unknown_column"]
 
 SHOWN = 30
 
@@ -53,6 +53,14 @@ def suggestion(name: str, names: Sequence[str]) -> str:
     close = [folded] if folded in by_fold else get_close_matches(folded, by_fold, n=1, cutoff=0.7)
     close = close or [other for other in by_fold if other.startswith(f"{folded} (column ")]
     return f"; did you mean {by_fold[close[0]]!r}?" if close else ""
+
+
+def check_columns(numeric: Sequence[str], categorical: Sequence[str], names: Sequence[str]) -> None:
+    """Raise `DataError` if an option names a column that the data lacks."""
+    for rule, columns in (("numeric", numeric), ("categorical", categorical)):
+        for column in columns:
+            if column not in names:
+                raise unknown_column(f"{rule} must name columns of the data", column, names)
 
 
 def unknown_column(rule: str, name: str, names: Sequence[str]) -> DataError:

@@ -16,7 +16,7 @@ from batchnorm.lab.data.array_files import read_array_file
 from batchnorm.lab.data.built_in import BUILT_IN, placement
 from batchnorm.lab.data.findings import Finding
 from batchnorm.lab.data.frames import ReadFrame, read_cells
-from batchnorm.lab.data.names import first_names, unknown_column
+from batchnorm.lab.data.names import check_columns, first_names, unknown_column
 from batchnorm.lab.data.places import Places
 from batchnorm.lab.data.reading import Reading
 from batchnorm.lab.data.sources import check_source, kind_of
@@ -102,10 +102,12 @@ def read_frame(data: str, reading: Reading = AS_IT_STANDS) -> tuple[str, ReadFra
     """
     if data in BUILT_IN:
         frame = BUILT_IN[data]()
+        check_columns(reading.numeric, reading.categorical, frame.columns)
         return data, ReadFrame(frame, Places.rows(frame.height))
     read = _read_file(Path(data), reading)
     if read.frame.height == 0:
         raise DataError(f"data must have rows; {data!r} has a header and none")
+    check_columns(reading.numeric, reading.categorical, read.frame.columns)
     return Path(data).name.removesuffix(".gz").rpartition(".")[0], read
 
 

@@ -12,14 +12,12 @@ from batchnorm.errors import DataError
 from batchnorm.lab.data.columns import has_scalars, running_index
 from batchnorm.lab.data.stray_targets import check_target
 from batchnorm.lab.data.tables import Table
+from batchnorm.lab.data.target import MAX_NUMERIC_CLASSES
 from batchnorm.lab.teaching.mini_batch import MiniBatch
 
 __all__ = ["from_table"]
 
 ROWS = 4
-MAX_CLASSES = 20
-"""Largest number of different whole numbers that are taken as classes, as the comparison takes them."""
-
 DIGITS = 3
 """Digits after the point of a scaled target, few enough for the cells of the page."""
 
@@ -131,7 +129,7 @@ def _target(column: pl.Series) -> _Target:
     if numeric:
         values = _as_numbers(column)
         known = np.unique(values[np.isfinite(values)])
-        if (known == np.floor(known)).all() and len(known) <= MAX_CLASSES and not column.dtype.is_temporal():
+        if (known == np.floor(known)).all() and len(known) <= MAX_NUMERIC_CLASSES and not column.dtype.is_temporal():
             groups = np.searchsorted(known, values)
             if set(known) <= {0.0, 1.0}:
                 return _Target(values, groups)
