@@ -223,6 +223,63 @@ def test_a_compiled_model_is_adapted_too():
     assert torch.equal(compiled(x), expected)
 
 
+# Adaptations that outlast what they were made for
+
+
+@pytest.mark.parametrize("loader", [None, [rows()]], ids=["each batch", "a loader"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cell_that_is_run_twice_leaves_nothing_in_force_after_undo(kind, loader):
+    layer, x = kind(4).double().eval(), rows()
+    expected = layer(x)
+    for _ in range(2):
+        adaptation = bn.adapt(layer, loader)
+    adapted = layer(x)
+    with bn.adapt(layer, [rows() + 9]):
+        assert not torch.equal(layer(x), adapted)
+    assert torch.equal(layer(x), adapted)
+    adaptation.undo()
+    assert torch.equal(layer(x), expected)
+
+
+def test_an_adaptation_of_another_domain_stays_when_its_handle_is_gone():
+    layer, x = bn.add_domains(bn.BatchNorm1d(4).double(), ["a", "b"]).eval(), rows()
+    for domain in ("a", "b"):
+        with bn.use_domain(layer, domain):
+            adaptation = bn.adapt(layer, [x])
+    with bn.use_domain(layer, "a"):
+        assert not torch.equal(layer.running_mean, layer.running_mean_a)
+    adaptation.undo()
+
+
+def test_keep_leaves_layers_frozen_since_with_a_warning():
+    model = network()
+    adaptation = bn.adapt(model, [rows()])
+    before, adapted = copied_buffers(model), model[3].running_mean.clone()
+    bn.freeze(model[1])
+    with pytest.warns(UserWarning, match="keep.. leaves frozen running statistics as they are"):
+        adaptation.keep()
+    assert torch.equal(model[1].running_mean, before["1.running_mean"])
+    assert torch.equal(model[3].running_mean, adapted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_is_moved_while_adapted_runs_there(kind):
+    layer = kind(4).double().eval()
+    adaptation = bn.adapt(layer, [rows()])
+    layer.to("meta")
+    assert layer.running_mean.device.type == "meta"
+    assert layer(rows().to("meta")).device.type == "meta"
+    adaptation.undo()
+
+
+@pytest.mark.parametrize("loader", [None, [rows()]], ids=["each batch", "a loader"])
+def test_a_handle_that_is_kept_after_undo_keeps_no_settings(loader):
+    model = network()
+    adaptation = bn.adapt(model, loader)
+    adaptation.undo()
+    assert adaptation._context.settings == {}
+
+
 # What is refused
 
 

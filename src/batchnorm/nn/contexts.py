@@ -149,6 +149,7 @@ class OpenContext:
         if was_open:
             _ENTERED.set(tuple(_entered()))
             self.narrow()
+            self.settings = {}  # a handle that is kept keeps none of their tensors
             for finish in self.at_end:
                 finish()
 
@@ -163,6 +164,15 @@ class OpenContext:
     def narrow(self) -> None:
         """Undo `stay`."""
         _THREAD.staying = [each for each in _staying() if each[0] is not self]
+
+    def is_hidden(self) -> bool:
+        """Return whether later contexts in this thread and task hide each of its adaptations."""
+        found = _contexts()
+        later = [each.settings for each in found if each.number > self.number]
+        return self in found and all(
+            any(name in each and _hides(each[name], setting) for each in later)
+            for name, setting in self.settings.items()
+        )
 
     def _join(self) -> None:
         still_open = set(_OPEN.copy().values())  # a copy, as a deleted layer may end a context meanwhile
@@ -180,6 +190,12 @@ def _are_same(settings: Collection[Setting]) -> bool:
     if first is None or first.pool is not None or first.hook is not None or first.hides_adaptations:
         return False
     return all(each is first for each in settings)
+
+
+def _hides(later: Setting, setting: Setting) -> bool:
+    if not later.hides_adaptations or later.adapted is None:
+        return later.hides_adaptations
+    return setting.adapted is not None and setting.adapted.domain == later.adapted.domain
 
 
 def _group(keys: Collection[LayerKey]) -> str:
@@ -229,7 +245,8 @@ _VIEW = _View("batchnorm_contexts_in_force")
 
 
 def _merged(name: str) -> LayerContext:
-    found = [context.settings[name] for context in _contexts() if name in context.settings]
+    settings = [context.settings.get(name) for context in _contexts()]
+    found = [setting for setting in settings if setting is not None]
     if not found:
         return PLAIN
     domain, pool, paused = None, None, False
@@ -255,9 +272,10 @@ def _shared() -> tuple[str | None, LayerContext]:
     """Return the group of layers that all contexts in force are for, and their settings; None where they differ."""
     found = _contexts()
     groups = {context.group for context in found}
-    if len(groups) != 1 or None in groups:
+    name = next(iter(found[0].settings), None) if len(groups) == 1 else None
+    if name is None or None in groups:  # or another thread has left the only context
         return None, PLAIN
-    return found[0].group, _merged(next(iter(found[0].settings)))
+    return found[0].group, _merged(name)
 
 
 def _contexts() -> list[OpenContext]:

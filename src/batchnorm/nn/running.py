@@ -48,7 +48,7 @@ class RunningBuffers(Buffers):
         """Return the running mean, the running variance and the count of batches that a context uses."""
         mean, var, batches = self.running_statistics(context.domain)
         if context.adapted is not None:
-            mean, var = context.adapted
+            mean, var = on_device_of(mean, context.adapted)
         return mean, var, batches
 
     def running_in(self, context: LayerContext, *, update: bool) -> Running:
@@ -58,6 +58,14 @@ class RunningBuffers(Buffers):
         if skipped is None and update and self.counts_skipped():
             skipped = self.new_count()  # the batch must be skipped even where the count cannot be kept
         return Running(mean, var, batches, self.momentum, skipped, self.unbiased, update)
+
+
+def on_device_of(stored: Tensor | None, adapted: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return adapted statistics on the device of the stored ones, for a model that has been moved since."""
+    mean, var = adapted
+    return (
+        adapted if stored is None or stored.device == mean.device else (mean.to(stored.device), var.to(stored.device))
+    )
 
 
 @dataclass(frozen=True)
@@ -80,12 +88,14 @@ class RunningSet:
     @property
     def mean(self) -> Tensor:
         """The running mean (C,)."""
-        return self._stored("running_mean") if self.adapted is None else self.adapted[0]
+        stored = self._stored("running_mean")
+        return stored if self.adapted is None else on_device_of(stored, self.adapted)[0]
 
     @property
     def var(self) -> Tensor:
         """The running variance (C,)."""
-        return self._stored("running_var") if self.adapted is None else self.adapted[1]
+        stored = self._stored("running_var")
+        return stored if self.adapted is None else on_device_of(stored, self.adapted)[1]
 
     @property
     def batches(self) -> Tensor | None:

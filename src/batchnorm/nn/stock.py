@@ -77,7 +77,7 @@ def _following(original: Any) -> type[TorchBatchNorm]:
                 adapted = context_of(self).adapted
                 if adapted is not None:
                     values, stored = adapted[0 if name == "running_mean" else 1], self._buffers[name]
-                    return values if stored is None else values.to(stored.dtype)
+                    return values if stored is None else values.to(stored)
             return original.__getattr__(self, name)
 
         def __setattr__(self, name: str, value: Any) -> None:
@@ -115,7 +115,7 @@ def _following(original: Any) -> type[TorchBatchNorm]:
             buffers = dict(self._buffers)
             for name, values in (("running_mean", mean), ("running_var", var)):
                 stored = buffers[name]
-                buffers[name] = values if stored is None else values.to(stored.dtype)
+                buffers[name] = values if stored is None else values.to(stored)
             layer.__dict__.update(self.__dict__, _buffers=buffers)
             layer.__dict__["track_running_stats"] = self.track_running_stats
             return layer

@@ -9,6 +9,7 @@ prior, the number of samples that the stored statistics (s) count as, and n the 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -65,7 +66,7 @@ class Adaptation(Report):
     def keep(self) -> None:
         """Write the adapted statistics into the stored ones, for all threads and for checkpoints.
 
-        This ends the adaptation, and cannot be undone.
+        This ends the adaptation, and cannot be undone. Layers frozen since stay as they are, with a warning.
 
         Raises
         ------
@@ -128,7 +129,8 @@ def adapt(
 
     The stored statistics stay unchanged, in training as well. The adapted ones are in force in this thread and asyncio
     task until ``undo()`` or the end of ``with batchnorm.adapt(...):``; without ``with``, also in the rest of this
-    thread after the task, or the notebook cell, has ended. A later adaptation replaces an earlier one while it lasts.
+    thread after the task, or the notebook cell, has ended. A later adaptation replaces an earlier one while it lasts,
+    and for good where nothing refers to the earlier `Adaptation` any more, as when a notebook cell is run again.
 
     Parameters
     ----------
@@ -185,7 +187,7 @@ def adapt(
             raise InputError(
                 "forward, device, samples and group need a loader; got none, which adapts to each batch by itself"
             )
-        return Adaptation((), None, prior, _adapt_each_batch(layers, prior), None)
+        return _lasting(Adaptation((), None, prior, _adapt_each_batch(layers, prior), None))
     check_passes(loader, len(layers))
     used = 0
 
@@ -199,7 +201,7 @@ def adapt(
         moments = Measuring(reader, loader, new_statistics, options, replacement).layerwise(layers)
         _outlast(replacement.context, layers)
         report = changes(layers, moments, replacement.stored)
-        return Adaptation(report, used, prior, replacement.context, replacement)
+        return _lasting(Adaptation(report, used, prior, replacement.context, replacement))
 
 
 def _weighted(path: str, layer: TorchBatchNorm, moments: Moments, samples: int, prior: float) -> Statistics:
@@ -233,6 +235,18 @@ def _adapt_each_batch(layers: Layers, prior: float) -> OpenContext:
         context.at_end.append(eager.close)
         _outlast(context, layers)
     return context
+
+
+def _lasting(adaptation: Adaptation) -> Adaptation:
+    """End an adaptation that is deleted while a later one hides it: nobody could undo it any more."""
+    finalizer = weakref.finalize(adaptation, _end_if_hidden, adaptation._context)
+    finalizer.atexit = False
+    return adaptation
+
+
+def _end_if_hidden(context: OpenContext) -> None:
+    if context.is_hidden():
+        context.leave()
 
 
 def _outlast(context: OpenContext, layers: Layers) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from batchnorm.errors import InputError, MissingDependencyError
 from batchnorm.nn.contexts import Adapted, Setting
 from batchnorm.nn.opening import change_setting, open_context
-from batchnorm.nn.running import RunningSet, active_set
+from batchnorm.nn.running import RunningBuffers, RunningSet, active_set
 from batchnorm.processes import process_group_of
 from batchnorm.statistics.batches import BatchReader
 from batchnorm.statistics.forwards import restored, uncompiled, with_input_hook
@@ -65,10 +65,14 @@ class Replacement:
         change_setting(self.context, self._layers[path], HIDING._replace(adapted=adapted))
 
     def keep(self) -> None:
-        """Write the new statistics into the stored ones, and end the replacement."""
+        """Write the new statistics into the stored ones, but for layers frozen since, and end the replacement."""
         self._written = True
         for path, new in self._new.items():
-            self._sets[path].write(*new)
+            layer = self._layers[path]
+            if isinstance(layer, RunningBuffers) and layer.frozen_statistics:
+                layer.warn_of_frozen("keep()", "running statistics")
+            else:
+                self._sets[path].write(*new)
         self.context.leave()
 
     def drop(self) -> None:
