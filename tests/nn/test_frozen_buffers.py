@@ -145,6 +145,15 @@ def test_emptying_keeps_frozen_statistics():
     assert [name for name in changed_names(before, layer) if name.startswith(STATISTICS)] == []
 
 
+def test_the_count_of_batches_of_a_frozen_layer_reads_as_a_copy():
+    layer = frozen()
+    for name in ("num_batches_tracked", "num_batches_tracked_real"):
+        getattr(layer, name).zero_()
+        assert layer._buffers[name] == 1
+    bn.unfreeze(layer).num_batches_tracked.zero_()
+    assert layer._buffers["num_batches_tracked"] == 0
+
+
 def test_recalibration_and_adaptation_leave_frozen_layers():
     model = nn.Sequential(frozen(), bn.BatchNorm1d(4))
     before, rows = copied_state(model[0]), torch.randn(40, 4) + 1
@@ -184,3 +193,9 @@ def test_a_state_dict_is_loaded_by_swapping_tensors():
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert changed_names(copied_state(source), layer) == []
+
+
+def test_running_statistics_cannot_be_swapped_by_hand():
+    layer = bn.BatchNorm1d(4)
+    with pytest.raises(RuntimeError, match="weakref"):
+        torch.utils.swap_tensors(layer.running_mean, torch.zeros(4))

@@ -124,7 +124,24 @@ def test_a_function_that_names_the_activation_knows_of_it():
     assert made_and_read() == (4, 1e-5)
 
 
-def test_a_plain_layer_converts_without_a_word():
+def frozen_without_eps(norm):
+    """Return the output of a frozen layer as transformers' detectors compute it, with an eps of their own."""
+    width = norm.num_features
+    mean, var, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    scale = (weight * (var + 1e-5).rsqrt()).reshape(1, width, 1, 1)
+    return lambda x: x * scale + (bias - mean * scale.flatten()).reshape(1, width, 1, 1)
+
+
+def test_a_tool_that_reads_no_eps_drops_the_activation_and_takes_to_torchs_model():
+    norm, x = bn.BatchNorm2d(4, activation="relu"), randn(2, 4, 3, 3)
+    norm(randn(8, 4, 3, 3) * 3 + 5)
+    expected = norm.eval()(x)
+    assert (frozen_without_eps(norm)(x) - expected).abs().max() > 0.5
+    converted, _ = bn.to_torch(norm)
+    torch.testing.assert_close(converted[1](frozen_without_eps(converted[0])(x)), expected, **CLOSE)
+
+
+def test_a_plain_layer_converts_silently():
     layer = bn.BatchNorm2d(4)
     assert type(nn.SyncBatchNorm.convert_sync_batchnorm(layer)) is nn.SyncBatchNorm
 

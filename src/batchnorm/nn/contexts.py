@@ -24,14 +24,14 @@ from batchnorm.torch_internals import TorchBatchNorm
 __all__ = ["PLAIN", "Adapted", "InputHook", "LayerContext", "LayerKey", "OpenContext", "Setting", "in_force"]
 
 InputHook = Callable[[TorchBatchNorm, Tensor, Tensor | None], tuple[Tensor, Tensor] | None]
-"""Takes a layer, its input as (N, C, *) and its mask (N, *).
+"""A function of a layer, its input as (N, C, *) and its mask (N, *).
 
 It may return a mean and a variance, with which a layer in eval mode then normalizes this input.
 """
 
 
 class LayerKey:
-    """What contexts know a layer by; a copy of the layer gets another one.
+    """Identifies a layer to contexts; a copy of the layer gets another key.
 
     Attributes
     ----------
@@ -65,10 +65,10 @@ class Setting(NamedTuple):
     updates_paused : bool
         Forwards update no running statistics.
     pool : Pool or None
-        Takes the moments of micro-batches.
+        The pool that takes the moments of micro-batches.
     adapted : Adapted or None
     hook : callable or None
-        Is called with every input.
+        A function that is called with every input.
     hides_adaptations : bool
         Adaptations from contexts that were opened earlier are not used.
     """

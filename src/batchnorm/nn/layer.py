@@ -254,13 +254,13 @@ def layers_for(model: nn.Module, function: str, torchs: str, *, statistics: bool
     function : str
         Its name, for messages.
     torchs : str
-        What torch's layers do, for which the function cannot act on them.
+        The reason why the function cannot act on torch's layers: a verb phrase whose subject they are.
     statistics : bool
 
     Raises
     ------
     InputError
-        The model has none, or has some of torch's, which the function would pass over without a word.
+        The model has none, or has some of torch's, which the function would leave out silently.
     """
     stock = {p: layer for p, layer in stock_layers_of(model).items() if layer.track_running_stats or not statistics}
     ours = {p: layer for p, layer in layers_of(model).items() if layer.track_running_stats or not statistics}

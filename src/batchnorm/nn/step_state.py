@@ -25,7 +25,7 @@ class StepState:
     Attributes
     ----------
     key : LayerKey
-        What contexts know the layer by.
+        The key by which contexts find the layer.
     first_runs : FirstRuns
         Corrections of batch renormalization, for forwards that activation checkpointing may run again.
     plans : Plans

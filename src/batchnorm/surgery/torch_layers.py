@@ -52,8 +52,8 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
     model : Module
         A model, or a layer. The wrappers of torch.compile and DistributedDataParallel are left out.
     inplace : bool
-        Replace them in the model given, with the same parameters and buffers, so that an optimizer goes on. A layer
-        that is itself given cannot be replaced where it is: use the module returned.
+        Replace them in the model given, with the same parameters and buffers, so that an optimizer keeps working. A
+        layer that is itself given cannot be replaced where it is: use the module returned.
 
     Returns
     -------

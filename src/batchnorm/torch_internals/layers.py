@@ -15,13 +15,13 @@ else:  # They are found through the public classes.
 
 __all__ = ["TorchBatchNorm", "TorchLazyNorm", "move_hooks_of_the_output"]
 
-OF_THE_OUTPUT = ["_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_backward_hooks"]
-OF_THE_OUTPUT += ["_backward_pre_hooks", "_is_full_backward_hook"]
+OUTPUT_HOOKS = ["_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_backward_hooks"]
+OUTPUT_HOOKS += ["_backward_pre_hooks", "_is_full_backward_hook"]
 
 
 def move_hooks_of_the_output(inner: nn.Module, outer: nn.Module) -> None:
     """Move the hooks that see outputs to a new module around; their handles go on working, since the dicts move."""
-    for name in OF_THE_OUTPUT:
+    for name in OUTPUT_HOOKS:
         if name in vars(inner) and name in vars(outer):
             moved, new = vars(inner)[name], vars(outer)[name]
             vars(outer)[name], vars(inner)[name] = moved, new
