@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from batchnorm.errors import DataError
 from batchnorm.lab.data.arrays import table_from_arrays
+from batchnorm.lab.data.conventions import plain_columns
 from batchnorm.lab.data.dataset import prepare
 from batchnorm.lab.data.missing import stripped
 from batchnorm.lab.data.places import shown
@@ -232,3 +233,13 @@ def test_a_slip_in_the_name_of_a_column_gets_a_suggestion(call):
 def test_a_slip_in_the_target_gets_a_suggestion(tmp_path):
     with pytest.raises(DataError, match=r"got 'survived', the columns are Age, Survived; did you mean 'Survived'\?"):
         read(tmp_path, "Age,Survived\n5,1\n", target="survived")
+
+
+def test_plain_columns_do_not_depend_on_a_comma_elsewhere_unless_ambiguous():
+    frame = pl.DataFrame(
+        {"whole": ["1", "2"], "part": ["0.5", "1.25"], "either": ["1.234", "5.5"], "text": ["1,5", "x"]}
+    )
+    columns, marks = plain_columns(frame, Reading(), semicolons=False)
+    assert list(columns) == ["whole", "part"]
+    assert marks["part"].point == 2
+    assert list(plain_columns(frame.drop("text"), Reading(), semicolons=False)[0]) == ["whole", "part", "either"]

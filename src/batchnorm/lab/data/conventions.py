@@ -90,8 +90,8 @@ def conventions_of(
     if (commas or semicolons) and not any(found.point > found.comma for found in shown):
         commas = {name for name, found in marks.items() if found.show_comma or not found.point}
     orders = {name: count_date_orders(column) for name, column in texts.items()}
-    settled = {found.settled for found in orders.values()} - {None}
-    order = settled.pop() if len(settled) == 1 else None
+    shown_orders = {found.shown_order for found in orders.values()} - {None}
+    order = shown_orders.pop() if len(shown_orders) == 1 else None
     either = semicolons or any(found.show_comma for found in shown)
     undecided = {name for name, found in marks.items() if either and not found.comma and not found.point}
     return Conventions(commas, undecided, order, orders)

@@ -33,7 +33,7 @@ class DateOrders:
     both: int = 0
 
     @property
-    def settled(self) -> DateOrder | None:
+    def shown_order(self) -> DateOrder | None:
         """The order that most dates have; None where no date shows it."""
         if self.day == self.month:
             return None

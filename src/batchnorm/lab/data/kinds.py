@@ -108,7 +108,7 @@ def _read_column(
     if not count:
         return texts
     orders = conventions.orders.get(name, DateOrders())
-    order = reading.dates or orders.settled or conventions.order or "day-first"
+    order = reading.dates or orders.shown_order or conventions.order or "day-first"
     lower = texts.str.to_lowercase()
     truth = lower.replace_strict({"true": True, "false": False}, default=None, return_dtype=pl.Boolean)
     shares = {"numbers": int((numbers.is_not_null() & texts.str.contains(NO_CODE)).sum())}
@@ -194,7 +194,7 @@ def _order(
 ) -> Finding:
     """Return a finding about the order in which dates are read that can be read in both."""
     words = order.replace("-", " ")
-    if orders.settled:
+    if orders.shown_order:
         other: DateOrder = "month-first" if order == "day-first" else "day-first"
         shows = parse_dates(texts, order).is_not_null() & parse_dates(texts, other).is_null()
         cell = cells_of(texts, shows, places)[0]
