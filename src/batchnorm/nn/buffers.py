@@ -7,9 +7,6 @@ its name as a suffix, as in ``running_mean_real``. Only the skipped batches are 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -18,14 +15,12 @@ from torch.nn.parameter import is_lazy
 from batchnorm import torch_internals
 from batchnorm.errors import warn
 from batchnorm.nn import contexts, stock
+from batchnorm.nn.filling import STATISTICS, is_filling
 from batchnorm.nn.options import Nonfinite
 from batchnorm.nn.step_state import StepState
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["COUNTS", "SAMPLES", "SKIPPED", "STATISTICS", "Buffers", "filling", "is_filling", "is_narrow", "named"]
-
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-"""The buffers in the state dict, named as torch's."""
+__all__ = ["COUNTS", "SAMPLES", "SKIPPED", "Buffers", "is_narrow", "named"]
 
 SKIPPED, SAMPLES = "skipped_batches", "samples_seen"
 COUNTS = (SKIPPED, SAMPLES)
@@ -33,23 +28,6 @@ COUNTS = (SKIPPED, SAMPLES)
 
 No checkpoint fills them. So on the meta device they are None, and the layer begins them at 0 where it first needs them.
 """
-
-_FILLING = ContextVar("filling", default=False)
-
-
-@contextmanager
-def filling() -> Iterator[None]:
-    """Let buffers be set by their names: frozen ones too, and the layer's own even where a domain is active."""
-    token = _FILLING.set(True)
-    try:
-        yield
-    finally:
-        _FILLING.reset(token)
-
-
-def is_filling() -> bool:
-    """Return whether `filling` is active in this thread."""
-    return _FILLING.get()
 
 
 def named(kind: str, domain: str | None) -> str:

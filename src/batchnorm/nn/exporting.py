@@ -12,12 +12,23 @@ from torch.nn import functional as F
 from torch.nn.utils.prune import BasePruningMethod
 
 from batchnorm import torch_internals
-from batchnorm.errors import InputError, InputTypeError, warn
+from batchnorm.errors import InputError, InputTypeError, UnsupportedError, warn
 from batchnorm.kernels.records import Operands, Rule, Running
 from batchnorm.kernels.reference import ACTIVATIONS
+from batchnorm.nn.contexts import LayerContext
 from batchnorm.nn.options import Options
 
-__all__ = ["STOCK", "Reader", "graph_reader", "in_torch_operators", "is_torchs", "refusal", "refuse_options", "traced"]
+__all__ = [
+    "STOCK",
+    "Reader",
+    "graph_reader",
+    "in_torch_operators",
+    "is_torchs",
+    "refusal",
+    "refuse_context",
+    "refuse_options",
+    "traced",
+]
 
 Reader = Literal["torch.jit.trace", "torch.export", "TorchScript"]
 
@@ -127,6 +138,17 @@ def refuse_options(options: Options, reader: Reader) -> None:
     message = refusal(options, reader)
     if message:
         raise InputError(message)
+
+
+def refuse_context(context: LayerContext, reader: Reader, *, trains: bool = False) -> None:
+    """Raise `UnsupportedError` within a context that calls Python at each forward, which no graph of torch's can."""
+    if context.hooks:
+        raise UnsupportedError(
+            f"{reader} cannot record a forward that is adapted to each batch or measured; adapt to a loader, or record "
+            "outside of the context"
+        )
+    if trains and context.pool is not None:
+        raise UnsupportedError(f"{reader} cannot record a forward within batchnorm.accumulate; record outside of it")
 
 
 def refusal(options: Options, reader: Reader) -> str:

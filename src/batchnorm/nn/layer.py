@@ -97,6 +97,8 @@ class Layer(Scriptable):
         context = contexts.in_force(state.key, compiling)
         reader = exporting.graph_reader(compiling)
         if reader is not None and not (reader == "torch.export" and self.trains()):  # see step.normalize
+            if reader == "torch.jit.trace":
+                exporting.refuse_context(context, reader, trains=self.trains())
             context = self._after_hooks(context, input, mask)
             return self._in_torch_operators(reader, Operands(input, *self.weight_and_bias(), residual, mask), context)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]

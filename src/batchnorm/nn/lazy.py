@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.nn.buffers import filling
+from batchnorm.nn.filling import filling
 from batchnorm.nn.layer import Layer
 from batchnorm.nn.layout import dimension_of_channels
 from batchnorm.nn.options import Options, checked_numbers, checked_options

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from batchnorm.kernels.records import Running
 from batchnorm.nn import contexts, stock
-from batchnorm.nn.buffers import SAMPLES, SKIPPED, STATISTICS, Buffers, named
+from batchnorm.nn.buffers import SAMPLES, SKIPPED, Buffers, named
 from batchnorm.nn.contexts import LayerContext
+from batchnorm.nn.filling import STATISTICS
 from batchnorm.nn.layout import dimension_of_channels
 from batchnorm.torch_internals import TorchBatchNorm
 

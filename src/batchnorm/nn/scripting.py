@@ -5,8 +5,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.errors import InputError, UnsupportedError
-from batchnorm.nn.exporting import STOCK, refusal, refuse_options
+from batchnorm.nn import contexts
+from batchnorm.nn.exporting import STOCK, refusal, refuse_context, refuse_options
 from batchnorm.nn.reading import Readable
+from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["Scriptable"]
 
@@ -17,6 +19,7 @@ class Scriptable(Readable):
     # TorchScript reads the annotations of the first class that has any, as types: hence no postponed annotations here.
     script_refusal: str
 
+    __constants__ = [*TorchBatchNorm.__constants__, "script_updates"]  # noqa: RUF012 (a list in torch)
     __jit_unused_properties__ = ("active_domain", "domain_names", "eps", "__jit_ignored_attributes__")
 
     @property
@@ -25,14 +28,15 @@ class Scriptable(Readable):
         return self.buffers_torch_lacks()
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Check that TorchScript can compile the layer, and set the attribute that it alone reads.
+        """Check that TorchScript can compile the layer, and set the attributes that it alone reads.
 
         Raises
         ------
         InputError
             The layer has an option that torch's layers do not have, and that matters in its mode.
         UnsupportedError
-            A hook has no name, as those of pruning, or a subclass calls super(), which TorchScript does not have.
+            A hook has no name, as those of pruning, or a subclass calls super(), which TorchScript does not have. Or
+            the layer is within `accumulate`, or adapted to each batch.
         """
         options = self.options()
         if options.channel_dim != STOCK.channel_dim:
@@ -53,6 +57,9 @@ class Scriptable(Readable):
                     f"TorchScript compiles hooks, which must be functions; got {type(hook).__name__}. Pruning ends "
                     "with torch.nn.utils.prune.remove(layer, 'weight')"
                 )
+        context = contexts.in_force(self.step_state.key)
+        refuse_context(context, "TorchScript", trains=self.trains())
+        self.__dict__["script_updates"] = not context.updates_paused
         self.__dict__["script_refusal"] = refusal(options, "TorchScript")
         return self
 
@@ -64,7 +71,7 @@ class Scriptable(Readable):
         factor = 0.0
         if self.momentum is not None:
             factor = self.momentum
-        if trains and self.track_running_stats and self.num_batches_tracked is not None:
+        if self.script_updates and trains and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 factor = 1.0 / float(self.num_batches_tracked)
@@ -73,6 +80,8 @@ class Scriptable(Readable):
         bias: Tensor | None = self.bias
         if trains and not self.track_running_stats:
             mean, var = None, None
+        if not self.script_updates and trains and mean is not None and var is not None:
+            mean, var = mean.clone(), var.clone()  # for torch's operator to update
         batch_statistics = trains or mean is None
         if batch_statistics and mask is not None:
             raise RuntimeError("mask must be None in a script that uses batch statistics; got a mask")

@@ -13,7 +13,8 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from batchnorm.checks import Activation
 from batchnorm.errors import InputError
 from batchnorm.nn import contexts
-from batchnorm.nn.buffers import COUNTS, STATISTICS, filling, is_filling, is_narrow
+from batchnorm.nn.buffers import COUNTS, is_narrow
+from batchnorm.nn.filling import STATISTICS, filling, is_filling
 from batchnorm.nn.options import Nonfinite, Options, SmallBatch, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
 from batchnorm.nn.running import RunningBuffers

@@ -6,6 +6,7 @@ of it, and copies and pickles are of torch's class. torch's parametrizations cha
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,14 +14,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from batchnorm import torch_internals
 from batchnorm.errors import warn
-from batchnorm.nn import contexts
+from batchnorm.nn import contexts, exporting
 from batchnorm.nn.contexts import PLAIN, LayerContext, LayerKey
+from batchnorm.nn.filling import STATISTICS, filling, is_filling
 from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["context_of", "follow_contexts", "key_of", "unfollow_contexts", "warn_of_pause"]
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _LOCK = threading.RLock()
 _CLASSES: WeakKeyDictionary[TorchBatchNorm, type[TorchBatchNorm]] = WeakKeyDictionary()
 _USES: WeakKeyDictionary[TorchBatchNorm, int] = WeakKeyDictionary()
@@ -64,6 +66,21 @@ def warn_of_pause(change: str) -> None:
     warn(f"{change} leaves running statistics as they are within batchnorm.no_stat_updates and batchnorm.adapt")
 
 
+def _is_read_for_a_forward(layer: TorchBatchNorm) -> bool:
+    """Return whether an attribute is read in the layer's own forward, or by TorchScript, which compiles that."""
+    if torch.compiler.is_compiling():
+        return True
+    frame = sys._getframe(2)  # the reader of the property
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is layer:
+            return True
+        if frame.f_globals.get("__name__") == "torch.jit._recursive":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def _following(original: Any) -> type[TorchBatchNorm]:
     """Return a class for one layer, which behaves as the original outside of contexts."""
 
@@ -81,10 +98,14 @@ def _following(original: Any) -> type[TorchBatchNorm]:
             return original.__getattr__(self, name)
 
         def __setattr__(self, name: str, value: Any) -> None:
-            if name in STATISTICS and context_of(self).updates_paused:
+            if name in STATISTICS and not is_filling() and context_of(self).updates_paused:
                 warn_of_pause(f"setting {name}")
             else:
                 original.__setattr__(self, name, value)
+
+        def _load_from_state_dict(self, *arguments: Any) -> None:
+            with filling():  # with assign=True it sets attributes
+                original._load_from_state_dict(self, *arguments)
 
         def reset_running_stats(self) -> None:
             if context_of(self).updates_paused:
@@ -94,8 +115,9 @@ def _following(original: Any) -> type[TorchBatchNorm]:
 
         @property
         def track_running_stats(self) -> bool:
-            """Torch's setting; False while updates are paused, when torch's forward leaves the buffers out."""
-            return type(self)._contexts_tracks and not context_of(self).updates_paused
+            """Torch's setting; while updates are paused, the layer's forward finds False, and so uses no buffers."""
+            tracks = type(self)._contexts_tracks
+            return tracks and not (context_of(self).updates_paused and _is_read_for_a_forward(self))
 
         @track_running_stats.setter
         def track_running_stats(self, value: bool) -> None:
@@ -103,8 +125,10 @@ def _following(original: Any) -> type[TorchBatchNorm]:
             type(self)._contexts_tracks = value
 
         def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 (torch's name for it)
-            found = None
-            for hook in context_of(self).hooks:
+            found, hooks = None, context_of(self).hooks
+            if hooks and torch_internals.jit_tracing_state() is not None:
+                exporting.refuse_context(context_of(self), "torch.jit.trace")
+            for hook in hooks:
                 found = hook(self, input, None) or found
             layer = self if found is None else self._with_statistics(*found)
             return original.__call__(layer, input, *args, **kwargs)  # super() fails once the class is torch's again
@@ -117,8 +141,13 @@ def _following(original: Any) -> type[TorchBatchNorm]:
                 stored = buffers[name]
                 buffers[name] = values if stored is None else values.to(stored)
             layer.__dict__.update(self.__dict__, _buffers=buffers)
-            layer.__dict__["track_running_stats"] = self.track_running_stats
+            tracks = type(self)._contexts_tracks and not context_of(self).updates_paused
+            layer.__dict__["track_running_stats"] = tracks
             return layer
+
+        def __prepare_scriptable__(self) -> TorchBatchNorm:
+            exporting.refuse_context(context_of(self), "TorchScript")
+            return original.__prepare_scriptable__(self) if hasattr(original, "__prepare_scriptable__") else self
 
         def __reduce_ex__(self, _protocol: Any) -> Any:
             return object.__new__, (original,), self.__getstate__()

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.errors import UnsupportedError
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.nn.buffers import STATISTICS
+from batchnorm.nn.filling import STATISTICS
 from batchnorm.nn.layer import Layer, layers_of, overrides_forward
 from batchnorm.nn.reading import lost_in_training
 from batchnorm.nn.running import context_of
