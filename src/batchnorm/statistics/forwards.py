@@ -16,9 +16,9 @@ from batchnorm.nn.contexts import Setting
 from batchnorm.nn.opening import settings
 from batchnorm.statistics.layers import Layers, Statistics
 
-__all__ = ["InputHook", "restored", "uncompiled", "with_input_hook"]
+__all__ = ["PathHook", "restored", "uncompiled", "with_input_hook"]
 
-InputHook = Callable[[str, Tensor, Tensor | None], Statistics | None]
+PathHook = Callable[[str, Tensor, Tensor | None], Statistics | None]
 """Takes the module path of a layer, its input as (N, C, *) and its mask (N, *).
 
 It may return a mean and a variance, with which a layer in eval mode then normalizes this input.
@@ -26,7 +26,7 @@ It may return a mean and a variance, with which a layer in eval mode then normal
 
 
 @contextmanager
-def with_input_hook(layers: Layers, hook: InputHook) -> Iterator[None]:
+def with_input_hook(layers: Layers, hook: PathHook) -> Iterator[None]:
     """Call the hook at every input of the layers in this thread and task, before they normalize it."""
 
     def setting(path: str) -> Setting:
