@@ -251,6 +251,17 @@ def test_an_adaptation_of_another_domain_stays_when_its_handle_is_gone():
     adaptation.undo()
 
 
+def test_training_in_a_domain_updates_it_while_another_is_adapted():
+    layer = bn.add_domains(bn.BatchNorm1d(4).double(), ["a", "b"])
+    with bn.use_domain(layer, "a"):
+        adaptation = bn.adapt(layer, [rows()])
+        layer(rows())
+    with bn.use_domain(layer, "b"):
+        layer(rows())
+    assert [int(layer._buffers[f"num_batches_tracked_{domain}"]) for domain in "ab"] == [0, 1]
+    adaptation.undo()
+
+
 def test_keep_leaves_layers_frozen_since_with_a_warning():
     model = network()
     adaptation = bn.adapt(model, [rows()])

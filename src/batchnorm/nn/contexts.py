@@ -63,7 +63,7 @@ class Setting(NamedTuple):
     domain : str or None
         The domain whose running statistics are used; None changes none.
     updates_paused : bool
-        Forwards update no running statistics.
+        Forwards update no running statistics; with `adapted`, none of its domain.
     pool : Pool or None
         The pool that takes the moments of micro-batches.
     adapted : Adapted or None
@@ -249,11 +249,11 @@ def _merged(name: str) -> LayerContext:
     found = [setting for setting in settings if setting is not None]
     if not found:
         return PLAIN
-    domain, pool, paused = None, None, False
+    domain, pool = None, None
     for setting in found:  # in the order of opening
         domain = setting.domain or domain
         pool = pool if setting.pool is None else setting.pool
-        paused = paused or setting.updates_paused
+    paused = any([each.updates_paused and _concerns(each, domain) for each in found])  # noqa: C419
     adapted: tuple[Tensor, Tensor] | None = None
     hooks: list[InputHook] = []
     for setting in reversed(found):
@@ -266,6 +266,10 @@ def _merged(name: str) -> LayerContext:
         if setting.hides_adaptations:
             break
     return LayerContext(domain, paused, pool, adapted, tuple(hooks))
+
+
+def _concerns(setting: Setting, domain: str | None) -> bool:
+    return setting.adapted is None or setting.adapted.domain == domain
 
 
 def _shared() -> tuple[str | None, LayerContext]:
