@@ -2,8 +2,8 @@
 
 torch lets Python be the backend of its device type PrivateUse1. A tensor of this device holds a tensor of the CPU, and
 every operator computes with the held tensors. Tensors of the CPU among the inputs are refused, apart from scalars, as
-CUDA's kernels refuse them; only a copy crosses. The device is registered for the whole process, so tests that need it
-run in a process of their own.
+CUDA's kernels refuse them; only a copy crosses. `register` acts on the whole process, so tests that need the device
+run in a process of their own; importing this file, as the search for doctests does, must not.
 """
 
 import torch
@@ -54,24 +54,29 @@ class SecondDeviceTensor(torch.Tensor):
         return copy if device.type == "cpu" else cls(copy)
 
 
-_setup_privateuseone_for_python_backend("second")
-
-
-@torch.library.impl("aten::empty_strided", "privateuseone")
 def empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None):
     """Allocate memory of the device, which a copy from the CPU fills."""
     return SecondDeviceTensor(torch.empty_strided(size, stride, dtype=dtype))
 
 
-@torch.library.impl("aten::empty.memory_format", "privateuseone")
 def empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
     """Allocate memory of the device."""
     return SecondDeviceTensor(torch.empty(size, dtype=dtype))
 
 
-@torch.library.impl("aten::_copy_from", "privateuseone")
 def copy_from(source, target, non_blocking=False):
     """Copy values between the devices."""
     held = getattr(target, "held", target)
     held.copy_(getattr(source, "held", source))
     return target
+
+
+def register():
+    """Register the device in this process."""
+    _setup_privateuseone_for_python_backend("second")
+    for name, function in (
+        ("empty_strided", empty_strided),
+        ("empty.memory_format", empty),
+        ("_copy_from", copy_from),
+    ):
+        torch.library.impl(f"aten::{name}", "privateuseone", function)

@@ -122,7 +122,7 @@ def test_a_dimension_that_the_input_lacks_is_refused(dim):
         bn.normalize(randn(6, C, 4), fresh_stats(), channel_dim=dim)
 
 
-@pytest.mark.parametrize(("name", "value"), [("momentum", 5), ("eps", -1), ("residual", 3.0), ("mask", "x")])
+@pytest.mark.parametrize(("name", "value"), [("momentum", -0.1), ("eps", -1), ("residual", 3.0), ("mask", "x")])
 def test_a_bad_argument_is_refused_by_name_and_value(name, value):
     with pytest.raises((bn.InputError, bn.InputTypeError), match=rf"^{name} must be .*got ({value}|float|str)$"):
         bn.normalize(randn(6, C), fresh_stats(), **{name: value})

@@ -18,6 +18,7 @@ import batchnorm as bn
 from batchnorm.lab.serving.served import Served
 from batchnorm.lab.serving.shift import TableRows, examine
 
+second_device.register()
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
 x = torch.randn(64, 4, generator=generator)
