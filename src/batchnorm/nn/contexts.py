@@ -21,7 +21,7 @@ from torch import Tensor
 from batchnorm.nn.accumulated import Pool
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["PLAIN", "Adapted", "InputHook", "LayerContext", "LayerKey", "OpenContext", "Setting", "in_force"]
+__all__ = ["OPEN", "PLAIN", "Adapted", "InputHook", "LayerContext", "LayerKey", "OpenContext", "Setting", "in_force"]
 
 InputHook = Callable[[TorchBatchNorm, Tensor, Tensor | None], tuple[Tensor, Tensor] | None]
 """A function of a layer, its input as (N, C, *) and its mask (N, *).
@@ -108,7 +108,8 @@ _ENTERED: ContextVar[tuple[OpenContext, ...]] = ContextVar("batchnorm contexts",
 _THREAD = threading.local()
 _LOCK = threading.RLock()  # a deleted layer may end a context at any moment
 _NUMBERS = itertools.count()
-_OPEN: dict[int, str | None] = {}  # the groups of all threads' contexts: the lookup is skipped while there is none
+OPEN: dict[int, str | None] = {}
+"""The groups of the open contexts of all threads. While there is none, nothing is looked up."""
 
 
 class OpenContext:
@@ -136,7 +137,7 @@ class OpenContext:
         """Put the settings in force in this thread or task, and in those that inherit its contextvars."""
         with _LOCK:
             self.is_open = True
-            _OPEN[self.number] = self.group
+            OPEN[self.number] = self.group
             self._join()
         if self not in _ENTERED.get():
             _ENTERED.set((*_entered(), self))
@@ -145,7 +146,7 @@ class OpenContext:
         """End the settings everywhere; a second call does nothing."""
         with _LOCK:
             was_open, self.is_open = self.is_open, False
-            _OPEN.pop(self.number, None)
+            OPEN.pop(self.number, None)
         if was_open:
             _ENTERED.set(tuple(_entered()))
             self.narrow()
@@ -175,7 +176,7 @@ class OpenContext:
         )
 
     def _join(self) -> None:
-        still_open = set(_OPEN.copy().values())  # a copy, as a deleted layer may end a context meanwhile
+        still_open = set(OPEN.copy().values())  # a copy, as a deleted layer may end a context meanwhile
         for key in self._keys:
             for group in tuple(key.groups):
                 if group not in still_open:
@@ -208,7 +209,7 @@ def in_force(key: LayerKey, compiling: bool = False) -> LayerContext:
     """Return the settings for a layer in this thread and task."""
     if compiling:
         return _traced(key) if _VIEW.has_contexts else PLAIN
-    return _merged(key.name) if _OPEN else PLAIN
+    return _merged(key.name) if OPEN else PLAIN
 
 
 def _traced(key: LayerKey) -> LayerContext:
@@ -229,7 +230,7 @@ class _View(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name == "has_contexts":
-            return bool(_OPEN and _contexts())
+            return bool(OPEN and _contexts())
         if name == "shared":
             return _shared()
         if name.startswith("layer_"):

@@ -17,7 +17,7 @@ from batchnorm.errors import InputError, UnsupportedError
 from batchnorm.kernels.plan import Plan
 from batchnorm.kernels.records import Operands
 from batchnorm.nn import contexts, exporting
-from batchnorm.nn.contexts import LayerContext
+from batchnorm.nn.contexts import PLAIN, LayerContext
 from batchnorm.nn.layout import Batch, arrange, dimension_of_channels, refuse_channels, restore
 from batchnorm.nn.options import Nonfinite, Options, SmallBatch, checked_numbers, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
@@ -94,7 +94,8 @@ class Layer(Scriptable):
             base = call_forward if overrides_forward(self) else None
             return exporting.traced(self, base, input, residual, mask)
         compiling, state = torch.compiler.is_compiling(), self.step_state
-        context = contexts.in_force(state.key, compiling)
+        # A planned call takes some ten microseconds, so nothing is asked of contexts while none is open.
+        context = contexts.in_force(state.key, compiling) if compiling or contexts.OPEN else PLAIN
         reader = exporting.graph_reader(compiling)
         if reader is not None and not (reader == "torch.export" and self.trains()):  # see step.normalize
             if reader == "torch.jit.trace":
@@ -110,7 +111,7 @@ class Layer(Scriptable):
             and type(input) is Tensor  # its sizes are numbers
             and torch_internals.graph_task_id() == -1
         ):
-            plans = state.plans_in(context)
+            plans = state.plans if context is PLAIN else state.plans_in(context)
             try:
                 of_shape = plans.get(input.shape, ()) if plans is not None else ()
             except RuntimeError:  # a nested tensor has no shape
@@ -148,7 +149,7 @@ class Layer(Scriptable):
     def _run_plan(self, plan: Plan, x: Tensor, residual: Tensor | None, context: LayerContext) -> Tensor | None:
         """Return y by a plan; None if it was made for tensors of other dtypes, layouts and the like."""
         weight, bias = self.weight_and_bias()
-        mean, var, batches = self.statistics_in(context)
+        mean, var, batches = self.running_statistics(None) if context is PLAIN else self.statistics_in(context)
         statistics = (mean, var, batches, self._buffers["skipped_batches"])
         operands = Operands._make((x, weight, bias, residual, None))  # in half the time of Operands(...)
         y = ops.run_plan(plan, operands, statistics)
