@@ -70,12 +70,12 @@ def test_script_of_the_layer_of_any_dimensions_takes_them_all(shape):
 
 
 def test_script_gives_the_models_gradients():
-    model, x = trained(Block(), (4, 3, 5, 5)).train(), torch.randn(4, 3, 5, 5)
+    model, x = trained(Block(), (4, 3, 5, 5)).double().train(), torch.randn(4, 3, 5, 5, dtype=torch.float64)
     scripted = torch.jit.script(copy.deepcopy(model))
     (model(x).tanh().sum() + scripted(x).tanh().sum()).backward()
-    # the convolutions before the layer sum 100 positions' gradients, which cancel: 100 * 6e-8 * values near 8
+    # the convolutions before the layer sum 100 positions' gradients, which cancel: 100 * 1e-16 * values near 100
     for one, other in zip(scripted.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=5e-5)
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-11)
 
 
 def test_a_saved_script_runs_where_it_is_loaded():

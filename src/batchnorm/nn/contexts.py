@@ -166,14 +166,15 @@ class OpenContext:
         """Undo `stay`."""
         _THREAD.staying = [each for each in _staying() if each[0] is not self]
 
-    def is_hidden(self) -> bool:
-        """Return whether later contexts in this thread and task hide each of its adaptations."""
+    def leave_if_hidden(self) -> None:
+        """Leave, if later contexts in this thread and task hide each of the adaptations."""
         found = _contexts()
         later = [each.settings for each in found if each.number > self.number]
-        return self in found and all(
+        if self in found and all(
             any(name in each and _hides(each[name], setting) for each in later)
             for name, setting in self.settings.items()
-        )
+        ):
+            self.leave()
 
     def _join(self) -> None:
         still_open = set(OPEN.copy().values())  # a copy, as a deleted layer may end a context meanwhile

@@ -239,14 +239,9 @@ def _adapt_each_batch(layers: Layers, prior: float) -> OpenContext:
 
 def _lasting(adaptation: Adaptation) -> Adaptation:
     """End an adaptation that is deleted while a later one hides it: nobody could undo it any more."""
-    finalizer = weakref.finalize(adaptation, _end_if_hidden, adaptation._context)
+    finalizer = weakref.finalize(adaptation, adaptation._context.leave_if_hidden)
     finalizer.atexit = False
     return adaptation
-
-
-def _end_if_hidden(context: OpenContext) -> None:
-    if context.is_hidden():
-        context.leave()
 
 
 def _outlast(context: OpenContext, layers: Layers) -> None:
