@@ -1,4 +1,4 @@
-"""How much of the timed seconds the timing thread had a processor, which tells a busy machine from an idle one."""
+"""The share of the timed seconds in which the timing thread had a processor: it tells busy machines from idle ones."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ class ProcessorTime:
         """Return a sampler of this thread whose samples are counted."""
 
         def watched(calls: int) -> float:
-            processor, started = time.thread_time(), time.perf_counter()
+            started, processor = time.perf_counter(), time.thread_time()  # the second within the first
             result = sample(calls)
-            self.add(time.perf_counter() - started, time.thread_time() - processor)
+            processor = time.thread_time() - processor
+            self.add(time.perf_counter() - started, processor)
             return result
 
         return watched
