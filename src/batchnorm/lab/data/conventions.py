@@ -1,4 +1,4 @@
-"""What the columns of a table agree on: the decimal mark, and the order of day and month."""
+"""The decimal mark, and the order of day and month, on which the columns of a table agree."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def plain_columns(
 def conventions_of(
     texts: Mapping[str, pl.Series], plain: Mapping[str, DecimalMarks], *, semicolons: bool
 ) -> Conventions:
-    """Return what the columns of a table agree on.
+    """Return the decimal mark and the order of dates on which the columns of a table agree.
 
     Parameters
     ----------

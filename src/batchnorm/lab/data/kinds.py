@@ -9,9 +9,11 @@ from __future__ import annotations
 import polars as pl
 
 from batchnorm.errors import DataError
+from batchnorm.lab.data import kind_findings
 from batchnorm.lab.data.conventions import Conventions, conventions_of, plain_columns
-from batchnorm.lab.data.date_texts import DateOrders, has_short_year, parse_dates, parse_times
+from batchnorm.lab.data.date_texts import DateOrders, parse_dates, parse_times
 from batchnorm.lab.data.findings import Finding, are, cells_of, describe_cells
+from batchnorm.lab.data.kind_findings import MIN_SHARE
 from batchnorm.lab.data.missing import is_placeholder, stripped, without_missing
 from batchnorm.lab.data.number_texts import ambiguous_cells, parse_numbers, plain_numbers
 from batchnorm.lab.data.places import Places, shown
@@ -19,28 +21,17 @@ from batchnorm.lab.data.reading import DateOrder, Reading
 
 __all__ = ["read_kinds"]
 
-MIN_SHARE = 0.9
-"""Share of the filled cells that make a column one of numbers or dates."""
-
 MIN_MIXED = 0.1
 """Share of the filled cells that are numbers or dates, from which a column of categories is worth a note."""
 
 NO_CODE = r"^\P{L}*$|\d\s+\p{L}"
 """Numbers without letters, or with a unit behind a blank; 12B is more likely a code."""
 
-IS_NOT: dict[str, tuple[str, str]] = {
-    "numbers": ("is no number", "are no numbers"),
-    "dates": ("is no date", "are no dates"),
-    "times": ("is no time", "are no times"),
-    "true or false": ("is neither true nor false", "are neither true nor false"),
-}
-"""What a note says about one cell, or several, that are not of the kind of their column."""
-
 
 def read_kinds(
     frame: pl.DataFrame, reading: Reading, places: Places, *, semicolons: bool = False
 ) -> tuple[pl.DataFrame, list[Finding]]:
-    """Return a table with numbers and dates in place of the texts that are some, and what was found on the way.
+    """Return a table in which texts of numbers and dates have become these, and the findings.
 
     Parameters
     ----------
@@ -59,7 +50,7 @@ def read_kinds(
     for column in frame.iter_columns():
         if column.name in plain:
             columns[column.name] = plain[column.name]
-            _add_zeros(column, places, findings)
+            kind_findings.add_zeros(column, places, findings)
             continue
         if column.dtype != pl.String:
             columns[column.name] = _without_given_numbers(column, reading)
@@ -91,7 +82,7 @@ def _without_given_numbers(column: pl.Series, reading: Reading) -> pl.Series:
 def _read_column(
     texts: pl.Series, reading: Reading, places: Places, conventions: Conventions, findings: list[Finding]
 ) -> pl.Series:
-    """Return a column as the kind that most of its cells have, and append what was found to the findings."""
+    """Return a column as the kind that most of its cells have, and append to the findings."""
     name = texts.name
     filled = texts.is_not_null() & ~is_placeholder(texts).fill_null(False)
     count = int(filled.sum())
@@ -99,11 +90,11 @@ def _read_column(
     forced = name in reading.numeric and numbers.null_count() < texts.len()
     if forced or _enough(numbers, filled, count):
         if marked.any():
-            findings.append(_marks(texts, numbers, marked, places))
+            findings.append(kind_findings.marks(texts, numbers, marked, places))
         elif name in conventions.undecided and (unsure := ambiguous_cells(texts)).any():
-            findings.append(_decimals(texts, numbers, unsure, places))
-        _add_zeros(texts, places, findings)
-        _add_unreadable(texts, numbers, "numbers", places, findings)
+            findings.append(kind_findings.decimals(texts, numbers, unsure, places))
+        kind_findings.add_zeros(texts, places, findings)
+        kind_findings.add_unreadable(texts, numbers, "numbers", places, findings)
         return numbers
     if not count:
         return texts
@@ -119,10 +110,10 @@ def _read_column(
     ):
         if _enough(values, filled, count):
             if kind == "dates" and orders.both and reading.dates is None:
-                findings.append(_order(texts, order, orders, conventions.order, places))
+                findings.append(kind_findings.date_order(texts, order, orders, conventions.order, places))
             if kind == "dates":
-                _add_short_years(texts, values, places, findings)
-            _add_unreadable(texts, values, kind, places, findings)
+                kind_findings.add_short_years(texts, values, places, findings)
+            kind_findings.add_unreadable(texts, values, kind, places, findings)
             return values
         shares[kind] = values.len() - values.null_count()
     if reading.dates is not None:
@@ -130,96 +121,12 @@ def _read_column(
     kind = max(shares, key=lambda kind: shares[kind])
     if shares[kind] >= MIN_MIXED * count:
         values = {"numbers": numbers, "dates": parse_dates(texts, order), "times": parse_times(texts)}.get(kind, truth)
-        findings.append(_mixed(texts, values, kind, count, places))
+        findings.append(kind_findings.mixed(texts, values, kind, count, places))
     return texts
 
 
 def _enough(values: pl.Series, filled: pl.Series, count: int) -> bool:
     return count > 0 and int((values.is_not_null() & filled).sum()) >= MIN_SHARE * count
-
-
-def _marks(texts: pl.Series, numbers: pl.Series, marked: pl.Series, places: Places) -> Finding:
-    row = int(marked.arg_true()[0])
-    value = numbers[row]
-    count = int(marked.sum())
-    example = f"{shown(texts[row])} in {places.name(row)} is read as {value:.15g}"
-    more = f", and {count - 1} other number{'s' if count > 2 else ''} with such marks" if count > 1 else ""
-    cells = cells_of(texts, marked, places)
-    return Finding(texts.name, "marks", cells, f"column {texts.name}: {example}{more}")
-
-
-def _decimals(texts: pl.Series, numbers: pl.Series, unsure: pl.Series, places: Places) -> Finding:
-    """Return a finding about numbers with a point that could be between thousands."""
-    cell = cells_of(texts, unsure, places)[0]
-    value = numbers[int(unsure.arg_true()[0])]
-    note = f"column {texts.name}: {shown(cell.text)} in {cell.place} is read as {value:.15g}"
-    return Finding(texts.name, "decimals", [], f"{note}, as the point is the decimal mark of other columns")
-
-
-def _add_unreadable(texts: pl.Series, values: pl.Series, kind: str, places: Places, findings: list[Finding]) -> None:
-    """Append a finding about the cells that are not of the kind of their column."""
-    unreadable = values.is_null() & texts.is_not_null()
-    if unreadable.any():
-        cells = cells_of(texts, unreadable, places)
-        several = sum(cell.count for cell in cells) > 1
-        note = f"column {texts.name}: {describe_cells(cells)} {IS_NOT[kind][several]} and taken as missing"
-        findings.append(Finding(texts.name, "unreadable", cells, note))
-
-
-def _add_zeros(texts: pl.Series, places: Places, findings: list[Finding]) -> None:
-    """Append a finding about numbers that begin with a zero, as postal codes do."""
-    zeros = texts.str.contains(r"^[-+]?0\d").fill_null(False)
-    if zeros.any():
-        cells = cells_of(texts, zeros, places)
-        note = (
-            f"column {texts.name}: {describe_cells(cells)} {are(cells)} read as a number, without the zero; the "
-            "option categorical keeps a column of codes as it is"
-        )
-        findings.append(Finding(texts.name, "zeros", cells, note))
-
-
-def _mixed(texts: pl.Series, values: pl.Series, kind: str, count: int, places: Places) -> Finding:
-    cells = cells_of(texts, values.is_null() & texts.is_not_null(), places)
-    found = values.len() - values.null_count()
-    way_out = "; the option numeric takes the others as missing" if kind == "numbers" else ""
-    note = (
-        f"column {texts.name} is taken as categories, since {found} of {count} cells are {kind}, fewer than "
-        f"{MIN_SHARE:.0%}; not so {describe_cells(cells)}{way_out}"
-    )
-    return Finding(texts.name, "mixed", cells, note)
-
-
-def _order(
-    texts: pl.Series, order: DateOrder, orders: DateOrders, elsewhere: DateOrder | None, places: Places
-) -> Finding:
-    """Return a finding about the order in which dates are read that can be read in both."""
-    words = order.replace("-", " ")
-    if orders.shown_order:
-        other: DateOrder = "month-first" if order == "day-first" else "day-first"
-        shows = parse_dates(texts, order).is_not_null() & parse_dates(texts, other).is_null()
-        cell = cells_of(texts, shows, places)[0]
-        reason = f"as {shown(cell.text)} in {cell.place} shows"
-    elif elsewhere:
-        reason = "as another column shows"
-    else:
-        both = parse_dates(texts, "day-first") != parse_dates(texts, "month-first")
-        cell = cells_of(texts, both.fill_null(False), places)[0]
-        others = f" and {orders.both - 1} other{'s' if orders.both > 2 else ''}" if orders.both > 1 else ""
-        reason = f"but {shown(cell.text)} in {cell.place}{others} can be month first too; the option dates decides"
-    return Finding(texts.name, "dates", [], f"column {texts.name}: dates are read {words}, {reason}")
-
-
-def _add_short_years(texts: pl.Series, dates: pl.Series, places: Places, findings: list[Finding]) -> None:
-    """Append a finding about dates whose year has two digits."""
-    short = has_short_year(texts) & dates.is_not_null()
-    if short.any():
-        cells = cells_of(texts, short, places)
-        date = dates[int(short.arg_true()[0])]
-        note = (
-            f"column {texts.name}: {shown(cells[0].text)} in {cells[0].place} is in the year {date.year}; years of two "
-            "digits are 1970 to 2069"
-        )
-        findings.append(Finding(texts.name, "years", [], note))
 
 
 def _check_order(texts: pl.Series, order: DateOrder, filled: pl.Series, count: int, places: Places) -> None:
