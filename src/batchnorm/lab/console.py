@@ -68,7 +68,7 @@ class ProgressLine:
     elapsed : bool
         Show the time since the start, besides the time left.
     transient : bool
-        Remove the line in the end, and show none where stderr is no terminal.
+        Remove the line at the end, and show none where stderr is no terminal.
     refresh_per_second : float
     """
 

@@ -1,4 +1,4 @@
-"""The buffers of a layer: their names, the counts among them, and what code outside of the layer may change.
+"""The buffers of a layer: their names, the counts among them, and their protection from changes by other code.
 
 Every layer has a set of running statistics of its own; `add_domains` gives it one more per domain, whose buffers have
 its name as a suffix, as in ``running_mean_real``. Only the skipped batches are counted per layer.
@@ -15,12 +15,13 @@ from torch.nn.parameter import is_lazy
 from batchnorm import torch_internals
 from batchnorm.errors import warn
 from batchnorm.nn import contexts, stock
+from batchnorm.nn.contexts import LayerContext
 from batchnorm.nn.filling import STATISTICS, is_filling
 from batchnorm.nn.options import Nonfinite
 from batchnorm.nn.step_state import StepState
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["COUNTS", "SAMPLES", "SKIPPED", "Buffers", "is_narrow", "named"]
+__all__ = ["COUNTS", "SAMPLES", "SKIPPED", "Buffers", "context_of", "is_narrow", "named"]
 
 SKIPPED, SAMPLES = "skipped_batches", "samples_seen"
 COUNTS = (SKIPPED, SAMPLES)
@@ -50,7 +51,7 @@ class Buffers(TorchBatchNorm):
     @property
     def active_domain(self) -> str | None:
         """The domain whose running statistics a forward in this thread or task would use."""
-        return contexts.in_force(self.step_state.key, torch.compiler.is_compiling()).domain
+        return context_of(self).domain
 
     @property
     def domain_names(self) -> list[str]:
@@ -117,7 +118,7 @@ class Buffers(TorchBatchNorm):
     def leaves(self, name: str, change: str) -> bool:
         """Return whether running statistics are frozen, or paused by a context, and warn that the change is ignored."""
         values = self._buffers[name]
-        if not is_filling() and contexts.in_force(self.step_state.key, torch.compiler.is_compiling()).updates_paused:
+        if not is_filling() and context_of(self).updates_paused:
             stock.warn_of_pause(change)
             return True
         if not self.frozen_statistics or is_filling() or values is None or values.is_meta or is_lazy(values):
@@ -225,8 +226,15 @@ class Buffers(TorchBatchNorm):
         self.register_buffer(named(SAMPLES, domain), None, persistent=False)
         self.begin_counts()
 
-    def count_samples(self, samples: int) -> None:
-        """Count the samples that update the running statistics: this process's weight in `pool_running_stats`."""
-        seen = self._buffers[named(SAMPLES, self.active_domain)]
+    def count_samples(self, samples: int, domain: str | None) -> None:
+        """Count the samples that update a domain's statistics: this process's weight in `pool_running_stats`."""
+        seen = self._buffers[named(SAMPLES, domain)]
         if seen is not None and not torch_internals.is_transformed():
             seen.add_(samples)
+
+
+def context_of(layer: TorchBatchNorm) -> LayerContext:
+    """Return the settings of contexts for a layer, ours or torch's, in this thread and task."""
+    if isinstance(layer, Buffers):
+        return contexts.in_force(layer.step_state.key, torch.compiler.is_compiling())
+    return stock.context_of(layer)

@@ -84,15 +84,19 @@ def is_torchs(operands: Operands, running: Running, rule: Rule) -> bool:
 
     A batch that is not finite is the exception: torch's operator does not skip it.
     """
-    x, mean = operands.x, running.mean
-    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    mean = running.mean
     return (
         operands.mask is None
         and rule.chunks == 1
         and rule.limits is None
         and (not running.update or (running.unbiased and running.momentum is not None))
-        and (mean is None or mean.dtype == wide)
+        and (mean is None or mean.dtype == _wide(operands.x))
     )
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Return the dtype that parameters and statistics have beside x in torch's operator."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def in_torch_operators(operands: Operands, running: Running, rule: Rule, dim: int) -> Tensor:
@@ -112,7 +116,7 @@ def in_torch_operators(operands: Operands, running: Running, rule: Rule, dim: in
             "takes no mask; got a mask"
         )
     x = x if dim == 1 else x.movedim(dim, 1)
-    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    wide = _wide(x)
     weight, bias = (v if v is None or v.dtype == wide else v.to(wide) for v in (weight, bias))
     mean, var = running.mean, running.var
     momentum = 0.0

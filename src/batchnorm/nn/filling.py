@@ -1,4 +1,4 @@
-"""Loading of running statistics by their names, past all that guards them from changes."""
+"""Loading of running statistics by their names, past the guards against changes."""
 
 from __future__ import annotations
 

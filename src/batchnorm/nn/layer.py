@@ -17,11 +17,12 @@ from batchnorm.errors import InputError, UnsupportedError
 from batchnorm.kernels.plan import Plan
 from batchnorm.kernels.records import Operands
 from batchnorm.nn import contexts, exporting
+from batchnorm.nn.buffers import context_of
 from batchnorm.nn.contexts import PLAIN, LayerContext
 from batchnorm.nn.layout import Batch, arrange, dimension_of_channels, refuse_channels, restore
 from batchnorm.nn.options import Nonfinite, Options, SmallBatch, checked_numbers, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
-from batchnorm.nn.running import channels_second, context_of
+from batchnorm.nn.running import channels_second
 from batchnorm.nn.scripting import Scriptable
 from batchnorm.nn.small_batch import label_of
 from batchnorm.nn.step import Step, decide, decide_in_torch, normalize
@@ -154,14 +155,14 @@ class Layer(Scriptable):
         operands = Operands._make((x, weight, bias, residual, None))  # in half the time of Operands(...)
         y = ops.run_plan(plan, operands, statistics)
         if y is not None and plan.update_running and has_processes():
-            self.count_samples(x.shape[0])
+            self.count_samples(x.shape[0], context.domain)
         return y
 
     def _normalize(self, operands: Operands, batch: Batch, plans: Plans | None, context: LayerContext) -> Tensor:
         """Return y for a batch, and add a plan for later batches like it to the plans, where they are given."""
         step = decide(self, batch, context)
         if step.counts and has_processes():
-            self.count_samples(batch.samples)
+            self.count_samples(batch.samples, context.domain)
         if plans is not None and step.can_plan:
             y = self._plan(plans, operands, step)
             if y is not None:

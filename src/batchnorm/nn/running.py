@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.kernels.records import Running
-from batchnorm.nn import contexts, stock
-from batchnorm.nn.buffers import SAMPLES, SKIPPED, Buffers, named
+from batchnorm.nn.buffers import SAMPLES, SKIPPED, Buffers, context_of, named
 from batchnorm.nn.contexts import LayerContext
 from batchnorm.nn.filling import STATISTICS
 from batchnorm.nn.layout import dimension_of_channels
@@ -21,7 +20,6 @@ __all__ = [
     "RunningSet",
     "active_set",
     "channels_second",
-    "context_of",
     "epsilon_of",
     "is_frozen",
     "keeps_unbiased_variance",
@@ -141,13 +139,6 @@ def running_sets(layer: TorchBatchNorm) -> list[RunningSet]:
     """Return all sets of running statistics of a layer: its own, then those of its domains."""
     domains = layer.domain_names if isinstance(layer, RunningBuffers) else []
     return [RunningSet(layer, domain) for domain in (None, *domains)]
-
-
-def context_of(layer: TorchBatchNorm) -> LayerContext:
-    """Return the settings of contexts for a layer, ours or torch's, in this thread and task."""
-    if isinstance(layer, RunningBuffers):
-        return contexts.in_force(layer.step_state.key, torch.compiler.is_compiling())
-    return stock.context_of(layer)
 
 
 def active_set(layer: TorchBatchNorm) -> RunningSet:

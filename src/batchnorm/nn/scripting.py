@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.errors import InputError, UnsupportedError
-from batchnorm.nn import contexts
+from batchnorm.nn.buffers import context_of
 from batchnorm.nn.exporting import STOCK, refusal, refuse_context, refuse_options
 from batchnorm.nn.reading import Readable
 from batchnorm.torch_internals import TorchBatchNorm
@@ -57,7 +57,7 @@ class Scriptable(Readable):
                     f"TorchScript compiles hooks, which must be functions; got {type(hook).__name__}. Pruning ends "
                     "with torch.nn.utils.prune.remove(layer, 'weight')"
                 )
-        context = contexts.in_force(self.step_state.key)
+        context = context_of(self)
         refuse_context(context, "TorchScript", trains=self.trains())
         self.__dict__["script_updates"] = not context.updates_paused
         self.__dict__["script_refusal"] = refusal(options, "TorchScript")

@@ -12,8 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from batchnorm.checks import Activation
 from batchnorm.errors import InputError
-from batchnorm.nn import contexts
-from batchnorm.nn.buffers import COUNTS, is_narrow
+from batchnorm.nn.buffers import COUNTS, context_of, is_narrow
 from batchnorm.nn.filling import STATISTICS, filling, is_filling
 from batchnorm.nn.options import Nonfinite, Options, SmallBatch, checked_options
 from batchnorm.nn.renorm import Renorm, RenormSchedule
@@ -86,8 +85,7 @@ class State(RunningBuffers):
     def __getattr__(self, name: str) -> Any:
         """Return the running statistics that a forward in this thread would use; torch's lookup knows the stored."""
         if name in STATISTICS and "step_state" in self.__dict__ and name in self._buffers:
-            context = contexts.in_force(self.step_state.key, torch.compiler.is_compiling())
-            value: Any = self.statistics_in(context)[STATISTICS.index(name)]
+            value: Any = self.statistics_in(context_of(self))[STATISTICS.index(name)]
         else:
             value = super().__getattr__(name)
         if value is None and name.startswith(COUNTS) and name in self.count_names():

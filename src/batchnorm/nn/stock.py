@@ -66,6 +66,11 @@ def warn_of_pause(change: str) -> None:
     warn(f"{change} leaves running statistics as they are within batchnorm.no_stat_updates and batchnorm.adapt")
 
 
+def _as_stored(values: Tensor, stored: Tensor | None) -> Tensor:
+    """Return adapted statistics in the dtype and on the device of the stored ones."""
+    return values if stored is None else values.to(stored)
+
+
 def _is_read_for_a_forward(layer: TorchBatchNorm) -> bool:
     """Return whether an attribute is read in the layer's own forward, or by TorchScript, which compiles that."""
     if torch.compiler.is_compiling():
@@ -93,8 +98,7 @@ def _following(original: Any) -> type[TorchBatchNorm]:
             if name in ("running_mean", "running_var"):
                 adapted = context_of(self).adapted
                 if adapted is not None:
-                    values, stored = adapted[0 if name == "running_mean" else 1], self._buffers[name]
-                    return values if stored is None else values.to(stored)
+                    return _as_stored(adapted[0 if name == "running_mean" else 1], self._buffers[name])
             return original.__getattr__(self, name)
 
         def __setattr__(self, name: str, value: Any) -> None:
@@ -138,8 +142,7 @@ def _following(original: Any) -> type[TorchBatchNorm]:
             layer: TorchBatchNorm = original.__new__(original)
             buffers = dict(self._buffers)
             for name, values in (("running_mean", mean), ("running_var", var)):
-                stored = buffers[name]
-                buffers[name] = values if stored is None else values.to(stored)
+                buffers[name] = _as_stored(values, buffers[name])
             layer.__dict__.update(self.__dict__, _buffers=buffers)
             tracks = type(self)._contexts_tracks and not context_of(self).updates_paused
             layer.__dict__["track_running_stats"] = tracks

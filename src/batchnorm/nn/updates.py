@@ -12,10 +12,10 @@ from torch.nn.parameter import UninitializedBuffer
 from batchnorm.errors import InputError
 from batchnorm.nn import accumulated
 from batchnorm.nn.accumulated import Pool
+from batchnorm.nn.buffers import context_of
 from batchnorm.nn.contexts import Setting
 from batchnorm.nn.layer import Layer, layers_for, layers_of, stock_layers_of
 from batchnorm.nn.opening import settings
-from batchnorm.nn.running import context_of
 
 __all__ = ["accumulate", "no_stat_updates"]
 

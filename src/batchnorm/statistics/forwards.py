@@ -19,7 +19,7 @@ from batchnorm.statistics.layers import Layers, Statistics
 __all__ = ["PathHook", "restored", "uncompiled", "with_input_hook"]
 
 PathHook = Callable[[str, Tensor, Tensor | None], Statistics | None]
-"""Takes the module path of a layer, its input as (N, C, *) and its mask (N, *).
+"""A function of the module path of a layer, its input as (N, C, *) and its mask (N, *).
 
 It may return a mean and a variance, with which a layer in eval mode then normalizes this input.
 """

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from batchnorm.errors import InputError, MissingDependencyError
+from batchnorm.errors import InputError
+from batchnorm.extras import needs
 from batchnorm.nn.contexts import Adapted, Setting
 from batchnorm.nn.opening import change_setting, open_context
 from batchnorm.nn.running import RunningBuffers, RunningSet, active_set
@@ -27,7 +28,7 @@ from batchnorm.torch_internals import TorchBatchNorm
 __all__ = ["Measuring", "NewStatistics", "PassOptions", "Replacement", "check_passes", "replacing"]
 
 NewStatistics = Callable[[str, TorchBatchNorm, Moments, int], Statistics]
-"""Takes the module path of a layer, the layer, the moments of its inputs and the number of samples.
+"""A function of the module path of a layer, the layer, the moments of its inputs and the number of samples.
 
 It returns the running statistics that the layer gets.
 """
@@ -241,10 +242,8 @@ class Measuring:
         if self.options.progress is None:
             yield self.loader
             return
-        try:
+        with needs("progress=True"):
             from rich.console import Console
             from rich.progress import Progress
-        except ImportError as error:
-            raise MissingDependencyError("progress=True needs rich: pip install 'batchnorm[lab]'") from error
         with Progress(console=Console(stderr=True), transient=True) as bar:
             yield bar.track(self.loader, description=f"{self.options.progress}, pass {self.passes}")

@@ -11,10 +11,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.errors import UnsupportedError
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.buffers import context_of
 from batchnorm.nn.filling import STATISTICS
 from batchnorm.nn.layer import Layer, layers_of, overrides_forward
 from batchnorm.nn.reading import lost_in_training
-from batchnorm.nn.running import context_of
 from batchnorm.statistics.changes import layer_name
 from batchnorm.statistics.layers import unwrapped
 from batchnorm.surgery.report import Replacement, Surgery
@@ -58,7 +58,7 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
     Returns
     -------
     tuple of Module and Surgery
-        The model, by default a deep copy, and what was replaced and lost.
+        The model, by default a deep copy, and a report of the layers replaced and the options lost.
 
     Raises
     ------

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.errors import MissingDependencyError
+from batchnorm.extras import needs
 from batchnorm.lab.bench.measure import time_across_allocators
 from batchnorm.lab.bench.registry import Layout, ModelCase
 from batchnorm.lab.bench.request import BenchSettings
@@ -42,12 +42,8 @@ def network(name: str, **configuration: Any) -> nn.Module:
     MissingDependencyError
         transformers is not installed.
     """
-    try:
+    with needs("models=True", "bench"):
         import transformers
-    except ModuleNotFoundError as missing:
-        raise MissingDependencyError(
-            f"models=True needs pip install 'batchnorm[bench]'; {missing.name} is not installed"
-        ) from None
     kind, settings = MODELS[name]
     config = getattr(transformers, f"{kind}Config")(**{"num_labels": 1000} | settings | configuration)
     torch.manual_seed(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from batchnorm.errors import InputError, MissingDependencyError
+from batchnorm.extras import are_installed
 from batchnorm.lab.bench.registry import CASES, LAYOUTS, MODEL_NAMES, QUICK, AnyCase, ModelCase
 
 __all__ = ["BenchKind", "BenchRequest", "BenchSettings", "cases_of", "check_out", "select"]
@@ -84,7 +84,7 @@ def cases_of(kind: BenchKind, *, quick: bool = False, batch: int = 16) -> Sequen
         The models need transformers, which is not installed.
     """
     if kind == "models":
-        if importlib.util.find_spec("transformers") is None:
+        if not are_installed("transformers"):
             raise MissingDependencyError(
                 "models=True needs pip install 'batchnorm[bench]'; transformers is not installed"
             )

@@ -18,7 +18,7 @@ __all__ = ["resume_run", "start_run"]
 def start_run(
     request: Request, settings: Settings, *, out: Path | None = None, command: str = ""
 ) -> tuple[RunFile, Dataset]:
-    """Return a new run in a folder of its own, and its data; a note says what was changed in the settings.
+    """Return a new run in a folder of its own, and its data; a note names the settings that were changed.
 
     Raises
     ------

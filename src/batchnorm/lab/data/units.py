@@ -1,4 +1,4 @@
-"""What stands around the digits of a number: units, currencies and factors.
+"""Texts around the digits of a number: units, currencies and factors.
 
 A word behind a number is a unit only if it is a known one or several cells have it; otherwise "60 Rome" and "3 or more"
 would be numbers.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from batchnorm import ops
 from batchnorm.kernels.records import BatchMoments
 from batchnorm.nn import BatchNorm1d
-from batchnorm.nn.running import context_of
+from batchnorm.nn.buffers import context_of
 from batchnorm.nn.step import decide_in_torch
 
 __all__ = ["SampleWeightedBatchNorm1d", "weighted_rows"]
