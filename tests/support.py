@@ -133,6 +133,32 @@ def norm_layers(model):
     return [layer for layer in model.modules() if isinstance(layer, kinds)]
 
 
+def network_with_domains(kind, *between):
+    """Return a float64 network of 2 features, whose stored statistics no data gave.
+
+    Layers of ours have the domains "a" and "b". The modules ``between`` stand after the first layer.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(2), *between, nn.Linear(2, 2), kind(2)).double()
+    if kind is bn.BatchNorm1d:
+        bn.add_domains(model, ["a", "b"])
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 2)
+    return model
+
+
+def trained(model, shape):
+    """Return the model in eval mode, with statistics, gamma and beta other than those of a new layer."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        for _ in range(5):
+            model(torch.randn(shape, generator=generator) * 2 + 1)
+    return model.eval()
+
+
 def mixed_network(dropout=0.5):
     """Return a float64 network from 4 to 3 features with layers of ours and torch's, with unbiased and biased variance.
 

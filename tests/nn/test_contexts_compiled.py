@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import batchnorm as bn
-from support import assert_same_buffers, copied_buffers, randn
+from support import assert_same_buffers, copied_buffers, network_with_domains, randn
 
 pytestmark = [pytest.mark.compile, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 KINDS = [bn.BatchNorm1d, nn.BatchNorm1d]
@@ -22,17 +22,6 @@ def nothing_compiled_before():
     with torch._dynamo.config.patch(recompile_limit=32):
         yield
     torch._dynamo.reset()
-
-
-def network(kind):
-    torch.manual_seed(0)
-    model = nn.Sequential(kind(2), nn.Linear(2, 2), kind(2)).double()
-    if kind is bn.BatchNorm1d:
-        bn.add_domains(model, ["a", "b"])
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 2)
-    return model
 
 
 def rows(mean=4):
@@ -69,7 +58,7 @@ def outputs(model, forward, training, contexts):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_without_breaks_is_right_in_each_context_and_compiled_once_for_each(kind, training):
     contexts = list(CONTEXTS) if kind is bn.BatchNorm1d else OF_TORCH
-    model, counter = network(kind), CompileCounter()
+    model, counter = network_with_domains(kind), CompileCounter()
     eager = copy.deepcopy(model)
     expected = outputs(eager, eager, training, contexts)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -84,7 +73,7 @@ def test_a_graph_without_breaks_is_right_in_each_context_and_compiled_once_for_e
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_code_is_right_in_each_thread(kind):
-    model = network(kind).eval()
+    model = network_with_domains(kind).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     names = ["no updates", "adapt to a loader", "adapt to another"]
     names += ["domain a", "domain b"] if kind is bn.BatchNorm1d else []
@@ -125,16 +114,16 @@ def test_equal_blocks_that_are_compiled_one_by_one_share_a_compilation_in_a_cont
 
 
 def test_a_model_that_is_deleted_while_adapted_leaves_the_stance_of_the_compiler():
-    model, counter = network(bn.BatchNorm1d).eval(), CompileCounter()
+    model, counter = network_with_domains(bn.BatchNorm1d).eval(), CompileCounter()
     bn.adapt(model)
     del model
     gc.collect()
-    torch.compile(network(bn.BatchNorm1d), backend=counter)(rows())
+    torch.compile(network_with_domains(bn.BatchNorm1d), backend=counter)(rows())
     assert counter.frame_count == 1
 
 
 def test_threads_that_adapt_to_each_batch_leave_the_stance_of_the_compiler():
-    model, barrier = network(bn.BatchNorm1d).eval(), threading.Barrier(4)
+    model, barrier = network_with_domains(bn.BatchNorm1d).eval(), threading.Barrier(4)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from support import copied_buffers
+from support import copied_buffers, network_with_domains
 
 THREADS, ROUNDS = 8, 100
 LOADER = [torch.full((4, 2), 9.0, dtype=torch.float64) + torch.arange(4.0, dtype=torch.float64).unsqueeze(1)]
@@ -32,15 +32,7 @@ class Meeting(nn.Module):
 
 
 def network(kind=bn.BatchNorm1d):
-    """Return a model whose stored statistics no data gave."""
-    torch.manual_seed(0)
-    model = nn.Sequential(kind(2), Meeting(), nn.Linear(2, 2), kind(2)).double()
-    if kind is bn.BatchNorm1d:
-        bn.add_domains(model, ["a", "b"])
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 2)
-    return model.eval()
+    return network_with_domains(kind, Meeting()).eval()
 
 
 def plain(_):

@@ -12,6 +12,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.nn.buffers import COUNTS
+from support import trained
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")  # torch's warning about the functions tested here
@@ -62,17 +63,6 @@ CASES = {
     "block": (Block, (4, 3, 5, 5), 2),
     "every activation": (EveryActivation, (4, 3, 5), 6),
 }
-
-
-def trained(model, shape):
-    """Return the model in eval mode, with statistics, gamma and beta other than those of a new layer."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-        for _ in range(5):
-            model(torch.randn(shape, generator=generator) * 2 + 1)
-    return model.eval()
 
 
 def to_onnx(model, x, dynamo):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import batchnorm as bn
-from support import assert_same_state, copied_state
+from support import assert_same_state, copied_state, trained
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.\w+. is deprecated")
 
@@ -29,17 +29,6 @@ class Block(nn.Module):
     def forward(self, x):
         y = self.one(self.first(x))
         return self.other(self.second(y), residual=y)
-
-
-def trained(model, shape):
-    """Return the model in eval mode, with statistics, gamma and beta other than those of a new layer."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-        for _ in range(5):
-            model(torch.randn(shape, generator=generator) * 2 + 1)
-    return model.eval()
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
