@@ -1,7 +1,7 @@
 """Subclasses of Tensor: kernels read the tensor underneath, and y gets the class that torch's batch norm would give it.
 
 A subclass may replace any method of a tensor, and ``__torch_function__`` sees every function that is called with one.
-Neither belongs into the arithmetic: so a subclass is asked once, about the whole normalization, as torch asks it about
+Neither belongs in the arithmetic, so a subclass is asked once, about the whole normalization, as torch asks it about
 ``torch.nn.functional.batch_norm``. Subclasses with ``__torch_dispatch__`` (DTensor, fake tensors) see the operators.
 """
 

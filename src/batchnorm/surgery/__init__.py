@@ -1,4 +1,4 @@
-"""Surgery: layers of a model replaced by others, with a report of what was done."""
+"""Surgery: layers of a model replaced by others, with a report."""
 
 from batchnorm.surgery.report import Replacement, Surgery
 from batchnorm.surgery.torch_layers import to_torch

@@ -1,4 +1,4 @@
-"""The report of surgery: which layer became what, and what was lost."""
+"""The report of surgery: the layers that were replaced, and the options of training that were lost."""
 
 from __future__ import annotations
 
