@@ -42,7 +42,7 @@ def test_a_newcomer_reads_how_to_get_install_and_run_it_in_that_order():
 
 
 PAGES = ["README.md", "docs/compare.md", "docs/explain.md", "docs/layers.md", "docs/statistics.md"]
-PAGES += ["docs/tools.md"]
+PAGES += ["docs/tools.md", "docs/surgery.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
