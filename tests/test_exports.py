@@ -54,6 +54,7 @@ PUBLIC = [
     "lengths_to_mask",
     "no_stat_updates",
     "normalize",
+    "param_groups",
     "pool_running_stats",
     "recalibrate",
     "restore",

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from batchnorm.statistics.adapt import Adaptation, adapt
     from batchnorm.statistics.recalibrate import Recalibration, recalibrate
     from batchnorm.statistics.snapshot import Snapshot, restore, snapshot
-    from batchnorm.surgery import Surgery, to_torch
+    from batchnorm.surgery import Surgery, param_groups, to_torch
 
 __all__ = [
     "Adaptation",
@@ -107,6 +107,7 @@ __all__ = [
     "lengths_to_mask",
     "no_stat_updates",
     "normalize",
+    "param_groups",
     "pool_running_stats",
     "recalibrate",
     "restore",
