@@ -313,11 +313,11 @@ def test_the_report_names_each_layer_and_what_is_lost():
         "then    BatchNorm1d         BatchNorm1d",
         "",
         "Lost in training:",
-        "nonfinite  all 2 layers",
-        "unbiased   then",
+        "- nonfinite: all 2 layers",
+        "- unbiased: then",
     ]
     assert report.layers[1].lost == ("unbiased=False", "nonfinite='skip'")
-    assert repr(report) == "Surgery(2 layers replaced)"
+    assert repr(report) == "Surgery(2 layers changed)"
 
 
 def test_nothing_is_lost_of_a_layer_that_trains_as_torchs():

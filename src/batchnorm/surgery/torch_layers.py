@@ -77,7 +77,7 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
     1       BatchNorm1d   BatchNorm1d, ReLU
     <BLANKLINE>
     Lost in training:
-    nonfinite  1
+    - nonfinite: 1
     """
     model = unwrapped(model)
     layers = layers_of(model)
@@ -86,6 +86,7 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
         raise UnsupportedError(f"every layer must have an equal among torch's; got {'; '.join(refused)}")
     statistics = {path: _statistics(layer) for path, layer in layers.items()}
     done = tuple(_replacement(path, layer) for path, layer in layers.items())
+    notes = () if done else ("The model has no layers of batchnorm's, and stays as it is.",)
     if not inplace:
         model = copy.deepcopy(model)
         layers = layers_of(model)
@@ -95,7 +96,7 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
         for name, child in [*module._modules.items()]:  # a layer may have several names
             if isinstance(child, Layer):
                 module.register_module(name, made[child])
-    return made[model] if isinstance(model, Layer) else model, Surgery(done)
+    return made[model] if isinstance(model, Layer) else model, Surgery(done, notes=notes)
 
 
 def _refusal(layer: Layer) -> str:

@@ -1,0 +1,153 @@
+"""Runs of a model on an example, which leave the model as it was, and the difference between two of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.errors import InputError, InputTypeError
+from batchnorm.statistics.changes import layer_name
+from batchnorm.surgery.opening import is_lazy
+
+__all__ = ["Example", "check_example", "eval_outputs", "largest_difference", "run_example", "untouched"]
+
+Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+
+
+def check_example(model: nn.Module, example: Example) -> None:
+    """Raise an error unless a model can be run on an example: for the kind of the example, and for a lazy model.
+
+    Raises
+    ------
+    InputTypeError
+        The example is neither a tensor, nor a tuple, nor a mapping.
+    InputError
+        A layer of the model has seen no batch yet.
+    """
+    if not isinstance(example, Tensor | tuple | Mapping):
+        raise InputTypeError(
+            "example must be a tensor, a tuple of positional arguments, or a mapping of keyword arguments; got "
+            f"{type(example).__name__}"
+        )
+    for path, module in model.named_modules():
+        if is_lazy(module):
+            raise InputError(
+                f"the model must be initialized before it runs on an example; got a lazy {type(module).__name__} at "
+                f"{layer_name(path)}. Run the model on a batch first"
+            )
+
+
+@torch.no_grad()
+def run_example(model: nn.Module, example: Example) -> list[Tensor]:
+    """Return all floating-point tensors among the outputs of a model for an example, in its present mode.
+
+    The buffers, attributes and random state are afterwards as before.
+
+    Raises
+    ------
+    InputTypeError, InputError
+        As `check_example`; or the forward fails.
+    """
+    check_example(model, example)
+    arguments, keywords = _arguments(example)
+    with untouched(model):
+        try:
+            outputs = model(*arguments, **keywords)
+        except Exception as error:
+            raise InputError(
+                f"example must be an input that the model takes; got {_described(example)}, for which "
+                f"{type(model).__name__} raised {type(error).__name__}: {error}"
+            ) from error
+        return [values.clone() for values in _tensors(outputs)]
+
+
+def eval_outputs(model: nn.Module, example: Example) -> list[Tensor]:
+    """Do as `run_example` in eval mode; the modes are afterwards as before."""
+    check_example(model, example)
+    with untouched(model):
+        model.eval()
+        return run_example(model, example)
+
+
+def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Return the largest absolute difference between outputs; infinity if there are others or of other shapes.
+
+    NaN equals NaN, and an infinity itself.
+    """
+    if [values.shape for values in before] != [values.shape for values in after]:
+        return math.inf
+    return max(map(_difference, before, after), default=0.0)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Restore the modes, buffers and attributes of the modules, and the random state of torch, at the end."""
+    attributes = [(module, dict(vars(module)), _containers(module)) for module in model.modules()]
+    buffers = [(values, values.detach().clone()) for values in model.buffers() if not values.is_meta]
+    cuda = sorted({values.device.index for values in (*model.parameters(), *model.buffers()) if values.is_cuda})
+    with torch.random.fork_rng(cuda):
+        try:
+            yield
+        finally:
+            for module, before, containers in attributes:
+                vars(module).clear()
+                vars(module).update(before)
+                for container, content in containers:
+                    container.clear()
+                    (container.extend if isinstance(container, list) else container.update)(content)
+            with torch.no_grad():
+                for values, content in buffers:
+                    if not torch.equal(values, content):
+                        values.copy_(content)
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the dicts, lists and sets that are attributes of a module, among them caches, each with a shallow copy."""
+    return [(value, value.copy()) for value in vars(module).values() if type(value) in (dict, list, set)]
+
+
+def _arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def _tensors(outputs: object) -> Iterator[Tensor]:
+    """Iterate over the floating-point tensors in nested containers, in their order."""
+    if isinstance(outputs, Tensor):
+        if outputs.is_floating_point():
+            yield outputs
+    elif isinstance(outputs, Mapping):
+        for value in outputs.values():
+            yield from _tensors(value)
+    elif isinstance(outputs, Sequence | Set) and not isinstance(outputs, str | bytes):
+        for value in outputs:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        for field in dataclasses.fields(outputs):
+            yield from _tensors(getattr(outputs, field.name))
+
+
+def _difference(before: Tensor, after: Tensor) -> float:
+    a, b = before.detach().double(), after.detach().double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    differences = torch.where(same, 0.0, (a - b).abs())
+    return math.inf if differences.isnan().any() else float(differences.max()) if differences.numel() else 0.0
+
+
+def _described(example: object) -> str:
+    """Return the shapes of an example."""
+    if isinstance(example, Tensor):
+        return f"shape {tuple(example.shape)} of {example.dtype}"
+    if isinstance(example, tuple):
+        return f"({', '.join(map(_described, example))})"
+    if isinstance(example, Mapping):
+        return ", ".join(f"{name}={_described(value)}" for name, value in example.items())
+    return repr(example) if isinstance(example, int | float | str | bool | None) else type(example).__name__

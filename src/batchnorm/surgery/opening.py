@@ -1,0 +1,170 @@
+"""The door of every operation: the model to operate on, and its batch normalization layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parallel import DistributedDataParallel
+
+from batchnorm.errors import InputError, InputTypeError, UnsupportedError
+from batchnorm.nn.recognition import describe_norms, is_batch_norm
+from batchnorm.statistics.changes import layer_name
+from batchnorm.torch_internals import compiled_module
+
+__all__ = ["COPIES", "batch_norms", "check_model", "copied", "is_lazy", "opened"]
+
+COPIES = (
+    "The parameters are copies: make a new optimizer, or call batchnorm.surgery.update_optimizer(old_model, "
+    "new_model, optimizer)."
+)
+"""The note of a report whose model is a copy."""
+
+_QUANTIZED = (
+    "torch.ao.nn.quantized",
+    "torch.ao.nn.qat",
+    "torch.ao.nn.intrinsic.quantized",
+    "torch.ao.nn.intrinsic.qat",
+    "torch.ao.nn.sparse.quantized",
+    "torchao",
+    "bitsandbytes",
+)
+"""The packages of quantized modules."""
+
+
+def opened(model: nn.Module, function: str, *, inplace: bool) -> nn.Module:
+    """Return the model to operate on: the model given, or a deep copy of it.
+
+    Parameters
+    ----------
+    model : Module
+    function : str
+        The name of the operation, for messages.
+    inplace : bool
+        Operate on the model given.
+
+    Raises
+    ------
+    InputTypeError
+        It is no module.
+    UnsupportedError
+        It is or has a wrapper of DistributedDataParallel, FSDP or torch.compile, a TorchScript module or a quantized
+        one, or it cannot be copied.
+    """
+    check_model(model, function)
+    return model if inplace else copied(model, function)
+
+
+def check_model(model: nn.Module, function: str) -> None:
+    """Raise what `opened` does, without making a copy."""
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"{function} takes a torch.nn.Module; got {_described(model)}")
+    for path, module in model.named_modules():
+        for refused in (_wrapper, _script, _quantized):
+            reason = refused(module, path, function)
+            if reason:
+                raise UnsupportedError(reason)
+
+
+def copied(model: nn.Module, function: str) -> nn.Module:
+    """Return a deep copy of a model, which shares its process groups.
+
+    Raises
+    ------
+    UnsupportedError
+        The model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model, {id(group): group for group in _process_groups(model)})
+    except Exception as error:  # whatever a module's own __deepcopy__ or __reduce__ raises
+        raise UnsupportedError(
+            f"{function} works on a deep copy of the model, which cannot be made: {type(error).__name__}: {error}. "
+            f"Operate on the model itself: {function}(model, inplace=True)"
+        ) from error
+
+
+def batch_norms(model: nn.Module, function: str) -> dict[str, nn.Module]:
+    """Return the batch normalization layers of any library, by their first path.
+
+    Raises
+    ------
+    InputError
+        There is none; the message says which normalization layers there are.
+    """
+    found = {path: module for path, module in model.named_modules() if is_batch_norm(module)}
+    if not found:
+        raise InputError(
+            f"{function} needs a model with batch normalization layers; {type(model).__name__} {describe_norms(model)}"
+        )
+    return found
+
+
+def _described(model: object) -> str:
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        return f"the class {model.__name__}, of which you may pass an instance"
+    if isinstance(model, Mapping):
+        return f"{type(model).__name__}, which may be a state dict: load it into a model"
+    return type(model).__name__
+
+
+_Refusal = Callable[[nn.Module, str, str], str]
+
+
+def _wrapper(module: nn.Module, path: str, function: str) -> str:
+    """Return why a wrapper is refused, and the module to pass instead; empty if it is none."""
+    model = f"model{path and '.'}{path}"
+    if compiled_module(module) is not None:
+        return (
+            f"{function} takes a model before torch.compile; got a compiled module at {layer_name(path)}. Pass "
+            f"{model}._orig_mod, and compile the result"
+        )
+    if isinstance(module, DistributedDataParallel):
+        return (
+            f"{function} takes a model before DistributedDataParallel, since its copies would not be synchronized; got "
+            f"the wrapper at {layer_name(path)}. Pass {model}.module, and wrap the result"
+        )
+    if any(kind.__name__ in ("FullyShardedDataParallel", "FSDPModule") for kind in type(module).__mro__):
+        return (
+            f"{function} takes a model before FSDP, which has divided the parameters among processes; got the wrapper "
+            f"at {layer_name(path)}. Operate on the model first, and wrap the result"
+        )
+    return ""
+
+
+def _script(module: nn.Module, path: str, function: str) -> str:
+    if any(kind.__name__ == "ScriptModule" for kind in type(module).__mro__):
+        return (
+            f"{function} takes a model of Python, and TorchScript has compiled {layer_name(path)}. Operate on the "
+            "model first, and script the result"
+        )
+    return ""
+
+
+def _quantized(module: nn.Module, path: str, function: str) -> str:
+    kind = type(module)
+    of_tensors = [type(values) for values in (*module._parameters.values(), *module._buffers.values())]
+    if _is_of(kind, _QUANTIZED) or any(_is_of(each, ("torchao",)) for each in of_tensors):
+        return (
+            f"{function} takes a model before quantization; got quantized {kind.__name__} at {layer_name(path)}. "
+            "Operate on the float model first, and quantize the result"
+        )
+    return ""
+
+
+def _is_of(kind: type, packages: Sequence[str]) -> bool:
+    return any(kind.__module__ == package or kind.__module__.startswith(f"{package}.") for package in packages)
+
+
+def _process_groups(model: nn.Module) -> Iterator[object]:
+    """Iterate over the process groups that layers refer to, which no copy can have for itself."""
+    if dist.is_available():
+        for module in model.modules():
+            yield from (value for value in vars(module).values() if isinstance(value, dist.ProcessGroup))
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Return whether a module waits for its first input to make its parameters."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
