@@ -15,7 +15,7 @@ from batchnorm.errors import InputError, InputTypeError
 from batchnorm.statistics.changes import layer_name
 from batchnorm.surgery.opening import is_lazy
 
-__all__ = ["Example", "check_example", "eval_outputs", "largest_difference", "run_example", "untouched"]
+__all__ = ["Example", "arguments_of", "check_example", "eval_outputs", "largest_difference", "run_example", "untouched"]
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -56,7 +56,7 @@ def run_example(model: nn.Module, example: Example) -> list[Tensor]:
         As `check_example`; or the forward fails.
     """
     check_example(model, example)
-    arguments, keywords = _arguments(example)
+    arguments, keywords = arguments_of(example)
     with untouched(model):
         try:
             outputs = model(*arguments, **keywords)
@@ -113,7 +113,8 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     return [(value, value.copy()) for value in vars(module).values() if type(value) in (dict, list, set)]
 
 
-def _arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and the keyword arguments of the call that an example stands for."""
     if isinstance(example, Mapping):
         return (), dict(example)
     return (example if isinstance(example, tuple) else (example,)), {}

@@ -1,0 +1,200 @@
+"""The forward of a single module as a graph of torch.fx, which calls it with symbols in the place of tensors."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import CodeType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Graph, Node, Proxy, Tracer
+from torch.fx.node import map_aggregate
+
+from batchnorm.surgery.graph.attributes import in_mode
+from batchnorm.surgery.graph.blocks import MODES, Block, difference, named_arguments, parameters_of
+
+__all__ = [
+    "SYMBOL",
+    "Arguments",
+    "Unreadable",
+    "arguments_by_default",
+    "arguments_given",
+    "arguments_of_call",
+    "traced",
+    "traced_in_mode",
+]
+
+Arguments = Mapping[str, Any]
+"""The arguments that a forward is called with, by name; `SYMBOL` stands for one that is computed in the model."""
+
+UNRECORDED = {"autocast", "no_grad", "inference_mode", "enable_grad", "set_grad_enabled", "checkpoint"}
+"""Names of torch that torch.fx does not record, so that code made of a graph would run without them."""
+
+
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+
+
+class _Computed:
+    def __repr__(self) -> str:
+        return "SYMBOL"
+
+
+SYMBOL = _Computed()
+
+
+class Unreadable(Exception):  # noqa: N818 (it carries a reason within this package, and is no error of the user's)
+    """A block cannot be read; the message is the reason, as a clause."""
+
+
+def arguments_by_default(module: nn.Module) -> Arguments:
+    """Return the arguments of a call whose caller is not known: symbols for those without a default, or the first."""
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters_of(module)):
+        raise Unreadable(f"the forward of {type(module).__name__} takes any number of arguments")
+    named = [p for p in parameters_of(module) if p.kind is not p.VAR_KEYWORD]
+    return {p.name: SYMBOL for p in [p for p in named if p.default is p.empty] or named[:1]}
+
+
+def arguments_of_call(module: nn.Module, node: Node) -> Arguments:
+    """Return the arguments of a step that calls a module; those that hold values of the graph are symbols."""
+    return arguments_given(module, node.args, node.kwargs)
+
+
+def arguments_given(module: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Arguments:
+    """Return the arguments of a call of a module; those that hold tensors or values of a graph are symbols."""
+    try:
+        arguments = named_arguments(module, args, kwargs)
+    except TypeError as error:
+        raise Unreadable(f"{type(module).__name__} is called in a way that its forward does not declare") from error
+    return {name: SYMBOL if _is_computed(value) else value for name, value in arguments.items()}
+
+
+def _is_computed(value: Any) -> bool:
+    found: list[bool] = []
+    map_aggregate(value, lambda item: found.append(True) if isinstance(item, Node | Tensor) else None)
+    return bool(found)
+
+
+class _Symbol(Proxy):
+    """A symbol of torch.fx for which ``y += x`` is an operation in place, and not ``y = y + x``."""
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[[_Symbol, Any], Proxy]:
+    def call(self: _Symbol, other: Any) -> Proxy:
+        symbol: Proxy = self.tracer.create_proxy("call_function", function, (self, other), {})
+        return symbol
+
+    return call
+
+
+for _name in IN_PLACE:
+    setattr(_Symbol, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
+class ForwardTracer(Tracer):
+    """Traces the forward of one module. Every module that it calls is a step, but those given, which are inlined."""
+
+    def __init__(self, arguments: Arguments, inlined: Collection[nn.Module] = ()) -> None:
+        super().__init__()
+        self.arguments, self.inlined = arguments, inlined
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether a call of the module is one node of the graph."""
+        return m not in self.inlined
+
+    def proxy(self, node: Node) -> Proxy:
+        """Return the symbol for a node."""
+        return _Symbol(node, self)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Return a function of no arguments that calls the forward, with placeholders for the symbols."""
+        parameters = {p.name: p for p in parameters_of(self.root)}
+        given: dict[str, Any] = {}
+        for name, value in self.arguments.items():
+            default = parameters[name].default if name in parameters else inspect.Parameter.empty
+            defaults = () if default is inspect.Parameter.empty else (default,)
+            given[name] = self.create_proxy("placeholder", name, defaults, {}) if value is SYMBOL else value
+        first = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_ONLY]
+        first += [p.name for p in parameters.values() if p.kind is p.VAR_POSITIONAL]
+        if any(parameters[name].kind is inspect.Parameter.VAR_POSITIONAL for name in first if name in given):
+            raise Unreadable(f"the forward of {type(self.root).__name__} takes any number of arguments")
+        positional = [given.pop(name) for name in first if name in given]
+        return lambda: root_fn(self.root, *positional, **given), []
+
+
+def traced_in_mode(module: nn.Module, arguments: Arguments, inlined: Collection[nn.Module] = ()) -> Graph:
+    """Return the graph of a module's forward in the mode that the model is in.
+
+    Parameters
+    ----------
+    module : Module
+    arguments : mapping
+        The arguments of forward; those left out have their defaults.
+    inlined : collection of Module
+        Modules below whose forwards become part of the graph.
+
+    Raises
+    ------
+    Exception
+        Whatever the forward raises when it is called with symbols.
+    """
+    return ForwardTracer(arguments, inlined).trace(module)
+
+
+def traced(module: nn.Module, arguments: Arguments, inlined: Collection[nn.Module] = ()) -> Block:
+    """Return a module's forward as a block, the same in training and in eval.
+
+    Raises
+    ------
+    Unreadable
+        It cannot be traced, or its steps depend on the mode.
+    """
+    if "forward" in vars(module):
+        raise Unreadable(f"its forward was set on the {type(module).__name__} itself")
+    graphs, kept, changes = [], set(), False
+    for mode in MODES:
+        with in_mode(module, mode) as attributes:
+            try:
+                graphs.append(traced_in_mode(module, arguments, inlined))
+            except Unreadable:
+                raise
+            except Exception as error:  # a forward may raise anything when it is called with symbols
+                raise Unreadable(f"torch.fx cannot trace {type(module).__name__}: {_short(error)}") from error
+            for value in attributes.changed(module):
+                changes = True
+                if mode == "eval":
+                    map_aggregate(value, lambda item: kept.add(item.node) if isinstance(item, Proxy) else None)
+    where = difference(graphs, constants=False)
+    if where:
+        raise Unreadable(f"{type(module).__name__} computes otherwise in training than in eval ({where})")
+    constants = {name: value for name, value in arguments.items() if value is not SYMBOL}
+    omitted = [p for p in parameters_of(module) if p.name not in arguments and p.default is not p.empty]
+    constants |= {p.name: p.default for p in omitted}
+    reason = _reason_against_code(module, graphs, changes)
+    return Block(graphs[0], constants, reason, frozenset(kept))
+
+
+def _reason_against_code(module: nn.Module, graphs: list[Graph], changes: bool) -> str:
+    name = type(module).__name__
+    if changes:
+        return f"the forward of {name} sets attributes"
+    where = difference(graphs, constants=True)
+    if where:
+        return f"the forward of {name} has other constants in training than in eval ({where})"
+    unrecorded = UNRECORDED & _names(inspect.unwrap(type(module).forward).__code__)
+    if unrecorded:
+        return f"the forward of {name} uses {', '.join(sorted(unrecorded))}"
+    return ""
+
+
+def _names(code: CodeType) -> set[str]:
+    return {*code.co_names, *(name for item in code.co_consts if isinstance(item, CodeType) for name in _names(item))}
+
+
+def _short(error: Exception) -> str:
+    """Return the first sentence of an error."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__
