@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import InputError, InputTypeError
 from batchnorm.statistics.changes import layer_name
+from batchnorm.surgery.attributes import Attributes
 from batchnorm.surgery.opening import is_lazy
 
 __all__ = ["Example", "arguments_of", "check_example", "eval_outputs", "largest_difference", "run_example", "untouched"]
@@ -89,28 +90,18 @@ def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> flo
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restore the modes, buffers and attributes of the modules, and the random state of torch, at the end."""
-    attributes = [(module, dict(vars(module)), _containers(module)) for module in model.modules()]
+    attributes = Attributes(model)
     buffers = [(values, values.detach().clone()) for values in model.buffers() if not values.is_meta]
     cuda = sorted({values.device.index for values in (*model.parameters(), *model.buffers()) if values.is_cuda})
     with torch.random.fork_rng(cuda):
         try:
             yield
         finally:
-            for module, before, containers in attributes:
-                vars(module).clear()
-                vars(module).update(before)
-                for container, content in containers:
-                    container.clear()
-                    (container.extend if isinstance(container, list) else container.update)(content)
+            attributes.restore()
             with torch.no_grad():
                 for values, content in buffers:
                     if not torch.equal(values, content):
                         values.copy_(content)
-
-
-def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Return the dicts, lists and sets that are attributes of a module, among them caches, each with a shallow copy."""
-    return [(value, value.copy()) for value in vars(module).values() if type(value) in (dict, list, set)]
 
 
 def arguments_of(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:

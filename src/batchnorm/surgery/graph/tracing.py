@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.node import map_aggregate
 
-from batchnorm.surgery.graph.attributes import in_mode
-from batchnorm.surgery.graph.blocks import MODES, Block, difference, named_arguments, parameters_of
+from batchnorm.surgery.attributes import Attributes
+from batchnorm.surgery.graph.blocks import MODES, Block, Mode, difference, named_arguments, parameters_of
 
 __all__ = [
     "SYMBOL",
@@ -175,6 +176,18 @@ def traced(module: nn.Module, arguments: Arguments, inlined: Collection[nn.Modul
     constants |= {p.name: p.default for p in omitted}
     reason = _reason_against_code(module, graphs, changes)
     return Block(graphs[0], constants, reason, frozenset(kept))
+
+
+@contextmanager
+def in_mode(module: nn.Module, mode: Mode) -> Iterator[Attributes]:
+    """Set the flags of a mode on a module and all below it, without ``train()``; restore all attributes at the end."""
+    attributes = Attributes(module)
+    try:
+        for each in module.modules():
+            vars(each)["training"] = mode == "train"
+        yield attributes
+    finally:
+        attributes.restore()
 
 
 def _reason_against_code(module: nn.Module, graphs: list[Graph], changes: bool) -> str:
