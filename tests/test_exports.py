@@ -57,6 +57,7 @@ PUBLIC = [
     "param_groups",
     "pool_running_stats",
     "recalibrate",
+    "replace",
     "restore",
     "snapshot",
     "to_torch",

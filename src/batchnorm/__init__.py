@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from batchnorm.statistics.recalibrate import Recalibration, recalibrate
     from batchnorm.statistics.snapshot import Snapshot, restore, snapshot
     from batchnorm.surgery import Surgery, param_groups, to_torch
+    from batchnorm.surgery.replace import replace
 
 __all__ = [
     "Adaptation",
@@ -110,6 +111,7 @@ __all__ = [
     "param_groups",
     "pool_running_stats",
     "recalibrate",
+    "replace",
     "restore",
     "snapshot",
     "to_torch",

@@ -10,10 +10,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["describe_norms", "is_batch_norm", "norm_counts"]
+__all__ = ["describe_norms", "is_batch_norm", "is_normalization", "norm_counts"]
 
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _NORM_NAME = re.compile(r"Norm(Act)?(\dd)?$|RMSNorm|LayerNorm|EvoNorm|FilterResponseNorm")
+_ENDS_AS_NORM = re.compile(r"Norm(Act)?(\dd)?$")
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -28,6 +29,14 @@ def is_batch_norm(module: nn.Module) -> bool:
         return False
     mean, var = (_own(module, name) for name in ("running_mean", "running_var"))
     return mean is not None and var is not None and mean.dim() == 1 and mean.shape == var.shape
+
+
+def is_normalization(module: nn.Module) -> bool:
+    """Return whether a module is a normalization layer of any kind and nothing besides, by the name of a base class.
+
+    A layer that normalizes and also multiplies by a matrix, such as a LayerNormLinear, is none.
+    """
+    return is_batch_norm(module) or any(_ENDS_AS_NORM.search(kind.__name__) for kind in type(module).__mro__)
 
 
 def norm_counts(model: nn.Module) -> Counter[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,12 +12,10 @@ from torch.nn.parameter import Parameter, is_lazy
 from batchnorm.checks import is_real
 from batchnorm.errors import InputError, InputTypeError, UnsupportedError
 from batchnorm.nn.patterns import as_patterns, matching
+from batchnorm.nn.recognition import is_normalization
 from batchnorm.statistics.layers import unwrapped
 
 __all__ = ["param_groups"]
-
-NORM_NAME = re.compile(r"Norm(Act)?(\dd)?$")
-"""Ends the names of the classes of normalization layers, whose gamma may have more dimensions than one."""
 
 
 class _Owned(NamedTuple):
@@ -151,11 +148,7 @@ def _owned(model: nn.Module) -> Iterator[_Owned]:
 def _decays(one: _Owned) -> bool:
     """Return whether weight decay is for a parameter: it is no gamma, beta or bias, and has 2 dimensions or more."""
     words = one.tensor.lower().split("_")
-    return one.parameter.dim() >= 2 and not _is_normalization(one.module) and not {"bias", "biases"} & {*words}
-
-
-def _is_normalization(module: nn.Module) -> bool:
-    return any(NORM_NAME.search(kind.__name__) for kind in type(module).__mro__)
+    return one.parameter.dim() >= 2 and not is_normalization(one.module) and not {"bias", "biases"} & {*words}
 
 
 def _named_by_model(model: nn.Module) -> set[str]:

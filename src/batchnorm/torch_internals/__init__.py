@@ -24,7 +24,7 @@ from batchnorm.torch_internals.dispatch import (
     without_modes,
 )
 from batchnorm.torch_internals.distributed import collectives, collectives_while_compiling, default_store
-from batchnorm.torch_internals.layers import TorchBatchNorm, TorchLazyNorm, move_hooks_of_the_output
+from batchnorm.torch_internals.layers import TorchBatchNorm, TorchLazyNorm, move_hooks, move_hooks_of_the_output
 from batchnorm.torch_internals.lookup import PATHS
 from batchnorm.torch_internals.tensors import (
     has_storage,
@@ -70,6 +70,7 @@ __all__ = [
     "is_zero_tensor",
     "jit_tracing_state",
     "may_be_transformed",
+    "move_hooks",
     "move_hooks_of_the_output",
     "obstacle_to_update",
     "profiler_is_active",
