@@ -282,8 +282,11 @@ def test_an_example_reads_what_tracing_cannot():
     model, x = Branching(), randn(2, 3, 4, 4)
     assert around(model, model.norm, x) == (["conv"], ["sum", "relu"])
     assert around(model, model.inner.conv, x) == (["relu"], ["inner.norm"])
+    (note,) = read_dataflow(model).notes()
+    assert note.startswith("One block could not be traced; an example may help")
     flow = read_dataflow(model, x)
     assert flow.unread == {}
+    assert flow.notes() == ()
     assert "cannot trace Branching" in flow.blocks[""].reason_against_code
 
 

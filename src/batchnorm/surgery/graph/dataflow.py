@@ -58,6 +58,13 @@ class Dataflow:
         self.model, self.blocks, self.unread, self.observed = model, blocks, unread, observed
         self._paths: dict[nn.Module, str] = {module: path for path, module in model.named_modules()}
 
+    def notes(self) -> tuple[str, ...]:
+        """Return what helps where blocks could not be read, as sentences for a report."""
+        if not self.unread or self.observed:
+            return ()
+        blocks = "One block" if len(self.unread) == 1 else f"{len(self.unread)} blocks"
+        return (f"{blocks} could not be traced; an example may help: pass example=, an input of the model.",)
+
     def path(self, module: nn.Module) -> str:
         """Return the first path of a module."""
         return self._paths[module]
