@@ -30,7 +30,7 @@ from batchnorm.extras import are_installed, needs
 from batchnorm.version import __version__
 
 if TYPE_CHECKING:
-    from batchnorm import lab
+    from batchnorm import lab, surgery
     from batchnorm.diagnostics.doctor import Diagnosis, doctor
     from batchnorm.diagnostics.explain import Explanation, explain
     from batchnorm.functional import Stats, batch_norm, lengths_to_mask, normalize
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from batchnorm.statistics.recalibrate import Recalibration, recalibrate
     from batchnorm.statistics.snapshot import Snapshot, restore, snapshot
     from batchnorm.surgery import Surgery, param_groups, to_torch
+    from batchnorm.surgery.convert import convert
     from batchnorm.surgery.replace import replace
 
 __all__ = [
@@ -99,6 +100,7 @@ __all__ = [
     "adapt",
     "add_domains",
     "batch_norm",
+    "convert",
     "detect_shift",
     "doctor",
     "explain",
@@ -114,6 +116,7 @@ __all__ = [
     "replace",
     "restore",
     "snapshot",
+    "surgery",
     "to_torch",
     "tune_allocator",
     "unfreeze",
@@ -162,8 +165,8 @@ def _load_core() -> None:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "lab":
-        return importlib.import_module("batchnorm.lab")
+    if name in ("lab", "surgery"):
+        return importlib.import_module(f"batchnorm.{name}")
     if name in _ESTIMATORS:
         with needs(name):
             return getattr(importlib.import_module("batchnorm.lab.estimators"), name)

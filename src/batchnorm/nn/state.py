@@ -104,6 +104,22 @@ class State(RunningBuffers):
         """Return the options that torch's layers do not have."""
         return Options(**{name: getattr(self, name) for name in OPTIONS})
 
+    def set_options(self, options: Options) -> None:
+        """Set all options together, since some need or exclude others.
+
+        Raises
+        ------
+        InputError
+            One is out of its range, or does not go with another; none is set.
+        """
+        checked = checked_options(options, track_running_stats=self.track_running_stats)
+        counts_anew = checked.nonfinite != self.nonfinite
+        self.__dict__.update({name: getattr(checked, name) for name in OPTIONS})
+        self.step_state.drop_plans()
+        if counts_anew:
+            self._buffers["skipped_batches"] = None
+            self.begin_counts()
+
     def trains(self) -> bool:
         """Return whether forward uses batch statistics because the layer is in training mode, and not frozen."""
         return self.training and not self.frozen_statistics
@@ -205,6 +221,8 @@ class State(RunningBuffers):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *arguments: Any
     ) -> None:
+        if "num_batches_tracked" in self._non_persistent_buffers_set:
+            local_metadata = local_metadata | {"version": 2}  # or torch would add the key, and then not expect it
         self.step_state.memory = {}  # torch.utils.swap_tensors refuses buffers that have weak references
         with filling():
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)

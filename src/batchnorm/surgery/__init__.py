@@ -1,8 +1,17 @@
 """Surgery: layers of a model replaced by others, with a report."""
 
+from batchnorm.surgery.convert import convert
 from batchnorm.surgery.parameter_groups import param_groups
 from batchnorm.surgery.replace import replace
 from batchnorm.surgery.report import Left, Replacement, Surgery
 from batchnorm.surgery.torch_layers import to_torch
 
-__all__ = ["Left", "Replacement", "Surgery", "param_groups", "replace", "to_torch"]
+__all__ = [
+    "Left",
+    "Replacement",
+    "Surgery",
+    "convert",
+    "param_groups",
+    "replace",
+    "to_torch",
+]

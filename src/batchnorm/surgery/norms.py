@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from batchnorm.checks import Activation
 from batchnorm.nn.layer import Layer, overrides_forward
 from batchnorm.nn.recognition import is_batch_norm
-from batchnorm.surgery.opening import is_lazy
+from batchnorm.surgery.children import children_behind
+from batchnorm.surgery.opening import deep_copy, is_lazy
 from batchnorm.surgery.probing import Formula, accepted_dims, probe, stays_in_eval
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["ACTIVATIONS", "Norm", "is_batch_norm", "read_norm"]
+__all__ = ["ACTIVATIONS", "Norm", "activation_name", "is_batch_norm", "read_norm"]
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
     "silu": nn.SiLU,
@@ -58,6 +61,8 @@ class Norm:
         The running statistics are used in training too, and never updated.
     children : tuple of str
         The names of the layer's children that run one after the other behind the normalization.
+    own_activation : Module or None
+        A new module for the activation that the layer's own forward computes after them.
     """
 
     module: nn.Module
@@ -72,6 +77,7 @@ class Norm:
     activation: nn.Module | None = None
     frozen: bool = False
     children: tuple[str, ...] = ()
+    own_activation: nn.Module | None = None
 
     @property
     def uses_running_statistics_in_eval(self) -> bool:
@@ -104,12 +110,37 @@ def read_norm(module: nn.Module) -> Norm | str:
     return formula if isinstance(formula, str) else _norm(module, formula)
 
 
+def activation_name(module: nn.Module) -> Activation | None:
+    """Return the name of the activation of our layers that a module computes; None if it computes another function.
+
+    A module of another class than torch's is compared on values in float64, in eval and in train mode.
+    """
+    name = next((name for name, kind in ACTIVATIONS.items() if type(module) is kind), None)
+    if name is not None and name not in ("leaky_relu", "gelu"):  # these two have arguments
+        return name
+    if any(True for _ in (*module.parameters(), *module.buffers())):
+        return None
+    return next((name for name, kind in ACTIVATIONS.items() if _computes(module, kind())), None)
+
+
+@torch.no_grad()
+def _computes(module: nn.Module, activation: nn.Module) -> bool:
+    x = torch.cat((torch.linspace(-9, 9, 46), torch.tensor([-1e4, 1e4]))).double().view(2, 4, 3, 2)
+    expected, twin = activation(x), deep_copy(module)
+    try:
+        found = [twin.train(mode).forward(x.clone()) for mode in (False, True)]
+        return all(isinstance(y, Tensor) and torch.allclose(y, expected, rtol=1e-12, atol=1e-12) for y in found)
+    except Exception:  # noqa: BLE001 (whatever its forward raises)
+        return False
+
+
 def _ours(layer: Layer) -> Norm | str:
-    if overrides_forward(layer):
+    children = children_behind(layer)
+    if overrides_forward(layer) and not children:
         return f"{type(layer).__name__} has a forward of its own"
     dims = next((i for i, kind in enumerate(_BY_DIMS, 1) if isinstance(layer, kind)), None)
     activation = None if layer.activation is None else ACTIVATIONS[layer.activation]().train(layer.training)
-    formula = Formula(dims, layer.epsilon(), layer.frozen_statistics, (), activation)
+    formula = Formula(dims, layer.epsilon(), layer.frozen_statistics, children, activation)
     return _norm(layer, formula)
 
 
@@ -131,13 +162,17 @@ def _norm(module: nn.Module, formula: Formula) -> Norm:
         _behind(module, formula),
         formula.frozen,
         formula.children,
+        formula.activation,
     )
 
 
 def _behind(module: nn.Module, formula: Formula) -> nn.Module | None:
     """Return one module for all that runs behind the normalization; None if that changes nothing."""
     children = [module.get_submodule(name) for name in formula.children]
-    parts = [child for child in (*children, formula.activation) if child is not None and type(child) is not nn.Identity]
+    parts = [*children, *([formula.activation] if formula.activation is not None else [])]
+    if isinstance(module, Layer):  # it computes its own activation first
+        parts = [*parts[len(children) :], *children]
+    parts = [part for part in parts if type(part) is not nn.Identity]
     if len(parts) > 1:
         return nn.Sequential(*parts).train(module.training)
     return parts[0] if parts else None

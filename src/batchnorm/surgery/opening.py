@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.errors import InputError, InputTypeError, UnsupportedError
 from batchnorm.nn.recognition import describe_norms, is_batch_norm
 from batchnorm.statistics.changes import layer_name
 from batchnorm.torch_internals import compiled_module
 
-__all__ = ["COPIES", "batch_norms", "check_model", "copied", "is_lazy", "opened"]
+__all__ = ["COPIES", "batch_norms", "check_model", "copied", "deep_copy", "is_lazy", "opened"]
 
 COPIES = (
     "The parameters are copies: make a new optimizer, or call batchnorm.surgery.update_optimizer(old_model, "
@@ -78,7 +80,7 @@ def copied(model: nn.Module, function: str) -> nn.Module:
         The model cannot be copied.
     """
     try:
-        return copy.deepcopy(model, {id(group): group for group in _process_groups(model)})
+        return deep_copy(model)
     except Exception as error:  # whatever a module's own __deepcopy__ or __reduce__ raises
         raise UnsupportedError(
             f"{function} works on a deep copy of the model, which cannot be made: {type(error).__name__}: {error}. "
@@ -158,11 +160,27 @@ def _is_of(kind: type, packages: Sequence[str]) -> bool:
     return any(kind.__module__ == package or kind.__module__.startswith(f"{package}.") for package in packages)
 
 
-def _process_groups(model: nn.Module) -> Iterator[object]:
-    """Iterate over the process groups that layers refer to, which no copy can have for itself."""
-    if dist.is_available():
-        for module in model.modules():
-            yield from (value for value in vars(module).values() if isinstance(value, dist.ProcessGroup))
+def deep_copy(module: nn.Module, instead: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """Return a deep copy, with copies of tensors that torch refuses to copy; process groups are shared.
+
+    These are the buffers of lazy layers, and attributes with a graph, as the weight that pruning computes.
+
+    Parameters
+    ----------
+    module : Module
+    instead : mapping of Module to Module, optional
+        The modules that take the places of others in the copy.
+    """
+    memo: dict[int, Any] = {id(child): other for child, other in (instead or {}).items()}
+    for each in module.modules():
+        for value in (*vars(each).values(), *each._buffers.values()):
+            if isinstance(value, UninitializedBuffer):
+                memo[id(value)] = UninitializedBuffer(device=value.device, dtype=value.dtype)  # type: ignore[call-arg]
+            elif isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+            elif dist.is_available() and isinstance(value, dist.ProcessGroup):
+                memo[id(value)] = value
+    return copy.deepcopy(module, memo)
 
 
 def is_lazy(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from batchnorm.surgery.opening import deep_copy
 from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["Formula", "accepted_dims", "probe", "stays_in_eval"]
@@ -43,6 +44,9 @@ ACTIVATIONS: tuple[nn.Module | None, ...] = (
 
 TENSORS = ("running_mean", "running_var", "weight", "bias")
 DIMS = {frozenset({2, 3}): 1, frozenset({4}): 2, frozenset({5}): 3}
+CHANNELS = 3
+"""Channels of a probe, unless the layer has other tensors than those of batch normalization."""
+
 SIZES = (6, 3, 2, 2, 2)
 """Sizes of a probe's input: the samples, then those after the channels."""
 
@@ -119,7 +123,7 @@ def stays_in_eval(module: nn.Module) -> bool:
     """Return whether ``train()`` leaves a module in eval mode, by a method of its own."""
     if type(module).train is nn.Module.train:
         return False
-    twin = copy.deepcopy(module)
+    twin = deep_copy(module)
     twin.train()
     return not twin.training
 
@@ -144,15 +148,18 @@ class _Probe:
     def __init__(self, module: nn.Module) -> None:
         self.calls: list[tuple[str, Tensor, Tensor]] = []
         self.original = module
-        memo: dict[int, Any] = {id(child): _Recorder(name, self.calls) for name, child in module.named_children()}
-        self.copy = copy.deepcopy(module, memo | {id(group): group for group in _groups(module)})
+        recorders = {child: _Recorder(name, self.calls) for name, child in module.named_children()}
+        self.copy = deep_copy(module, recorders)
         if isinstance(module, nn.SyncBatchNorm):
             self.copy.__class__ = type(type(module).__name__, (type(module), _Local), {})
+        fewer = not any(values.dim() for name, values in _tensors(module) if name not in TENSORS)
         stores: list[dict[str, Any]] = [self.copy._parameters, self.copy._buffers, vars(self.copy)]
         for store in stores:
             for name, values in [*store.items()]:
                 if isinstance(values, Tensor):
-                    store[name] = _drawn(name, values)
+                    store[name] = _drawn(name, values, CHANNELS if fewer else None)
+        if fewer and "num_features" in vars(self.copy):
+            vars(self.copy)["num_features"] = CHANNELS
 
     def formula(self) -> Formula | str:
         found: dict[int, Formula | str] = {}
@@ -283,21 +290,23 @@ class _Probe:
         )
 
 
-def _drawn(name: str, values: Tensor) -> Tensor:
-    """Return random values for a tensor of a probe, on the CPU."""
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the tensors of a layer, without those of its children."""
+    named = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False), *vars(module).items())
+    return [(name, values) for name, values in named if isinstance(values, Tensor)]
+
+
+def _drawn(name: str, values: Tensor, channels: int | None) -> Tensor:
+    """Return random values for a tensor of a probe, on the CPU, of so many channels if that is given."""
+    shape = values.shape if channels is None or not values.dim() else (channels,)
     if not values.is_floating_point():
-        return torch.zeros(values.shape, dtype=values.dtype)
-    drawn = torch.randn(values.shape, dtype=torch.float64)
+        return torch.zeros(shape, dtype=values.dtype)
+    drawn = torch.randn(shape, dtype=torch.float64)
     if name == "running_var":
         drawn = drawn.abs() + 0.5
     elif name == "weight":
         drawn = 8 * drawn  # so that the output of training batches goes far too
     return nn.Parameter(drawn) if isinstance(values, nn.Parameter) else drawn
-
-
-def _groups(module: nn.Module) -> list[object]:
-    group = vars(module).get("process_group")
-    return [] if group is None else [group]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
