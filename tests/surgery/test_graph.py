@@ -354,11 +354,11 @@ def test_a_forward_set_on_the_module_is_refused():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda self, x: F.dropout(x, 0.5, self.training), "other constants in training than in eval"),
+        (lambda self, x: F.leaky_relu(x, 0.1 if self.training else 0.2), "other constants in training than in eval"),
         (lambda self, x: setattr(self, "seen", x) or x, "sets attributes"),
         (lambda self, x: self.kept.append(x) or x, "sets attributes"),
     ],
-    ids=["dropout", "attribute", "list"],
+    ids=["slope", "attribute", "list"],
 )
 def test_blocks_whose_code_would_differ_are_read_but_not_rewritten(change, reason):
     class Model(nn.Module):
@@ -375,6 +375,23 @@ def test_blocks_whose_code_would_differ_are_read_but_not_rewritten(change, reaso
     assert kinds(flow, flow.source(flow.calls(model.norm)[0])) == ["linear"]
     assert vars(model)["kept"] == []
     assert "seen" not in vars(model)
+
+
+def test_a_function_that_is_told_the_mode_reads_it_in_the_graph():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            x = F.dropout(self.norm(x), 0.5, self.training)
+            return F.dropout(x, 0.5, training=self.training, inplace=False)
+
+    block = read_dataflow(Model()).blocks[""]
+    assert block.reason_against_code == ""
+    code = block.graph.python_code("self").src
+    assert code.count("self.training") == 1
+    assert code.count("training = training") == 2
 
 
 def test_a_value_kept_as_an_attribute_is_a_use_that_is_not_known():

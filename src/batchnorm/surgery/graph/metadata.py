@@ -1,4 +1,4 @@
-"""Reads of a tensor's shape, dtype and the like, which are no use of its values."""
+"""Reads of a tensor's shape, dtype and the like, also for a new tensor, which are no use of its values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ METHODS = {
     "get_device",
 }
 METHODS |= {"is_complex", "element_size", "storage_offset", "data_ptr", "__len__", "type", "is_cuda"}
+METHODS |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 FUNCTIONS = {"is_floating_point", "is_complex", "numel", "is_tensor"}
+FUNCTIONS |= {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"}
 GETTERS = {getattr(Tensor, name).__get__ for name in ATTRIBUTES}
 
 

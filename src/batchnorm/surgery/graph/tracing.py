@@ -171,6 +171,7 @@ def traced(module: nn.Module, arguments: Arguments, inlined: Collection[nn.Modul
     where = difference(graphs, constants=False)
     if where:
         raise Unreadable(f"{type(module).__name__} computes otherwise in training than in eval ({where})")
+    _read_mode(*graphs)
     constants = {name: value for name, value in arguments.items() if value is not SYMBOL}
     omitted = [p for p in parameters_of(module) if p.name not in arguments and p.default is not p.empty]
     constants |= {p.name: p.default for p in omitted}
@@ -188,6 +189,45 @@ def in_mode(module: nn.Module, mode: Mode) -> Iterator[Attributes]:
         yield attributes
     finally:
         attributes.restore()
+
+
+def _read_mode(in_eval: Graph, in_training: Graph) -> None:
+    """Let functions read the module's mode where their arguments are False in eval and True in training.
+
+    So ``F.dropout(x, training=self.training)`` becomes code that is right in both.
+    """
+    graphs = (in_eval, in_training)
+    pairs = list(zip(in_eval.nodes, in_training.nodes, strict=True))
+    first = [next(step for step in graph.nodes if step.op != "placeholder") for graph in graphs]
+    modes: list[Node] = []
+    for nodes in pairs:
+        if nodes[0].op not in ("call_function", "call_method"):
+            continue
+        leaves: list[list[Any]] = [_leaves(node) for node in nodes]
+        follows = [value is False and other is True for value, other in zip(*leaves, strict=True)]
+        if not any(follows):
+            continue
+        if not modes:
+            for graph, step in zip(graphs, first, strict=True):
+                with graph.inserting_before(step):
+                    modes.append(graph.create_node("get_attr", "training"))
+        for node, mode in zip(nodes, modes, strict=True):
+            _replace_leaves(node, follows, mode)
+
+
+def _leaves(node: Node) -> list[Any]:
+    found: list[Any] = []
+    map_aggregate((node.args, node.kwargs), found.append)
+    return found
+
+
+def _replace_leaves(node: Node, which: Iterable[bool], new: Node) -> None:
+    each = iter(which)
+
+    def replaced(leaf: Any) -> Any:
+        return new if next(each) else leaf
+
+    node.args, node.kwargs = map_aggregate((node.args, node.kwargs), replaced)
 
 
 def _reason_against_code(module: nn.Module, graphs: list[Graph], changes: bool) -> str:
