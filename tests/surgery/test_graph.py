@@ -35,6 +35,19 @@ class Residual(nn.Module):
         return self.relu(y)
 
 
+class Stage(nn.Module):
+    """A block that never calls the nn.Sequential of its layers as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(ConvNormAct(), ConvNormAct())
+
+    def forward(self, x=None):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 def kinds(flow, found):
     """Return what steps call: the class of the module, the name of the function, or the reason."""
     found = found if isinstance(found, list) else [found]
@@ -235,21 +248,25 @@ def test_values_among_several_are_not_followed():
 
 
 def test_a_sequential_that_a_forward_iterates_over_is_not_called_itself():
-    class Stage(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.Sequential(ConvNormAct(), ConvNormAct())
-
-        def forward(self, x=None):
-            for layer in self.layers:
-                x = layer(x)
-            return x
-
     model = nn.Sequential(Stage())
     assert around(model, model[0].layers[1].norm) == (["0.layers.1.conv"], ["0.layers.1.act"])
     assert "0.layers" not in read_dataflow(model).blocks
     model = Stage()  # whose forward has defaults alone
     assert around(model, model.layers[0].conv)[0] == ["it is the input of the model"]
+
+
+def test_sequentials_of_an_unread_model_that_are_iterated_over_are_not_called():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stage, self.head = Stage(), nn.Sequential(ConvNormAct())
+
+        def forward(self, x):
+            return self.head(self.stage(x)) if x.sum() > 0 else x
+
+    model = Root()
+    assert around(model, model.stage.layers[0].norm) == (["stage.layers.0.conv"], ["stage.layers.0.act"])
+    assert around(model, model.head[0].norm) == (["head.0.conv"], ["head.0.act"])
 
 
 # Blocks that cannot be read.

@@ -55,7 +55,7 @@ class _Reader:
             self._read_from(self.model)
         for module, path in self.paths.items():
             known = path in self.blocks or path in self.unread
-            if is_block(module) and not known and any(above in self.unread for above in _paths_above(path)):
+            if is_block(module) and not known and self._may_be_called(path):
                 self._read_from(module)
         observed = {} if self.recording is None or self.recording.failure else self.recording.calls
         return Dataflow(self.model, self.blocks, self.unread, observed)
@@ -95,6 +95,11 @@ class _Reader:
             self.arguments.setdefault(path, {})
             self.blocks.pop(path, None)
             self.unread[path] = str(error)
+
+    def _may_be_called(self, path: str) -> bool:
+        """Return whether the block around a module is unread; a forward that was read does not call it."""
+        around = next((above for above in _paths_above(path) if above in self.blocks or above in self.unread), None)
+        return around in self.unread
 
     def _arguments_without_caller(self, module: nn.Module) -> Arguments:
         if module is not self.model or self.example is None:
