@@ -443,7 +443,15 @@ def test_contexts_that_torch_fx_does_not_record_are_named():
 
 @pytest.mark.parametrize("example", [None, randn(2, 3, 4, 4)], ids=["traced", "recorded"])
 def test_reading_leaves_the_model_as_it_is(example):
-    model = nn.Sequential(Residual(), Branching())
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(x) + torch.rand(1)
+
+    model = nn.Sequential(Residual(), Branching(), Noisy())
     model[0].eval()
     before, modes = copied_state(model), [module.training for module in model.modules()]
     attributes = [copy.copy(vars(module)) for module in model.modules()]

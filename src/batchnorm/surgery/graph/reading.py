@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import torch
 from torch import nn
 
 from batchnorm.surgery.examples import Example, arguments_of
@@ -37,7 +38,8 @@ def read_dataflow(model: nn.Module, example: Example | None = None) -> Dataflow:
     example : tensor, tuple, mapping or None
         Arguments for the model.
     """
-    return _Reader(model, example).read()
+    with torch.random.fork_rng([]):  # a forward may draw tensors while it is traced
+        return _Reader(model, example).read()
 
 
 class _Reader:
