@@ -330,7 +330,8 @@ OPENED = {
 @pytest.mark.parametrize("name", OPENED)
 def test_what_torchs_layers_cannot_do_refuses_a_model_that_has_some(name):
     with pytest.raises(
-        bn.InputError, match=f"^{name} needs batchnorm's layers, since torch's .*; got 2 .* first at 1$"
+        bn.InputError,
+        match=f"^{name} needs batchnorm's layers, since torch's .*; got 2 .* first at 1. Call batchnorm.convert",
     ):
         OPENED[name](mixed())
 

@@ -92,7 +92,7 @@ def unfreeze(
 
 
 def _layers(model: nn.Module, function: str, patterns: str | Iterable[str] | None) -> dict[str, Layer]:
-    torchs = "do not keep such a state (batchnorm.convert replaces them)"
+    torchs = "do not keep such a state"
     if patterns is None:
         return layers_for(model, function, torchs, statistics=False)
     named = model.named_modules(remove_duplicate=False)
@@ -109,7 +109,7 @@ def _layers(model: nn.Module, function: str, patterns: str | Iterable[str] | Non
         if not isinstance(layer, Layer):
             raise InputError(
                 f"{function} needs batchnorm's layers, since torch's {torchs}; got {path or 'the model itself'}, a "
-                f"{type(layer).__name__}"
+                f"{type(layer).__name__}. Call batchnorm.convert(model) first"
             )
         if layer not in chosen.values():
             chosen[path] = layer

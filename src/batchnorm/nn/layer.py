@@ -21,6 +21,7 @@ from batchnorm.nn.buffers import context_of
 from batchnorm.nn.contexts import PLAIN, LayerContext
 from batchnorm.nn.layout import Batch, arrange, dimension_of_channels, refuse_channels, restore
 from batchnorm.nn.options import Nonfinite, Options, SmallBatch, checked_numbers, checked_options
+from batchnorm.nn.recognition import describe_lack
 from batchnorm.nn.renorm import Renorm, RenormSchedule
 from batchnorm.nn.running import channels_second
 from batchnorm.nn.scripting import Scriptable
@@ -271,9 +272,9 @@ def layers_for(model: nn.Module, function: str, torchs: str, *, statistics: bool
     if stock:
         raise InputError(
             f"{function} needs batchnorm's layers, since torch's {torchs}; got {len(stock)} of torch's, the first at "
-            f"{next(iter(stock)) or 'the model itself'}"
+            f"{next(iter(stock)) or 'the model itself'}. Call batchnorm.convert(model) first"
         )
     if not ours:
         needed = " that keep running statistics" if statistics else ""
-        raise InputError(f"{function} needs a model with batchnorm's layers{needed}; {type(model).__name__} has none")
+        raise InputError(f"{function} needs a model with batchnorm's layers{needed}; {describe_lack(model)}")
     return ours

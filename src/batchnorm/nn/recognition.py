@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -50,9 +51,29 @@ def norm_counts(model: nn.Module) -> Counter[str]:
 def describe_norms(model: nn.Module) -> str:
     """Return which normalization layers a model has, as a verb phrase: "has 53 FrozenBatchNorm2d and 12 LayerNorm"."""
     counts = [f"{count} {name}" for name, count in norm_counts(model).most_common()]
-    if not counts:
-        return "has no normalization layer"
-    return f"has {', '.join(counts[:-1])}{' and ' if counts[:-1] else ''}{counts[-1]}"
+    return f"has {_joined(counts)}" if counts else "has no normalization layer"
+
+
+def describe_lack(model: nn.Module) -> str:
+    """Return that a model has none of the layers that a function needs, which it has instead, and the way out.
+
+    It has, say, layers of other libraries that keep no running statistics, or none that torch's class is a base of.
+    """
+    name = type(model).__name__
+    counts = norm_counts(model)
+    is_norm = [*counts] == [name]  # the model is itself the layer
+    instead = f"; it {describe_norms(model)}" if counts and not is_norm else ""
+    others = {type(each).__name__ for each in model.modules() if _is_of_another_library(each)}
+    way_out = f". batchnorm.convert(model) turns {_joined(sorted(others))} into batchnorm's layers" if others else ""
+    return f"{name} has none{instead}{way_out}"
+
+
+def _is_of_another_library(module: nn.Module) -> bool:
+    return is_batch_norm(module) and not isinstance(module, TorchBatchNorm)
+
+
+def _joined(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])}{' and ' if words[:-1] else ''}{words[-1]}"
 
 
 def _own(module: nn.Module, name: str) -> Tensor | None:

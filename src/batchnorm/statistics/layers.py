@@ -8,6 +8,7 @@ from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.errors import InputError
 from batchnorm.nn import running
+from batchnorm.nn.recognition import describe_lack
 from batchnorm.statistics.moments import Moments
 from batchnorm.torch_internals import TorchBatchNorm, compiled_module
 
@@ -66,7 +67,7 @@ def running_layers(model: nn.Module) -> Layers:
     layers = running.running_layers(model)
     if not layers:
         raise InputError(
-            f"the model must have batch normalization layers with running statistics; {type(model).__name__} has none"
+            f"the model must have batch normalization layers with running statistics; {describe_lack(model)}"
         )
     for path, layer in layers.items():
         if isinstance(layer.running_mean, UninitializedBuffer):
