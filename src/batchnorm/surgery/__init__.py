@@ -1,6 +1,7 @@
 """Surgery: layers of a model replaced by others, with a report."""
 
 from batchnorm.surgery.convert import convert
+from batchnorm.surgery.optimizers import update_optimizer
 from batchnorm.surgery.parameter_groups import param_groups
 from batchnorm.surgery.replace import replace
 from batchnorm.surgery.report import Left, Replacement, Surgery
@@ -14,4 +15,5 @@ __all__ = [
     "param_groups",
     "replace",
     "to_torch",
+    "update_optimizer",
 ]
