@@ -58,7 +58,15 @@ if TYPE_CHECKING:
     from batchnorm.statistics.adapt import Adaptation, adapt
     from batchnorm.statistics.recalibrate import Recalibration, recalibrate
     from batchnorm.statistics.snapshot import Snapshot, restore, snapshot
-    from batchnorm.surgery import Surgery, param_groups, to_torch
+    from batchnorm.surgery import (
+        Surgery,
+        from_flax,
+        from_keras,
+        param_groups,
+        to_flax,
+        to_keras,
+        to_torch,
+    )
     from batchnorm.surgery.convert import convert
     from batchnorm.surgery.replace import replace
 
@@ -105,6 +113,8 @@ __all__ = [
     "doctor",
     "explain",
     "freeze",
+    "from_flax",
+    "from_keras",
     "kernels",
     "lab",
     "lengths_to_mask",
@@ -117,6 +127,8 @@ __all__ = [
     "restore",
     "snapshot",
     "surgery",
+    "to_flax",
+    "to_keras",
     "to_torch",
     "tune_allocator",
     "unfreeze",

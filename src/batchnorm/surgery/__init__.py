@@ -1,6 +1,7 @@
 """Surgery: layers of a model replaced by others, with a report."""
 
 from batchnorm.surgery.convert import convert
+from batchnorm.surgery.importers import from_flax, from_keras, to_flax, to_keras
 from batchnorm.surgery.optimizers import update_optimizer
 from batchnorm.surgery.parameter_groups import param_groups
 from batchnorm.surgery.replace import replace
@@ -12,8 +13,12 @@ __all__ = [
     "Replacement",
     "Surgery",
     "convert",
+    "from_flax",
+    "from_keras",
     "param_groups",
     "replace",
+    "to_flax",
+    "to_keras",
     "to_torch",
     "update_optimizer",
 ]

@@ -1,0 +1,96 @@
+"""Every operation on random networks: what a network computes stays, and no batch normalization layer is silent."""
+
+import copy
+
+import torch
+from hypothesis import HealthCheck, assume, note, settings
+
+from random_networks import input_of
+
+# Float64: networks of up to some ten layers, each of which divides rounding errors of 1e-16 by sqrt(eps) = 0.1 at worst.
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+STEPS = 3
+
+
+def examples(count):
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+    )
+
+
+def outputs(model, x):
+    found = model(x.clone())
+    return list(found) if isinstance(found, tuple) else [found]
+
+
+def norms(model):
+    kinds = ("BatchNorm", "NormAct")
+    return {path for path, module in model.named_modules() if any(kind in type(module).__name__ for kind in kinds)}
+
+
+def fingerprint(model):
+    """Everything of a model that an operation must leave alone."""
+    modules = [(path, type(module), id(module), module.training) for path, module in model.named_modules()]
+    state = {name: (id(values), values.clone()) for name, values in model.state_dict(keep_vars=True).items()}
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in model.modules()]
+    return modules, state, hooks
+
+
+def assert_untouched(model, before):
+    modules, state, hooks = fingerprint(model)
+    assert modules == before[0]
+    assert hooks == before[2]
+    assert state.keys() == before[1].keys()
+    for name, (identity, values) in state.items():
+        assert identity == before[1][name][0]
+        assert torch.equal(values, before[1][name][1]), name
+
+
+def built(network):
+    """Return the model, if it has batch normalization and is one that autograd can train."""
+    model = network.build()
+    assume(norms(model))
+    note(repr(network))
+    try:
+        steps(copy.deepcopy(model), network)
+    except RuntimeError as error:  # an in-place function has changed what backward needs: so it is in the original
+        assume("inplace operation" not in str(error) and "does not require grad" not in str(error))
+        raise
+    return model
+
+
+def steps(model, network):
+    """Train for some steps, and return outputs, gradients by position and statistics."""
+    found = []
+    model.train()
+    for seed in range(STEPS):
+        torch.manual_seed(seed)
+        x = input_of(network, seed + 10).requires_grad_()
+        made = outputs(model, x)
+        sum((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).mean() for y in made).backward()
+        found += [*made, x.grad]
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.05 * parameter.grad.clamp(-1, 1)
+                    parameter.grad = None
+    return [values.detach() for values in found if values is not None]
+
+
+def check(model, network, operation, *, trains):
+    before, x = fingerprint(model), input_of(network, 5)
+    made, report = operation(copy.deepcopy(model) if model is None else model)
+    assert_untouched(model, before)
+    paths = [row.path for row in report.layers] + [row.path for row in report.left]
+    assert norms(model) <= set(paths)
+    mode = model.training
+    torch.testing.assert_close(outputs(made.eval(), x), outputs(copy.deepcopy(model).eval(), x), **CLOSE)
+    if trains:
+        found, expected = steps(made.train(), network), steps(copy.deepcopy(model), network)
+        torch.testing.assert_close(found, expected, **CLOSE)
+    assert model.training is mode
+    return made, report
