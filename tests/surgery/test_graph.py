@@ -80,6 +80,11 @@ def test_a_sequential_is_read_in_its_order():
     assert around(model, model[2]) == (["1"], ["output"])
 
 
+def test_a_graph_module_is_read():
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()))
+    assert around(model, model.get_submodule("1")) == (["0"], ["2"])
+
+
 def test_functions_and_methods_are_steps():
     class Model(nn.Module):
         def __init__(self):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -50,14 +50,14 @@ class Block:
 def is_block(module: nn.Module) -> bool:
     """Return whether a module is read as a block; else it is a single step.
 
-    Steps are modules without children, those of torch but `nn.Sequential`, batch normalization of any library, and
-    layers with weights, unless they have batch normalization inside.
+    Steps are modules without children, those of torch but `nn.Sequential` and GraphModule, batch normalization of any
+    library, and layers with weights, unless they have batch normalization inside.
     """
     if next(module.children(), None) is None or is_parametrized(module) or is_batch_norm(module):
         return False
     if isinstance(module, WITH_WEIGHTS):
         return any(isinstance(child, TorchBatchNorm) for child in module.modules())
-    return isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.")
+    return isinstance(module, nn.Sequential | GraphModule) or not type(module).__module__.startswith("torch.")
 
 
 def parameters_of(module: nn.Module) -> list[inspect.Parameter]:
