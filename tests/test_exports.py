@@ -52,6 +52,7 @@ PUBLIC = [
     "freeze",
     "from_flax",
     "from_keras",
+    "insert",
     "kernels",
     "lab",
     "lengths_to_mask",

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         to_torch,
     )
     from batchnorm.surgery.convert import convert
+    from batchnorm.surgery.insert import insert
     from batchnorm.surgery.replace import replace
 
 __all__ = [
@@ -115,6 +116,7 @@ __all__ = [
     "freeze",
     "from_flax",
     "from_keras",
+    "insert",
     "kernels",
     "lab",
     "lengths_to_mask",

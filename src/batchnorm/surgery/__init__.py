@@ -2,6 +2,7 @@
 
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.importers import from_flax, from_keras, to_flax, to_keras
+from batchnorm.surgery.insert import insert
 from batchnorm.surgery.optimizers import update_optimizer
 from batchnorm.surgery.parameter_groups import param_groups
 from batchnorm.surgery.replace import replace
@@ -15,6 +16,7 @@ __all__ = [
     "convert",
     "from_flax",
     "from_keras",
+    "insert",
     "param_groups",
     "replace",
     "to_flax",

@@ -1,0 +1,254 @@
+"""Forwards made from graphs: the code of one module, generated anew by torch.fx from the steps of its forward.
+
+Such a forward knows what it was made for. It refuses a call with other optional arguments, and refuses to run when an
+attribute that the author's forward read, or the kind of a module that it no longer calls, has changed since.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Proxy
+
+from batchnorm.errors import UnsupportedError
+from batchnorm.nn.layer import Layer
+from batchnorm.surgery.derived import derive, own_class
+from batchnorm.surgery.graph.blocks import parameters_of
+
+__all__ = ["AttributeReads", "Forward", "attributes_read", "bypassed", "forward_from", "restore_forwards"]
+
+NAMES_OF_FX: dict[str, Any] = {
+    "torch": torch,
+    "device": torch.device,
+    "inf": math.inf,
+    "nan": math.nan,
+    "NoneType": type(None),
+}
+"""Names that code of torch.fx uses."""
+
+OF_MODULES = {*vars(nn.Module())}
+"""Attributes that every module has."""
+
+AttributeReads = dict[tuple[str, str], Any]
+"""The values of attributes that a forward read, by the path of the module, relative to the block, and the name."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A change of `derive`: another forward, as source code.
+
+    Attributes
+    ----------
+    source : str
+        The definition of ``forward``.
+    names : tuple of (str, object)
+        The global names that it uses, besides those of torch.fx.
+    activations : tuple of (str, str)
+        The layers that apply an activation or take an addition in this forward alone, by their path below the module,
+        and the activation, which is empty for none.
+    """
+
+    source: str
+    names: tuple[tuple[str, Any], ...]
+    activations: tuple[tuple[str, str], ...] = ()
+
+    def __call__(self, base: type[nn.Module]) -> Mapping[str, Any]:
+        """Return the forward, compiled; its lines stand in tracebacks."""
+        file = f"<forward of {base.__name__} {hash((base, self)):x}, written by batchnorm>"
+        linecache.cache[file] = (len(self.source), None, self.source.splitlines(keepends=True), file)
+        names = {**NAMES_OF_FX, "unlike": unlike, **dict(self.names), "__name__": base.__module__}
+        exec(compile(self.source, file, "exec"), names)
+        forward = names["forward"]
+        forward.__qualname__ = f"{base.__qualname__}.forward"
+        forward.__doc__ = base.forward.__doc__
+        return {"forward": forward}
+
+
+def forward_from(
+    module: nn.Module,
+    graph: Graph,
+    constants: Mapping[str, Any],
+    reads: Mapping[tuple[str, str], Any],
+    activations: Mapping[str, str],
+) -> Forward | str:
+    """Return the forward of a module that computes a graph, or the reason why there can be none: a clause.
+
+    Parameters
+    ----------
+    module : Module
+    graph : torch.fx.Graph
+        Targets are relative to the module; the placeholders are parameters of its forward.
+    constants : mapping
+        The other parameters of its forward, and the only values that the new forward takes for them.
+    reads : mapping
+        Attributes that must stay as they are: `attributes_read` and `bypassed`.
+    activations : mapping
+        As in `Forward`.
+    """
+    code = graph.python_code("self")
+    lines = code.src.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("def forward("))
+    names = {name: value for name, value in code.globals.items() if not isinstance(value, ModuleType)}
+    header, checks, values = _header(module, constants)
+    for (path, name), value in reads.items():
+        check = _check_of_attribute(path, name, value, values)
+        if check is None:
+            return f"its forward reads {_named(path, name)}, a {type(value).__name__}, which may change unnoticed"
+        checks.append(check)
+    source = "\n".join([header, *(f"    {check}" for check in checks), *lines[start + 1 :]]) + "\n"
+    used = {name: value for name, value in (names | values).items() if name in source and name not in NAMES_OF_FX}
+    try:
+        hash(tuple(used.values()))
+    except TypeError:
+        return "its forward uses a value that cannot be hashed"
+    return Forward(source, tuple(used.items()), tuple(activations.items()))
+
+
+def _header(module: nn.Module, constants: Mapping[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
+    """Return the first line of a forward, with its checks and the values that they and the defaults use."""
+    declared, checks = ["self"], list[str]()
+    values: dict[str, Any] = {}
+    last: Any = inspect.Parameter.POSITIONAL_ONLY
+    for p in parameters_of(module):
+        if p.kind is not p.POSITIONAL_ONLY and last is p.POSITIONAL_ONLY and len(declared) > 1:
+            declared.append("/")
+        if p.kind is p.KEYWORD_ONLY and last not in (p.KEYWORD_ONLY, p.VAR_POSITIONAL):
+            declared.append("*")
+        last = p.kind
+        text = str(p.replace(annotation=p.empty, default=p.empty))
+        if p.default is not p.empty:
+            text += f"={_literal(p.default, f'default_{p.name}', values)}"
+        declared.append(text)
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            checks.append(f'if {p.name}: unlike(self, "the arguments {p.name}", {p.name}, "none")')
+        elif p.name in constants:
+            given = _literal(constants[p.name], f"given_{p.name}", values)
+            checks.append(f'if {_differs(p.name, given)}: unlike(self, "{p.name}", {p.name}, {given})')
+    return f"def forward({', '.join(declared)}):", checks, values
+
+
+def _literal(value: Any, name: str, values: dict[str, Any]) -> str:
+    """Return a value as source code, which may be a global name."""
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return repr(value)
+    values[name] = value
+    return name
+
+
+def _differs(expression: str, literal: str) -> str:
+    identical = literal in ("None", "True", "False") or literal.isidentifier()
+    return f"{expression} is not {literal}" if identical else f"{expression} != {literal}"
+
+
+def _check_of_attribute(path: str, name: str, value: Any, values: dict[str, Any]) -> str | None:
+    """Return a line of code that refuses another value of an attribute; None if no line can tell."""
+    owner = _expression(path)
+    expression = f"{owner}.{name}" if name != "__class__" else f"type({owner})"
+    number = f"{path}.{name}".replace(".", "_").strip("_")
+    if isinstance(value, list) and all(map(_is_simple, value)):
+        value, expression = tuple(value), f"tuple({expression})"
+    if isinstance(value, tuple) and all(map(_is_simple, value)):
+        return f"if {expression} != {value!r}: unlike(self, {_named(path, name)!r}, {expression}, {value!r})"
+    if not (_is_simple(value) or isinstance(value, type | torch.dtype | torch.device) or inspect.isroutine(value)):
+        return None
+    literal = _literal(value, f"the_{number}", values)
+    return f"if {_differs(expression, literal)}: unlike(self, {_named(path, name)!r}, {expression}, {literal})"
+
+
+def _is_simple(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _named(path: str, name: str) -> str:
+    return f"the class of {path}" if name == "__class__" else f"{path}.{name}".lstrip(".")
+
+
+def _expression(path: str) -> str:
+    """Return the expression of a module below self."""
+    expression = "self"
+    for name in path.split(".") if path else ():
+        expression = f"{expression}.{name}" if name.isidentifier() else f'getattr({expression}, "{name}")'
+    return expression
+
+
+def restore_forwards(model: nn.Module) -> None:
+    """Give the modules of a model their own forwards back, which apply the activations and additions themselves."""
+    for module in model.modules():
+        changes = getattr(type(module), "_changes", ())
+        forwards = [change for change in changes if isinstance(change, Forward)]
+        if forwards:
+            for path in {path for forward in forwards for path, name in forward.activations if name}:
+                module.get_submodule(path).activation = None  # type: ignore[assignment]
+            module.__class__ = own_class(module)
+            for change in changes:
+                if not isinstance(change, Forward):
+                    derive(module, change)
+
+
+def unlike(module: nn.Module, name: str, found: object, expected: object) -> None:
+    """Refuse a call that the forward was not made for; symbols of torch.fx are let through.
+
+    Raises
+    ------
+    UnsupportedError
+        Always, but for symbols.
+    """
+    if not isinstance(found, Proxy):
+        raise UnsupportedError(
+            f"batchnorm wrote this forward of {type(module).__name__} for {name} = {_shown(expected)}; got "
+            f"{_shown(found)}. Operate on the model as it will be used"
+        )
+
+
+def _shown(value: object) -> str:
+    return value.__name__ if isinstance(value, type) else repr(value) if _is_simple(value) else type(value).__name__
+
+
+# Attributes that a forward reads.
+
+
+@dataclass(frozen=True, eq=False)
+class _Recorder:
+    """A change of `derive`: notes the names of attributes of modules that are read, but not those of all modules."""
+
+    noted: list[tuple[nn.Module, str]]
+
+    def __call__(self, base: type[nn.Module]) -> Mapping[str, Any]:
+        def read(module: nn.Module, name: str) -> Any:
+            if name in object.__getattribute__(module, "__dict__") and name not in OF_MODULES:
+                self.noted.append((module, name))
+            return base.__getattribute__(module, name)
+
+        return {"__getattribute__": read}
+
+
+@contextmanager
+def attributes_read(module: nn.Module) -> Iterator[Callable[[], AttributeReads]]:
+    """Record the attributes of a module and those below that code reads, but for parameters, buffers and children.
+
+    It yields a function that returns them.
+    """
+    paths = {each: path for path, each in module.named_modules()}
+    classes = {each: type(each) for each in paths if not isinstance(each, GraphModule | Layer)}
+    recorder = _Recorder([])
+    for each in classes:
+        derive(each, recorder)
+    try:
+        yield lambda: {(paths[each], name): vars(each)[name] for each, name in recorder.noted}
+    finally:
+        for each, kind in classes.items():
+            each.__class__ = kind
+
+
+def bypassed(module: nn.Module, paths: Collection[str]) -> AttributeReads:
+    """Return the classes of modules that a new forward does not call, as attributes that must stay as they are."""
+    return {(path, "__class__"): type(module.get_submodule(path)) for path in paths}
