@@ -27,7 +27,7 @@ def test_few_layers_are_shown_one_by_one():
         "(the model)   BatchNorm1d         BatchNorm1d",
         "",
         "Lost in training:",
-        "- nonfinite: bn1",
+        "nonfinite  bn1",
         "",
         "Left alone:",
         "- SplitBatchNorm2d at neck.bn: it is called 2 times",
@@ -43,7 +43,7 @@ def test_many_layers_that_were_changed_alike_are_one_row():
     assert len(lines) < 12
     assert max(map(len, lines)) <= 80
     assert "layer1.0.bn1 and 143 more" in lines[1]
-    assert "- sync: all 144 layers" in lines
+    assert "sync  all 144 layers" in lines
     assert "and 141 more: its forward takes a mask" in str(MANY).replace("\n", " ")
 
 

@@ -235,8 +235,8 @@ def patched():
     return layer
 
 
-def parametrized():
-    layer = bn.BatchNorm1d(3)
+def parametrized(activation=None):
+    layer = bn.BatchNorm1d(3, activation=activation)
     parametrize.register_parametrization(layer, "weight", nn.Softplus())
     return layer
 
@@ -246,8 +246,7 @@ REFUSED = {
     "any number of dimensions": lambda: bn.BatchNorm(3),
     "a forward of its own": lambda: Doubled(3),
     "BatchNorm1d has a forward of its own": patched,
-    "parametrized": parametrized,
-    "no batch yet": bn.LazyBatchNorm1d,
+    "no batch yet, and has an activation": lambda: bn.LazyBatchNorm1d(activation="relu"),
 }
 
 
@@ -294,11 +293,110 @@ def test_the_model_made_can_be_fused():
 
 
 @compiles
-def test_wrappers_of_compile_are_left_out():
-    model = network()
-    made, _ = bn.to_torch(torch.compile(model))
-    assert type(made) is nn.Sequential
-    assert type(made[2]) is nn.BatchNorm2d
+def test_wrappers_of_compile_are_refused():
+    with pytest.raises(
+        bn.UnsupportedError, match=r"to_torch takes a model before torch\.compile.*Pass model\._orig_mod"
+    ):
+        bn.to_torch(torch.compile(network()))
+
+
+# What convert did, undone.
+
+
+def test_a_synchronized_layer_becomes_torchs_with_the_same_settings():
+    layer = nn.SyncBatchNorm(4, eps=0.1, momentum=None)
+    made, report = bn.to_torch(bn.convert(layer)[0])
+    assert type(made) is nn.SyncBatchNorm
+    assert repr(made) == repr(layer)
+    assert vars(made).keys() == vars(layer).keys()
+    assert report.layers[0].lost == ("nonfinite='skip'",)
+    made, report = bn.to_torch(bn.BatchNorm2d(4, sync=True, activation="relu"))
+    assert [type(module) for module in made] == [nn.SyncBatchNorm, nn.ReLU]
+
+
+def test_without_sync_a_layer_is_torchs_of_its_dimensions():
+    model, _ = bn.convert(bn.BatchNorm2d(4, sync=True), sync=False)
+    assert type(bn.to_torch(model)[0]) is nn.BatchNorm2d
+
+
+def test_a_lazy_layer_becomes_torchs_lazy_one():
+    made, _ = bn.to_torch(nn.Sequential(bn.LazyBatchNorm1d(eps=0.1)))
+    assert type(made[0]) is nn.LazyBatchNorm1d
+    made(randn(4, 3))
+    assert type(made[0]) is nn.BatchNorm1d
+    assert (made[0].num_features, made[0].eps) == (3, 0.1)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_parametrized_layer_stays_parametrized(activation):
+    layer = parametrized(activation)
+    made, _ = bn.to_torch(layer)
+    norm = made if activation is None else made[0]
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert not isinstance(norm, bn.BatchNorm1d)
+    x = randn(8, 3)
+    torch.testing.assert_close(made(x), layer(x), **CLOSE)
+    parametrize.remove_parametrizations(norm, "weight")
+    assert type(norm) is nn.BatchNorm1d
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LazyBatchNorm1d, nn.SyncBatchNorm])
+def test_a_converted_model_becomes_what_it_was(norm):
+    model = nn.Sequential(nn.Linear(4, 3), norm() if norm is nn.LazyBatchNorm1d else norm(3), nn.ReLU())
+    model[1].tag = "mine"
+    before = copy.deepcopy(model) if norm is not nn.LazyBatchNorm1d else None
+    layer, attributes = model[1], set(vars(model[1]))
+    bn.convert(model, inplace=True)
+    bn.to_torch(model, inplace=True)
+    assert model[1] is layer
+    assert type(layer) is norm
+    assert set(vars(layer)) == attributes
+    if before is not None:
+        assert repr(model) == repr(before)
+        assert_same_state(dict(model.state_dict()), dict(before.state_dict()))
+
+
+class WithChildren(nn.BatchNorm2d):
+    """As timm's, with dropout between the normalization and the activation."""
+
+    def __init__(self, features):
+        super().__init__(features)
+        self.drop, self.act = nn.Dropout(0.5), nn.PReLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+def test_modules_behind_a_layer_keep_their_names():
+    layer = trained(WithChildren(4), 2, 4, 3, 3)
+    made, report = bn.to_torch(bn.convert(layer)[0])
+    assert [(name, type(child)) for name, child in made.named_children()] == [
+        ("0", nn.BatchNorm2d),
+        ("drop", nn.Dropout),
+        ("act", nn.PReLU),
+    ]
+    assert report.layers[0].after == "BatchNorm2d, Dropout, PReLU"
+    x = randn(2, 4, 3, 3)
+    torch.testing.assert_close(made.eval()(x), layer.eval()(x), **CLOSE)
+
+
+def test_in_place_lists_and_load_hooks_follow_a_layer_with_an_activation():
+    model, seen = network(), []
+    model.listed = [model[1]]
+    model[1].register_load_state_dict_pre_hook(lambda *_: seen.append(1))
+    bn.to_torch(model, inplace=True)
+    assert model.listed[0] is model[1]
+    assert [type(module) for module in model[1]] == [nn.BatchNorm2d, nn.ReLU]
+    model.load_state_dict(model.state_dict())
+    assert seen == [1]
+
+
+def test_layers_of_torchs_are_reported_as_left():
+    model = nn.Sequential(nn.BatchNorm1d(3), bn.BatchNorm1d(3))
+    _, report = bn.to_torch(model)
+    assert [(row.path, row.reason) for row in report.left] == [("0", "it is no layer of batchnorm's")]
+    assert "make a new optimizer" in report.notes[0]
+    assert bn.to_torch(model, inplace=True)[1].notes == ()
 
 
 # The report.
@@ -313,8 +411,11 @@ def test_the_report_names_each_layer_and_what_is_lost():
         "then    BatchNorm1d         BatchNorm1d",
         "",
         "Lost in training:",
-        "- nonfinite: all 2 layers",
-        "- unbiased: then",
+        "nonfinite  all 2 layers",
+        "unbiased   then",
+        "",
+        "The parameters are copies: make a new optimizer, or call",
+        "batchnorm.surgery.update_optimizer(old_model, new_model, optimizer).",
     ]
     assert report.layers[1].lost == ("unbiased=False", "nonfinite='skip'")
     assert repr(report) == "Surgery(2 layers changed)"

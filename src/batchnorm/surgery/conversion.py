@@ -22,7 +22,7 @@ from batchnorm.surgery.norms import Norm, activation_name, read_norm
 from batchnorm.surgery.opening import deep_copy, is_lazy
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["NUMBERS", "OPTIONS", "Conversion", "decide", "kind_of"]
+__all__ = ["NUMBERS", "OPTIONS", "Conversion", "decide", "kind_of", "with_parametrizations"]
 
 OPTIONS = tuple(field.name for field in fields(Options))
 NUMBERS = ("eps", "momentum")
@@ -114,7 +114,7 @@ class Conversion:
         vars(layer).update({name: vars(layer).get(name, value) for name, value in settings.items()})
         vars(layer)["momentum"] = self.momentum
         device = next((values.device for values in layer._buffers.values() if values is not None), None)
-        layer.__class__ = self._class_for(layer)
+        layer.__class__ = with_parametrizations(layer, self.kind)
         assert isinstance(layer, Layer)
         layer.eps = self.eps
         layer.adopt(self.options, device)
@@ -127,13 +127,14 @@ class Conversion:
             behind += (name,)
         run_children(layer, behind)
 
-    def _class_for(self, layer: nn.Module) -> type[Layer]:
-        """Return the class of ours, with the properties by which torch's parametrizations replace the parameters."""
-        if not is_parametrized(layer):
-            return self.kind
-        parametrized = type(layer)
-        own = {name: value for name, value in vars(parametrized).items() if name not in ("__dict__", "__weakref__")}
-        return type(parametrized.__name__, (self.kind,), own)
+
+def with_parametrizations(layer: nn.Module, kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a layer becomes, with the properties by which parametrizations replace its parameters."""
+    if not is_parametrized(layer):
+        return kind
+    parametrized = type(layer)
+    own = {name: value for name, value in vars(parametrized).items() if name not in ("__dict__", "__weakref__")}
+    return type(parametrized.__name__, (kind,), own)
 
 
 def decide(layer: nn.Module, given: Mapping[str, Any]) -> Conversion | str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from batchnorm.reports import Block, Report, Table
+from batchnorm.reports import Block, Entries, Report, Table
 from batchnorm.statistics.changes import layer_name
 
 __all__ = ["Left", "Replacement", "Surgery"]
@@ -114,7 +114,7 @@ class Surgery(Report):
                 paths.setdefault(option.partition("=")[0], []).append(layer.path)
         if paths:
             yield "Lost in training:"
-            yield from (f"- {option}: {self._where(found)}" for option, found in paths.items())
+            yield Entries([(option, self._where(found)) for option, found in paths.items()])
 
     def _left(self) -> Iterable[Block]:
         paths: dict[tuple[str, str], list[str]] = {}
