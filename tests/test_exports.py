@@ -68,6 +68,7 @@ PUBLIC = [
     "to_flax",
     "to_keras",
     "to_torch",
+    "tune",
     "tune_allocator",
     "unfreeze",
     "use_domain",

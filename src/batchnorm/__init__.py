@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from batchnorm.surgery.convert import convert
     from batchnorm.surgery.insert import insert
     from batchnorm.surgery.replace import replace
+    from batchnorm.surgery.tune import tune
 
 __all__ = [
     "Adaptation",
@@ -132,6 +133,7 @@ __all__ = [
     "to_flax",
     "to_keras",
     "to_torch",
+    "tune",
     "tune_allocator",
     "unfreeze",
     "use_domain",

@@ -8,6 +8,7 @@ from batchnorm.surgery.parameter_groups import param_groups
 from batchnorm.surgery.replace import replace
 from batchnorm.surgery.report import Left, Replacement, Surgery
 from batchnorm.surgery.torch_layers import to_torch
+from batchnorm.surgery.tune import tune
 
 __all__ = [
     "Left",
@@ -22,5 +23,6 @@ __all__ = [
     "to_flax",
     "to_keras",
     "to_torch",
+    "tune",
     "update_optimizer",
 ]

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 from torch import nn
 from torch.fx import GraphModule
 
-__all__ = ["Change", "derive", "own_class"]
+__all__ = ["Change", "derive", "derive_beneath", "own_class", "underive"]
 
 Change = Callable[[type[nn.Module]], Mapping[str, Any]]
 """Returns the methods that are replaced, given the class whose methods they replace.
@@ -48,6 +48,24 @@ def derive(module: nn.Module, change: Change) -> None:
     own = functools.reduce(_derived, getattr(kind, "_changes", ()), kind.__bases__[0])
     for name, value in _body(own, change).items():
         setattr(kind, name, value)
+
+
+def derive_beneath(module: nn.Module, change: Change) -> None:
+    """Do as `derive`, with the change beneath earlier ones, whose methods call those of this one."""
+    _set_changes(module, (change, *vars(type(module)).get("_changes", ())))
+
+
+def underive(module: nn.Module, change: Change) -> None:
+    """Undo one change of `derive`; where other code has changed the class since, it stays."""
+    changes = vars(type(module)).get("_changes", ())
+    if change in changes:
+        _set_changes(module, tuple(each for each in changes if each != change))
+
+
+def _set_changes(module: nn.Module, changes: tuple[Change, ...]) -> None:
+    if "_changes" in vars(type(module)):
+        module.__class__ = own_class(module)
+    _with_changes(module, changes)
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

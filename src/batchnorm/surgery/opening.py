@@ -15,9 +15,10 @@ from torch.nn.parameter import UninitializedBuffer
 from batchnorm.errors import InputError, InputTypeError, UnsupportedError
 from batchnorm.nn.recognition import describe_norms, is_batch_norm
 from batchnorm.statistics.changes import layer_name
+from batchnorm.surgery.tuned_pairs import end_tuning, is_tuned
 from batchnorm.torch_internals import compiled_module
 
-__all__ = ["COPIES", "batch_norms", "check_model", "copied", "deep_copy", "is_lazy", "opened"]
+__all__ = ["COPIES", "batch_norms", "check_model", "copied", "deep_copy", "is_lazy", "opened", "untuned"]
 
 COPIES = (
     "The parameters are copies: make a new optimizer, or call batchnorm.surgery.update_optimizer(old_model, "
@@ -60,12 +61,22 @@ def opened(model: nn.Module, function: str, *, inplace: bool) -> nn.Module:
     return model if inplace else copied(model, function)
 
 
-def check_model(model: nn.Module, function: str) -> None:
+def untuned(model: nn.Module, function: str, *, inplace: bool) -> nn.Module:
+    """Return a frozen copy of a tuned model; other models, and all with ``inplace``, are returned as they are."""
+    if inplace or not isinstance(model, nn.Module) or not any(map(is_tuned, model.modules())):
+        return model  # `check_model` refuses a tuned one
+    twin = copied(model, function)
+    for module in twin.modules():
+        end_tuning(module)
+    return twin
+
+
+def check_model(model: nn.Module, function: str, *, takes_tuned: bool = False) -> None:
     """Raise what `opened` does, without making a copy."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"{function} takes a torch.nn.Module; got {_described(model)}")
     for path, module in model.named_modules():
-        for refused in (_wrapper, _script, _quantized):
+        for refused in (_wrapper, _script, _quantized, *(() if takes_tuned else (_tuned,))):
             reason = refused(module, path, function)
             if reason:
                 raise UnsupportedError(reason)
@@ -152,6 +163,15 @@ def _quantized(module: nn.Module, path: str, function: str) -> str:
         return (
             f"{function} takes a model before quantization; got quantized {kind.__name__} at {layer_name(path)}. "
             "Operate on the float model first, and quantize the result"
+        )
+    return ""
+
+
+def _tuned(module: nn.Module, path: str, function: str) -> str:
+    if is_tuned(module):
+        return (
+            f"{function} takes a model that is not tuned; got the tuned {type(module).__name__} at {layer_name(path)}. "
+            "Call batchnorm.unfreeze(model) first"
         )
     return ""
 

@@ -19,7 +19,7 @@ from batchnorm.statistics.changes import layer_name
 from batchnorm.surgery.children import children_behind
 from batchnorm.surgery.conversion import kind_of, with_parametrizations
 from batchnorm.surgery.norms import ACTIVATIONS
-from batchnorm.surgery.opening import COPIES, check_model, copied, is_lazy
+from batchnorm.surgery.opening import COPIES, check_model, copied, is_lazy, untuned
 from batchnorm.surgery.report import Left, Replacement, Surgery
 from batchnorm.torch_internals import move_hooks_of_the_output
 
@@ -81,7 +81,8 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
     Lost in training:
     nonfinite  1
     """
-    check_model(model, "to_torch")
+    check_model(model, "to_torch", takes_tuned=not inplace)
+    model = untuned(model, "to_torch", inplace=inplace)
     layers = layers_of(model)
     refused = [f"{layer_name(path)}: {reason}" for path, layer in layers.items() if (reason := _refusal(layer))]
     if refused:
