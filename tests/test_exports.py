@@ -49,6 +49,7 @@ PUBLIC = [
     "detect_shift",
     "doctor",
     "explain",
+    "fold",
     "freeze",
     "from_flax",
     "from_keras",

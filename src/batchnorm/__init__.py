@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         to_torch,
     )
     from batchnorm.surgery.convert import convert
+    from batchnorm.surgery.fold import fold
     from batchnorm.surgery.insert import insert
     from batchnorm.surgery.replace import replace
     from batchnorm.surgery.tune import tune
@@ -114,6 +115,7 @@ __all__ = [
     "detect_shift",
     "doctor",
     "explain",
+    "fold",
     "freeze",
     "from_flax",
     "from_keras",

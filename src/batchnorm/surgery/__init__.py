@@ -1,6 +1,7 @@
 """Surgery: layers of a model replaced by others, with a report."""
 
 from batchnorm.surgery.convert import convert
+from batchnorm.surgery.fold import fold
 from batchnorm.surgery.importers import from_flax, from_keras, to_flax, to_keras
 from batchnorm.surgery.insert import insert
 from batchnorm.surgery.optimizers import update_optimizer
@@ -15,6 +16,7 @@ __all__ = [
     "Replacement",
     "Surgery",
     "convert",
+    "fold",
     "from_flax",
     "from_keras",
     "insert",

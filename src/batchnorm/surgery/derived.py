@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 from torch import nn
 from torch.fx import GraphModule
 
-__all__ = ["Change", "derive", "derive_beneath", "own_class", "underive"]
+__all__ = ["Change", "derive", "derive_beneath", "has_change", "own_class", "underive"]
 
 Change = Callable[[type[nn.Module]], Mapping[str, Any]]
 """Returns the methods that are replaced, given the class whose methods they replace.
@@ -66,6 +66,11 @@ def _set_changes(module: nn.Module, changes: tuple[Change, ...]) -> None:
     if "_changes" in vars(type(module)):
         module.__class__ = own_class(module)
     _with_changes(module, changes)
+
+
+def has_change(module: nn.Module, change: Change) -> bool:
+    """Return whether `derive` has made a change to the class of a module."""
+    return change in getattr(type(module), "_changes", ())
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
