@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, note, settings
 
@@ -56,12 +57,17 @@ def built(network):
     model = network.build()
     assume(norms(model))
     note(repr(network))
+    assume_trainable(model, network)
+    return model
+
+
+def assume_trainable(model, network):
+    """Leave out a network in which an in-place function changes what backward needs: autograd refuses it."""
     try:
         steps(copy.deepcopy(model), network)
-    except RuntimeError as error:  # an in-place function has changed what backward needs: so it is in the original
+    except RuntimeError as error:
         assume("inplace operation" not in str(error) and "does not require grad" not in str(error))
         raise
-    return model
 
 
 def steps(model, network):
@@ -94,9 +100,7 @@ def check(model, network, operation, *, trains=False):
 
 
 def assert_none_is_silent(model, report):
-    rows = [row.path for row in (*report.layers, *report.left)]
-    assert sorted(rows) == sorted(set(rows))
-    assert norms(model) <= set(rows)
+    assert norms(model) <= {row.path for row in (*report.layers, *report.left)}
 
 
 @examples(30)
@@ -105,3 +109,50 @@ def test_convert_keeps_outputs_gradients_and_statistics(network):
     model = built(network)
     _, report = check(model, network, bn.convert, trains=True)
     assert_none_is_silent(model, report)
+
+
+@examples(30)
+@given(networks())
+def test_to_torch_keeps_outputs_and_what_it_does_not_call_lost(network):
+    model = built(network)
+    made, report = check(model, network, bn.to_torch)
+    if {option.partition("=")[0] for row in report.layers for option in row.lost} <= {"nonfinite"}:
+        assume_trainable(made, network)  # torch's ReLU keeps its output for backward, and ours does not
+        check(model, network, bn.to_torch, trains=True)
+
+
+@examples(30)
+@given(networks())
+def test_fold_keeps_outputs(network):
+    model = built(network)
+    for example in (None, input_of(network, 7)):
+        made, report = check(model, network, lambda model: bn.fold(model, example))  # noqa: B023
+        assert_none_is_silent(model, report)
+        assert not norms(made) & {row.path for row in report.layers}
+        if report.layers:
+            with pytest.raises(bn.UnsupportedError):
+                made.train()
+
+
+@examples(30)
+@given(networks())
+def test_tune_trains_as_with_frozen_statistics(network):
+    model = built(network)
+    for example in (None, input_of(network, 7)):
+        made, report = check(model, network, lambda model: bn.tune(model, example))  # noqa: B023
+        assert_none_is_silent(model, report)
+    assert made.state_dict().keys() == model.state_dict().keys()
+    frozen, _ = bn.convert(model)
+    for layer in frozen.modules():
+        if hasattr(layer, "freeze") and layer.running_mean is not None:
+            layer.freeze()
+    torch.testing.assert_close(steps(made, network), steps(frozen, network), **CLOSE)
+
+
+@examples(30)
+@given(networks())
+def test_accelerate_keeps_outputs_gradients_and_statistics(network):
+    model = built(network)
+    for example in (None, input_of(network, 7)):
+        _, report = check(model, network, lambda model: bn.accelerate(model, example), trains=True)  # noqa: B023
+        assert_none_is_silent(model, report)
