@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, note, settings
+from hypothesis import strategies as st
+from torch import nn
 
 import batchnorm as bn
 from random_networks import input_of, networks
@@ -12,6 +14,7 @@ from random_networks import input_of, networks
 # Float64: each of up to some ten layers divides the rounding errors before it by a deviation, sqrt(eps) = 0.1 at worst.
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 STEPS = 3
+HIDDEN = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def examples(count):
@@ -112,9 +115,11 @@ def test_convert_keeps_outputs_gradients_and_statistics(network):
 
 
 @examples(30)
-@given(networks())
-def test_to_torch_keeps_outputs_and_what_it_does_not_call_lost(network):
+@given(networks(), st.booleans())
+def test_to_torch_keeps_outputs_and_what_it_does_not_call_lost(network, converted):
     model = built(network)
+    if converted:
+        model, _ = bn.convert(model)
     made, report = check(model, network, bn.to_torch)
     if {option.partition("=")[0] for row in report.layers for option in row.lost} <= {"nonfinite"}:
         assume_trainable(made, network)  # torch's ReLU keeps its output for backward, and ours does not
@@ -156,3 +161,40 @@ def test_accelerate_keeps_outputs_gradients_and_statistics(network):
     for example in (None, input_of(network, 7)):
         _, report = check(model, network, lambda model: bn.accelerate(model, example), trains=True)  # noqa: B023
         assert_none_is_silent(model, report)
+
+
+@examples(30)
+@given(networks(), st.sampled_from(["before", "after"]))
+def test_insert_keeps_outputs_with_preserve(network, placement):
+    model = built(network)
+    assume(any(isinstance(module, HIDDEN) for module in model.modules()))
+    example = input_of(network, 7)
+    made, report = check(model, network, lambda model: bn.insert(model, placement, example, preserve=True))
+    assert len(norms(made)) == len(norms(model)) + len(report.layers)
+
+
+@examples(30)
+@given(networks(), st.sampled_from(["identity", "layer", "group"]))
+def test_replace_names_every_layer_and_gives_the_shapes_of_before(network, kind):
+    model, x = built(network), input_of(network, 5)
+    before = fingerprint(model)
+    made, report = bn.replace(model, kind, example=x)
+    assert_untouched(model, before)
+    assert_none_is_silent(model, report)
+    assert norms(made) == {row.path for row in report.left}
+    assert [y.shape for y in outputs(made, x)] == [y.shape for y in outputs(copy.deepcopy(model), x)]
+
+
+@examples(30)
+@given(networks())
+def test_unfreeze_undoes_freeze(network):
+    model, report = bn.convert(built(network))
+    layers = [module for module in model.modules() if hasattr(module, "freeze")]
+    assume(not report.left and all(layer.running_mean is not None for layer in layers))
+    frozen = bn.freeze(copy.deepcopy(model), affine=True)
+    statistics = bn.snapshot(frozen).tensors
+    steps(frozen, network)
+    assert all(torch.equal(values, statistics[name]) for name, values in bn.snapshot(frozen).tensors.items())
+    assume(not any(layer.frozen_statistics or layer.frozen_affine for layer in layers))
+    free = bn.unfreeze(bn.freeze(copy.deepcopy(model), affine=True))
+    torch.testing.assert_close(steps(free, network), steps(copy.deepcopy(model), network), **CLOSE)
