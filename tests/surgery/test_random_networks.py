@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
@@ -106,7 +105,7 @@ def assert_none_is_silent(model, report):
     assert norms(model) <= {row.path for row in (*report.layers, *report.left)}
 
 
-@examples(30)
+@examples(12)
 @given(networks())
 def test_convert_keeps_outputs_gradients_and_statistics(network):
     model = built(network)
@@ -114,7 +113,7 @@ def test_convert_keeps_outputs_gradients_and_statistics(network):
     assert_none_is_silent(model, report)
 
 
-@examples(30)
+@examples(12)
 @given(networks(), st.booleans())
 def test_to_torch_keeps_outputs_and_what_it_does_not_call_lost(network, converted):
     model = built(network)
@@ -126,20 +125,7 @@ def test_to_torch_keeps_outputs_and_what_it_does_not_call_lost(network, converte
         check(model, network, bn.to_torch, trains=True)
 
 
-@examples(30)
-@given(networks())
-def test_fold_keeps_outputs(network):
-    model = built(network)
-    for example in (None, input_of(network, 7)):
-        made, report = check(model, network, lambda model: bn.fold(model, example))  # noqa: B023
-        assert_none_is_silent(model, report)
-        assert not norms(made) & {row.path for row in report.layers}
-        if report.layers:
-            with pytest.raises(bn.UnsupportedError):
-                made.train()
-
-
-@examples(30)
+@examples(12)
 @given(networks())
 def test_tune_trains_as_with_frozen_statistics(network):
     model = built(network)
@@ -154,16 +140,7 @@ def test_tune_trains_as_with_frozen_statistics(network):
     torch.testing.assert_close(steps(made, network), steps(frozen, network), **CLOSE)
 
 
-@examples(30)
-@given(networks())
-def test_accelerate_keeps_outputs_gradients_and_statistics(network):
-    model = built(network)
-    for example in (None, input_of(network, 7)):
-        _, report = check(model, network, lambda model: bn.accelerate(model, example), trains=True)  # noqa: B023
-        assert_none_is_silent(model, report)
-
-
-@examples(30)
+@examples(12)
 @given(networks(), st.sampled_from(["before", "after"]))
 def test_insert_keeps_outputs_with_preserve(network, placement):
     model = built(network)
@@ -173,7 +150,7 @@ def test_insert_keeps_outputs_with_preserve(network, placement):
     assert len(norms(made)) == len(norms(model)) + len(report.layers)
 
 
-@examples(30)
+@examples(12)
 @given(networks(), st.sampled_from(["identity", "layer", "group"]))
 def test_replace_names_every_layer_and_gives_the_shapes_of_before(network, kind):
     model, x = built(network), input_of(network, 5)
@@ -185,7 +162,7 @@ def test_replace_names_every_layer_and_gives_the_shapes_of_before(network, kind)
     assert [y.shape for y in outputs(made, x)] == [y.shape for y in outputs(copy.deepcopy(model), x)]
 
 
-@examples(30)
+@examples(12)
 @given(networks())
 def test_unfreeze_undoes_freeze(network):
     model, report = bn.convert(built(network))
