@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
@@ -123,6 +124,19 @@ def test_to_torch_keeps_outputs_and_what_it_does_not_call_lost(network, converte
     if {option.partition("=")[0] for row in report.layers for option in row.lost} <= {"nonfinite"}:
         assume_trainable(made, network)  # torch's ReLU keeps its output for backward, and ours does not
         check(model, network, bn.to_torch, trains=True)
+
+
+@examples(12)
+@given(networks())
+def test_fold_keeps_outputs(network):
+    model = built(network)
+    for example in (None, input_of(network, 7)):
+        made, report = check(model, network, lambda model: bn.fold(model, example))  # noqa: B023
+        assert_none_is_silent(model, report)
+        assert not norms(made) & {row.path for row in report.layers}
+        if report.layers:
+            with pytest.raises(bn.UnsupportedError):
+                made.train()
 
 
 @examples(12)
