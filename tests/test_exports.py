@@ -73,6 +73,7 @@ PUBLIC = [
     "tune_allocator",
     "unfreeze",
     "use_domain",
+    "zero_init_residual",
 ]
 
 

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
         to_flax,
         to_keras,
         to_torch,
+        zero_init_residual,
     )
     from batchnorm.surgery.convert import convert
     from batchnorm.surgery.fold import fold
@@ -139,6 +140,7 @@ __all__ = [
     "tune_allocator",
     "unfreeze",
     "use_domain",
+    "zero_init_residual",
 ]
 
 _CORE = [

@@ -8,6 +8,7 @@ from batchnorm.surgery.optimizers import update_optimizer
 from batchnorm.surgery.parameter_groups import param_groups
 from batchnorm.surgery.replace import replace
 from batchnorm.surgery.report import Left, Replacement, Surgery
+from batchnorm.surgery.residual import zero_init_residual
 from batchnorm.surgery.torch_layers import to_torch
 from batchnorm.surgery.tune import tune
 
@@ -27,4 +28,5 @@ __all__ = [
     "to_torch",
     "tune",
     "update_optimizer",
+    "zero_init_residual",
 ]

@@ -115,21 +115,29 @@ class Dataflow:
 
     def origin(self, step: Step) -> Step | Unknown:
         """Return the step that makes a value, where the value given is the input or the output of a block too."""
+        furthest, reason = self.followed(step)
+        return Unknown(reason) if reason else furthest
+
+    def followed(self, step: Step) -> tuple[Step, str]:
+        """Return the furthest step to which a value can be followed back, and why it does not make the value.
+
+        The reason is empty if it does, as a step returned by `origin`.
+        """
         while True:
             block, node = step
             if node.op == "placeholder":
                 found = self._given(block, str(node.target))
             elif (module := self.module(step)) is None:
-                return step
+                return step, ""
             elif _passes(module):
                 value = next(iter(bound_arguments(module, node).values()), None)
                 found = Step(block, value) if isinstance(value, Node) else Unknown("an identity takes several values")
             elif is_block(module):
                 found = self._returned_by(module)
             else:
-                return step
+                return step, ""
             if isinstance(found, Unknown):
-                return found
+                return step, found.reason
             step = found
 
     def uses(self, step: Step) -> list[Step | Unknown]:
