@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("native_kernels")
 OPTIONS = {
     "plain": {},
     "activation": {"activation": "leaky_relu"},
+    "activation of torch": {"activation": "silu"},
     "no parameters": {"affine": False},
     "no bias": {"bias": False},
     "no statistics": {"track_running_stats": False},

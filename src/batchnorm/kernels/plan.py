@@ -65,6 +65,9 @@ class Plan:
     Attributes
     ----------
     rule : Rule
+        That of the kernels.
+    activation : str or None
+        That of the layer, which the caller applies where the kernels don't.
     update_running : bool
         Whether a call updates the running statistics.
     differentiable : bool
@@ -77,8 +80,10 @@ class Plan:
         running: Running,
         rule: Rule,
         fallback: Callable[..., Sequence[Tensor | None]],
+        *,
+        activation: str | None,
     ) -> None:
-        self.rule = rule
+        self.rule, self.activation = rule, activation
         self.update_running = running.update
         self.differentiable = any(values is not None and values.requires_grad for values in operands)
         self._fallback = fallback

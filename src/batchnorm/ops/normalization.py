@@ -140,7 +140,6 @@ def make_plan(operands: Operands, running: Running, rule: Rule) -> Plan | None:
     possible = (
         can_plan()
         and operands.mask is None
-        and rule.activation in FUSED
         and is_direct(operands, running, rule)
         and native.is_ready(x)
         and x.numel() > 0
@@ -149,7 +148,8 @@ def make_plan(operands: Operands, running: Running, rule: Rule) -> Plan | None:
     if not possible:
         return None
     native.check_counts(running)
-    return Plan(operands, running, rule, backward_directly)
+    fused = rule if rule.activation in FUSED else rule._replace(activation=None)
+    return Plan(operands, running, fused, backward_directly, activation=rule.activation)
 
 
 def run_plan(plan: Plan, operands: Operands, statistics: Statistics) -> Tensor | None:
@@ -163,7 +163,7 @@ def run_plan(plan: Plan, operands: Operands, statistics: Statistics) -> Tensor |
     y, buffer = made
     if plan.differentiable and records_gradients():
         y = differentiable(y, operands, plan.backward, buffer, plan.rule)
-    return y
+    return y if plan.rule.activation == plan.activation else apply_activation(y, plan.activation, None)
 
 
 def moments(x: Tensor, mask: Tensor | None = None) -> BatchMoments:
