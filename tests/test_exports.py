@@ -41,6 +41,7 @@ PUBLIC = [
     "Surgery",
     "UnsupportedError",
     "__version__",
+    "accelerate",
     "accumulate",
     "adapt",
     "add_domains",

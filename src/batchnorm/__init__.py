@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         to_torch,
         zero_init_residual,
     )
+    from batchnorm.surgery.accelerate import accelerate
     from batchnorm.surgery.convert import convert
     from batchnorm.surgery.fold import fold
     from batchnorm.surgery.insert import insert
@@ -108,6 +109,7 @@ __all__ = [
     "Surgery",
     "UnsupportedError",
     "__version__",
+    "accelerate",
     "accumulate",
     "adapt",
     "add_domains",

@@ -1,5 +1,6 @@
 """Surgery: layers of a model replaced by others, with a report."""
 
+from batchnorm.surgery.accelerate import accelerate
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.fold import fold
 from batchnorm.surgery.importers import from_flax, from_keras, to_flax, to_keras
@@ -16,6 +17,7 @@ __all__ = [
     "Left",
     "Replacement",
     "Surgery",
+    "accelerate",
     "convert",
     "fold",
     "from_flax",

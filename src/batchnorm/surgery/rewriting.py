@@ -24,7 +24,15 @@ from batchnorm.nn.layer import Layer
 from batchnorm.surgery.derived import derive, own_class
 from batchnorm.surgery.graph.blocks import parameters_of
 
-__all__ = ["AttributeReads", "Forward", "attributes_read", "bypassed", "forward_from", "restore_forwards"]
+__all__ = [
+    "AttributeReads",
+    "Forward",
+    "activated_for_forwards",
+    "attributes_read",
+    "bypassed",
+    "forward_from",
+    "restore_forwards",
+]
 
 NAMES_OF_FX: dict[str, Any] = {
     "torch": torch,
@@ -65,10 +73,10 @@ class Forward:
         """Return the forward, compiled; its lines stand in tracebacks."""
         file = f"<forward of {base.__name__} {hash((base, self)):x}, written by batchnorm>"
         linecache.cache[file] = (len(self.source), None, self.source.splitlines(keepends=True), file)
-        names = {**NAMES_OF_FX, "unlike": unlike, **dict(self.names), "__name__": base.__module__}
+        names = {**NAMES_OF_FX, "unlike": unlike, **dict(self.names)}  # with a __name__, torch.compile would look there
         exec(compile(self.source, file, "exec"), names)
         forward = names["forward"]
-        forward.__qualname__ = f"{base.__qualname__}.forward"
+        forward.__module__, forward.__qualname__ = base.__module__, f"{base.__qualname__}.forward"
         forward.__doc__ = base.forward.__doc__
         return {"forward": forward}
 
@@ -181,17 +189,28 @@ def _expression(path: str) -> str:
 
 
 def restore_forwards(model: nn.Module) -> None:
-    """Give the modules of a model their own forwards back, which apply the activations and additions themselves."""
+    """Give modules their own forwards back where layers do more than normalize, and the layers that alone to do."""
+    for layer in activated_for_forwards(model):
+        layer.activation = None  # type: ignore[assignment]
     for module in model.modules():
         changes = getattr(type(module), "_changes", ())
-        forwards = [change for change in changes if isinstance(change, Forward)]
-        if forwards:
-            for path in {path for forward in forwards for path, name in forward.activations if name}:
-                module.get_submodule(path).activation = None  # type: ignore[assignment]
+        kept = [change for change in changes if not (isinstance(change, Forward) and change.activations)]
+        if len(kept) < len(changes):
             module.__class__ = own_class(module)
-            for change in changes:
-                if not isinstance(change, Forward):
-                    derive(module, change)
+            for change in kept:
+                derive(module, change)
+
+
+def activated_for_forwards(model: nn.Module) -> set[nn.Module]:
+    """Return the layers that have an activation because a forward that `restore_forwards` takes back leaves it out."""
+    return {
+        module.get_submodule(path)
+        for module in model.modules()
+        for change in getattr(type(module), "_changes", ())
+        if isinstance(change, Forward)
+        for path, name in change.activations
+        if name
+    }
 
 
 def unlike(module: nn.Module, name: str, found: object, expected: object) -> None:

@@ -21,6 +21,7 @@ from batchnorm.surgery.conversion import kind_of, with_parametrizations
 from batchnorm.surgery.norms import ACTIVATIONS
 from batchnorm.surgery.opening import COPIES, check_model, copied, is_lazy, untuned
 from batchnorm.surgery.report import Left, Replacement, Surgery
+from batchnorm.surgery.rewriting import activated_for_forwards, restore_forwards
 from batchnorm.torch_internals import move_hooks_of_the_output
 
 __all__ = ["to_torch"]
@@ -44,8 +45,8 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
     in eval mode, which the next ``train()`` ends. Running statistics in float32 beside narrower gamma and beta take
     their dtype, as torch's layers need.
 
-    Where a model calls such a layer with ``residual=`` or ``mask=``, torch's raises a `TypeError` when it runs: add
-    the residual in the model.
+    What `accelerate` fused is taken apart again. Where the model itself calls a layer with ``residual=`` or ``mask=``,
+    torch's raises a `TypeError` when it runs: add the residual in the model.
 
     Parameters
     ----------
@@ -87,7 +88,8 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
     refused = [f"{layer_name(path)}: {reason}" for path, layer in layers.items() if (reason := _refusal(layer))]
     if refused:
         raise UnsupportedError(f"every layer must have an equal among torch's; got {'; '.join(refused)}")
-    done = tuple(_replacement(path, layer) for path, layer in layers.items())
+    fused = activated_for_forwards(model)
+    done = tuple(_replacement(path, layer, activates=layer not in fused) for path, layer in layers.items())
     others = {path: module for path, module in model.named_modules() if is_batch_norm(module) and path not in layers}
     left = tuple(Left(path, kind_of(module), NOT_OURS) for path, module in others.items())
     notes = [] if done else ["The model has no layers of batchnorm's, and stays as it is."]
@@ -96,6 +98,7 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
         notes += [COPIES] if done and any(True for _ in model.parameters()) else []
         model = copied(model, "to_torch")
         statistics = {path: _copies(values) for path, values in statistics.items()}
+    restore_forwards(model)
     for path, values in statistics.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, Layer)
@@ -182,7 +185,8 @@ def _become(layer: Layer, made: nn.Module) -> None:
     layer.__class__ = type(made)  # type: ignore[assignment]
 
 
-def _replacement(path: str, layer: Layer) -> Replacement:
-    after = [_torchs_class(layer).__name__, *(type(module).__name__ for module in _behind(layer).values())]
+def _replacement(path: str, layer: Layer, *, activates: bool) -> Replacement:
+    behind = _behind(layer).values() if activates else ()
+    after = [_torchs_class(layer).__name__, *(type(module).__name__ for module in behind)]
     lost = [option for option in lost_in_training(layer) if not (layer.sync and option == "sync=True")]
     return Replacement(path, type(layer).__name__, ", ".join(after), tuple(lost))
