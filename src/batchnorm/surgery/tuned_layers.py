@@ -7,7 +7,7 @@ al., "Efficient ConvBN Blocks for Transfer Learning and Beyond", ICLR 2024)::
     with scale = gamma / sqrt(var + eps)
 
 The products with scale are differentiated like the rest, so that all parameters get the gradients that they have in the
-two layers, and the backward needs no output of the convolution.
+two layers. The backward needs no output of the convolution, and folds the weight again (`refolding`).
 
 The layers refer to each other by attributes that are no submodules, so that all names stay. Both ask `_is_folded` at
 each forward, which tells whether the first of them normalizes, or the batch norm does it as usual.
@@ -31,6 +31,7 @@ from batchnorm.nn.layout import arrange, dimension_of_channels, restore
 from batchnorm.nn.reading import TOOL_SIGNS
 from batchnorm.surgery.derived import derive, derive_beneath
 from batchnorm.surgery.folding import Affine, Foldable, Weights, then
+from batchnorm.surgery.refolding import can_refold, refolded
 from batchnorm.surgery.tuned_pairs import end_tuning, link
 
 __all__ = ["folded_forward", "tune_pair"]
@@ -98,7 +99,10 @@ def folding_its_weight(base: type[nn.Module]) -> Mapping[str, Any]:
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), args, kwargs)  # type: ignore[attr-defined]
         if norm is None or not isinstance(x, Tensor) or not _is_folded(self, norm, x.dim()):
             return base.forward(self, *args, **kwargs)
-        return folded_forward(base, self, _affine(norm, self.weight.dtype), *args, **kwargs)
+        affine = _affine(norm, self.weight.dtype)
+        if len(args) + len(kwargs) == 1 and can_refold(self, x):
+            return refolded(self, x, affine)
+        return folded_forward(base, self, affine, *args, **kwargs)
 
     def extra_repr(self: Any) -> str:
         return f"{base.extra_repr(self)}{'' if self.tuned_norm is None else ', tuned=True'}"
