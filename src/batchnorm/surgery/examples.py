@@ -64,7 +64,7 @@ def run_example(model: nn.Module, example: Example) -> list[Tensor]:
         except Exception as error:
             raise InputError(
                 f"example must be an input that the model takes; got {_described(example)}, for which "
-                f"{type(model).__name__} raised {type(error).__name__}: {error}"
+                f"{type(model).__name__} raised {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
         return [values.clone() for values in _tensors(outputs)]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from torch import nn
 
-from batchnorm.errors import InputError
+from batchnorm.errors import InputError, InputTypeError
 from batchnorm.nn import BatchNorm
 from batchnorm.statistics.changes import layer_name
 from batchnorm.surgery.examples import Example, eval_outputs, largest_difference
@@ -114,6 +115,11 @@ def _check_arguments(model: nn.Module, placement: str, options: Mapping[str, Any
         raise InputError(
             f"{chosen[0]} of a new layer follows from its place in the model; got {chosen[0]}={options[chosen[0]]!r}"
         )
+    known = inspect.signature(BatchNorm).parameters.keys()
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        names = [name for name in known if name not in FROM_PLACE]
+        raise InputTypeError(f"insert takes the options of a layer, {', '.join(names)}; got {', '.join(unknown)}")
     BatchNorm(1, **options)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, HIDDEN_LAYERS)}
     if not layers:

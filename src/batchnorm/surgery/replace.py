@@ -205,7 +205,7 @@ def _lost(norm: Norm, new: nn.Module) -> tuple[str, ...]:
     lost = []
     for name, values in {"weight": norm.weight, "bias": norm.bias}.items():
         kept = getattr(new, name, None)
-        if values is not None and not (isinstance(kept, Tensor) and torch.equal(kept, values)):
+        if values is not None and not (isinstance(kept, Tensor) and (values.is_meta or torch.equal(kept, values))):
             lost.append(name)
     if norm.frozen:
         lost.append("frozen_statistics=True")
