@@ -16,9 +16,10 @@ OPERATIONS = {
     "to_torch": bn.to_torch,
     "replace": functools.partial(bn.replace, with_="instance"),
     "insert": functools.partial(bn.insert, placement="before"),
+    "fold": bn.fold,
     "tune": bn.tune,
 }
-NEED_BATCH_NORM = ["convert", "replace", "tune"]
+NEED_BATCH_NORM = ["convert", "replace", "fold", "tune"]
 TAKE_EXAMPLES = [name for name, operate in OPERATIONS.items() if "example" in inspect.signature(operate).parameters]
 X = randn(2, 3, 8, 8)
 

@@ -194,6 +194,22 @@ def test_torchs_layers_come_back_from_a_tuned_model():
     assert tuned_paths(model) == PATHS
 
 
+def test_a_tuned_model_is_folded_for_inference():
+    model = tuned()
+    folded, report = bn.fold(model.eval())
+    assert len(report.layers) == 2
+    torch.testing.assert_close(folded(X), stock()(X))
+    assert tuned_paths(model) == PATHS
+
+
+@pytest.mark.parametrize("function", [bn.fold, bn.to_torch], ids=lambda function: function.__name__)
+def test_a_tuned_model_is_not_copied_without_the_statistics_in_force(function):
+    model = tuned()
+    bn.add_domains(model, ["night"])
+    with bn.use_domain(model, "night"), pytest.raises(bn.UnsupportedError, match="outside of use_domain"):
+        function(model)
+
+
 def test_other_operations_ask_to_end_the_tuning_first():
     model = tuned()
     for inplace in (False, True):

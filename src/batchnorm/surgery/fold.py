@@ -15,7 +15,7 @@ from batchnorm.surgery.fold_plan import Dims, Plan, Planned, plan_folds
 from batchnorm.surgery.folded import Folded, become_folded, refuse_training
 from batchnorm.surgery.graph import Dataflow, read_dataflow
 from batchnorm.surgery.norms import Norm, is_batch_norm
-from batchnorm.surgery.opening import batch_norms, check_model, opened
+from batchnorm.surgery.opening import batch_norms, check_model, opened, untuned
 from batchnorm.surgery.report import Left, Replacement, Surgery
 
 __all__ = ["fold"]
@@ -64,7 +64,8 @@ def fold(model: nn.Module, example: Example | None = None, inplace: bool = False
       (activation): ReLU()
     )
     """
-    check_model(model, "fold")
+    check_model(model, "fold", takes_tuned=not inplace)
+    model = untuned(model, "fold", inplace=inplace)
     folded = sum(isinstance(module, Folded) for module in model.modules())
     if folded and not any(is_batch_norm(module) for module in model.modules()):
         notes: tuple[str, ...] = (f"Nothing is left to fold: all {folded} layers have been folded before.",)

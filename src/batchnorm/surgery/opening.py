@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.errors import InputError, InputTypeError, UnsupportedError
+from batchnorm.nn.buffers import Buffers, context_of
+from batchnorm.nn.contexts import PLAIN
 from batchnorm.nn.recognition import describe_norms, is_batch_norm
 from batchnorm.statistics.changes import layer_name
 from batchnorm.surgery.tuned_pairs import end_tuning, is_tuned
@@ -62,9 +64,22 @@ def opened(model: nn.Module, function: str, *, inplace: bool) -> nn.Module:
 
 
 def untuned(model: nn.Module, function: str, *, inplace: bool) -> nn.Module:
-    """Return a frozen copy of a tuned model; other models, and all with ``inplace``, are returned as they are."""
-    if inplace or not isinstance(model, nn.Module) or not any(map(is_tuned, model.modules())):
+    """Return a frozen copy of a tuned model; other models, and all with ``inplace``, are returned as they are.
+
+    Raises
+    ------
+    UnsupportedError
+        A context gives the layers of a tuned model other statistics, which a copy does not have.
+    """
+    tuned = {path: module for path, module in model.named_modules() if is_tuned(module)}
+    if inplace or not tuned:
         return model  # `check_model` refuses a tuned one
+    for path, module in tuned.items():
+        if isinstance(module, Buffers) and context_of(module) != PLAIN:
+            raise UnsupportedError(
+                f"{function} takes a tuned model outside of use_domain, adapt and other contexts; got one for "
+                f"{layer_name(path)}. Leave it, or call batchnorm.unfreeze(model) first"
+            )
     twin = copied(model, function)
     for module in twin.modules():
         end_tuning(module)
