@@ -155,6 +155,8 @@ def decide(layer: nn.Module, given: Mapping[str, Any]) -> Conversion | str:
     if obstacle:
         return obstacle
     given = {**given, "activation": asked or behind.option}
+    if given.get("sync") is False:
+        options = Options()
     lazy = is_lazy(layer)
     tracks = getattr(layer, "track_running_stats", norm.running_mean is not None)
     options_or_reason = _checked(replace(options, **_of(OPTIONS, given)), tracks)

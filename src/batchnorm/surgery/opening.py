@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -198,7 +198,7 @@ def _is_of(kind: type, packages: Sequence[str]) -> bool:
 def deep_copy(module: nn.Module, instead: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
     """Return a deep copy, with copies of tensors that torch refuses to copy; process groups are shared.
 
-    These are the buffers of lazy layers, and attributes with a graph, as the weight that pruning computes.
+    These are the buffers of lazy layers, and tensors with a graph: the weight that pruning computes, caches.
 
     Parameters
     ----------
@@ -208,7 +208,7 @@ def deep_copy(module: nn.Module, instead: Mapping[nn.Module, nn.Module] | None =
     """
     memo: dict[int, Any] = {id(child): other for child, other in (instead or {}).items()}
     for each in module.modules():
-        for value in (*vars(each).values(), *each._buffers.values()):
+        for value in _values(vars(each)):
             if isinstance(value, UninitializedBuffer):
                 memo[id(value)] = UninitializedBuffer(device=value.device, dtype=value.dtype)  # type: ignore[call-arg]
             elif isinstance(value, Tensor) and not value.is_leaf:
@@ -216,6 +216,16 @@ def deep_copy(module: nn.Module, instead: Mapping[nn.Module, nn.Module] | None =
             elif dist.is_available() and isinstance(value, dist.ProcessGroup):
                 memo[id(value)] = value
     return copy.deepcopy(module, memo)
+
+
+def _values(container: object) -> Iterator[object]:
+    """Iterate over all values in nested dicts, lists and tuples."""
+    if type(container) in (dict, list, tuple):
+        values = container.values() if isinstance(container, dict) else container
+        for value in values:  # type: ignore[attr-defined]
+            yield from _values(value)
+    else:
+        yield container
 
 
 def is_lazy(module: nn.Module) -> bool:
