@@ -250,6 +250,15 @@ class ElsewhereToo(Block):
         return x + y, y
 
 
+class SkipConnected(Block):
+    """A WaveNet: the output of each branch is also summed up by itself."""
+
+    def forward(self, x):
+        first = self.branch(x)
+        second = self.bn1(self.conv1(x + first))
+        return first + second, x + first + second
+
+
 class Normalized(Block):
     """No layer with weights is skipped over."""
 
@@ -271,7 +280,7 @@ class Concatenated(Block):
     "block",
     [
         *(Activated, ActivatedByItself, GatedByItself, Convolved, PreActivation),
-        *(Parallel, ElsewhereToo, Normalized, TwoInputs, Concatenated),
+        *(Parallel, ElsewhereToo, SkipConnected, Normalized, TwoInputs, Concatenated),
     ],
 )
 def test_a_model_whose_branches_do_not_end_in_batch_normalization_is_an_error(block):

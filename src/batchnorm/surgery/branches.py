@@ -58,9 +58,9 @@ def branch_ends(flow: Dataflow) -> list[nn.Module]:
     """
     search = _Search(flow)
     ends: dict[nn.Module, int] = {}
-    for terms, addition in search.additions():
+    for terms, sums in search.additions():
         for term in terms:
-            layer = search.end_of_branch(term, [other for other in terms if other is not term], addition)
+            layer = search.end_of_branch(term, [other for other in terms if other is not term], sums)
             if layer is not None:
                 ends[layer] = ends.get(layer, 0) + 1
     return [module for module in flow.model.modules() if module in ends and ends[module] == len(flow.calls(module))]
@@ -130,17 +130,18 @@ class _Search:
 
     # Additions.
 
-    def additions(self) -> Iterator[tuple[list[_Term], Step]]:
-        """Iterate over the additions of two values or more, with the values; sums of sums are one."""
+    def additions(self) -> Iterator[tuple[list[_Term], list[Step]]]:
+        """Iterate over the sums of two values or more: the values, and the steps that add them, the last one first."""
         inner: set[Step] = set()
-        found: list[tuple[list[_Term], Step]] = []
+        found: list[tuple[list[_Term], list[Step]]] = []
         for block, read in self.flow.blocks.items():
-            for node in reversed(read.graph.nodes):
-                step = Step(block, node)
-                terms = list(self.residual_terms(step) or self.addends(step, inner))
+            for node in read.graph.nodes:
+                sums = [Step(block, node)]
+                terms = list(self.residual_terms(sums[0]) or self.addends(sums[0], sums))
+                inner.update(sums[1:])
                 if len(terms) > 1:
-                    found.append((terms, step))
-        return ((terms, step) for terms, step in found if step not in inner)
+                    found.append((terms, sums))
+        return ((terms, sums) for terms, sums in found if sums[0] not in inner)
 
     def residual_terms(self, step: Step) -> Iterator[_Term] | None:
         """Iterate over the two values that a layer of ours adds, if it is called with a residual."""
@@ -166,37 +167,37 @@ class _Search:
         assert module is not None
         return module
 
-    def addends(self, step: Step, inner: set[Step]) -> Iterator[_Term]:
-        """Iterate over the values that a step adds; sums that are used for nothing else are taken apart, and noted."""
+    def addends(self, step: Step, sums: list[Step]) -> Iterator[_Term]:
+        """Iterate over the values that a step adds; sums that are used for nothing else are taken apart, and listed."""
         if not _is(step, SUMS):
             return
         for argument in step.node.args:
             if isinstance(argument, Node):
                 made = self.made_by(step.block, argument)
                 if _is(made, SUMS) and self.flow.uses(made) == [step]:
-                    inner.add(made)
-                    yield from self.addends(made, inner)
+                    sums.append(made)
+                    yield from self.addends(made, sums)
                 else:
                     yield _Term(made, self.ancestry(made))
 
     # Branches.
 
-    def end_of_branch(self, term: _Term, others: list[_Term], addition: Step) -> nn.Module | None:
+    def end_of_branch(self, term: _Term, others: list[_Term], sums: list[Step]) -> nn.Module | None:
         """Return the batch normalization layer at the end of a term, if another term skips over the term."""
-        end = self.last_norm(term.step, addition)
+        end = self.last_norm(term.step, sums[0])
         if end is None:
             return None
+        way = term.ancestry
+        for each in sums:
+            way |= self.bit(each)
         for other in others:
             branch = term.ancestry & ~other.ancestry
-            if not branch & self.bit(end) or not self.is_skipped(term, other, branch):
-                continue
-            if end == addition or self.feeds_only(end, addition):
-                return self.flow.module(end)
+            if branch & self.bit(end) and self.is_skipped(term, other, branch):
+                return self.flow.module(end) if end == sums[0] or self.stays_on(end, way) else None
         return None
 
-    def feeds_only(self, end: Step, addition: Step) -> bool:
-        """Return whether all that is made of a step's output goes into an addition."""
-        way = self.ancestry(addition)
+    def stays_on(self, end: Step, way: int) -> bool:
+        """Return whether the output of a step goes into the steps of a way alone."""
         return all(isinstance(use, Step) and bool(self.bit(use) & way) for use in self.flow.uses(end))
 
     def is_skipped(self, term: _Term, other: _Term, branch: int) -> bool:
