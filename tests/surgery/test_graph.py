@@ -260,7 +260,7 @@ def test_a_sequential_that_a_forward_iterates_over_is_not_called_itself():
     assert around(model, model.layers[0].conv)[0] == ["it is the input of the model"]
 
 
-def test_sequentials_of_an_unread_model_that_are_iterated_over_are_not_called():
+def test_a_sequential_of_an_unread_model_that_is_iterated_over_is_not_called():
     class Root(nn.Module):
         def __init__(self):
             super().__init__()

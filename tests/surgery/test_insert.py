@@ -146,6 +146,7 @@ def test_inplace_keeps_the_other_parameters():
     assert model is given
     assert [layer.weight for layer in (model.conv1, model.conv2, model.fc1, model.fc2)] == weights
     assert not any("copies" in note for note in report.notes)
+    assert "3 biases were dropped, since beta takes the place." in report.notes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -12,10 +12,12 @@ from batchnorm.errors import InputError, InputTypeError
 from batchnorm.nn import BatchNorm
 from batchnorm.statistics.changes import layer_name
 from batchnorm.surgery.examples import Example, eval_outputs, largest_difference
+from batchnorm.surgery.folded import Folded
 from batchnorm.surgery.graph import read_dataflow
 from batchnorm.surgery.inserting import Placement, Plan
 from batchnorm.surgery.observing import Batches
 from batchnorm.surgery.opening import COPIES, check_model, copied, is_lazy
+from batchnorm.surgery.putting_back import PutBack
 from batchnorm.surgery.report import Surgery
 from batchnorm.surgery.step_kinds import HIDDEN_LAYERS
 
@@ -41,6 +43,9 @@ def insert(
     dropout, a reshape or the addition of a residual branch. Output layers, attention projections, gates, recurrent
     layers, embeddings, layers that are called several times, and hidden layers that a normalization follows already are
     left alone; the report lists each with the reason.
+
+    Into a model of `fold` the layers come back in the places of those that were folded, whatever the placement, and the
+    model can be trained again.
 
     All names of the state dict stay. A new layer is called after the one in front of it, as ``conv1_bn``; it is on the
     device, in the dtype and in the mode of the hidden layer. With ``placement="before"`` the bias of the hidden layer
@@ -92,19 +97,20 @@ def insert(
         _check_preserve(example, options)
     batches = None if example is None else Batches(model, example)
     flow = read_dataflow(model, None if batches is None else batches.first)
-    plan = Plan(flow, placement)
+    is_folded = any(isinstance(module, Folded) for module in model.modules())
+    plan = PutBack(flow) if is_folded else Plan(flow, placement)
     plan.find_layouts(batches, preserve=preserve)
     layers = plan.layers(options, preserve=preserve)
     before = eval_outputs(model, batches.first) if preserve and batches is not None else []
+    changed, notes = plan.replacements(), [*plan.notes()]  # of the model as it was given
     operated = model if inplace else copied(model, "insert")
     plan.apply(operated, layers)
     difference = None
     if preserve and batches is not None:
         difference = largest_difference(before, eval_outputs(operated, batches.first))
-    notes = [*plan.notes()]
     notes += [] if preserve or not layers else [UNTRAINED]
     notes += [] if inplace else [COPIES]
-    return operated, Surgery(plan.replacements(), plan.left, difference, tuple(notes))
+    return operated, Surgery(changed, plan.left, difference, tuple(notes))
 
 
 def _check_arguments(model: nn.Module, placement: str, options: Mapping[str, Any]) -> None:

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from batchnorm.errors import InputError
 from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.layer import Layer
-from batchnorm.statistics.changes import layer_name
-from batchnorm.statistics.layers import variance_to_keep
 from batchnorm.statistics.moments import Moments
 from batchnorm.surgery.graph import Dataflow, Step
 from batchnorm.surgery.hidden import HiddenLayer, hidden_layers
-from batchnorm.surgery.insertion import Insertion, Place, planned
+from batchnorm.surgery.insertion import Insertion, planned
 from batchnorm.surgery.observing import Batches, Observed, Observer
 from batchnorm.surgery.opening import copied
+from batchnorm.surgery.preserving import undo_normalization
 from batchnorm.surgery.report import Left, Replacement
 from batchnorm.surgery.step_kinds import HIDDEN_LAYERS
 
@@ -102,8 +100,8 @@ class Plan:
         if refused:
             self.insertion = self._insertion()
 
-    def layers(self, options: Mapping[str, Any], *, preserve: bool) -> dict[Place, Layer]:
-        """Return the new layers.
+    def layers(self, options: Mapping[str, Any], *, preserve: bool) -> dict[str, Layer]:
+        """Return the new layers, by path.
 
         Raises
         ------
@@ -120,11 +118,11 @@ class Plan:
             layer.to(weight.dtype).train(near.training)
             if preserve:
                 assert point.moments is not None
-                _undo_normalization(layer, point.moments, self._dropped_bias(point.hidden[0]), point.hidden[0].path)
-            made[place] = layer
+                undo_normalization(layer, point.moments, self._dropped_bias(point.hidden[0]), point.hidden[0].path)
+            made[place.path] = layer
         return made
 
-    def apply(self, model: nn.Module, layers: Mapping[Place, Layer]) -> None:
+    def apply(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
         """Put the new layers into the model or a copy of it, and drop the biases that they replace."""
         self.insertion.put(model, layers)
         for layer in self._hidden():
@@ -191,7 +189,7 @@ class Plan:
 
         observed = {step: Observed() for step in self.points}
         scratch = copied(self.flow.model, "insert")
-        self.insertion.put(scratch, {place: observer(step) for step, place in self.insertion.places.items()})
+        self.insertion.put(scratch, {place.path: observer(step) for step, place in self.insertion.places.items()})
         batches.run(scratch, all_batches=preserve)
         return observed
 
@@ -226,38 +224,3 @@ def _name(flow: Dataflow, step: Step, point: Point) -> str:
     path, block = point.hidden[0].path, step.block
     inside = path.startswith(f"{block}.") if block else True
     return path[len(block) :].strip(".").replace(".", "_") if inside else path.rpartition(".")[2]
-
-
-@torch.no_grad()
-def _undo_normalization(layer: Layer, moments: Moments, bias: Tensor | None, path: str) -> None:
-    """Give a layer the moments as running statistics, with the gamma and beta that undo the normalization.
-
-    Gamma and beta are rounded to their dtype first, and the statistics, which may be wider, follow from them.
-
-    Parameters
-    ----------
-    layer : Layer
-    moments : Moments
-        Of the input, with the bias of the layer before it.
-    bias : Tensor or None
-        It is dropped.
-    path : str
-        Of the layer before it, for messages.
-    """
-    if not bool(moments.mean.isfinite().all() and moments.m2.isfinite().all()):
-        raise InputError(f"the output of {layer_name(path)} must be finite on the example; got infinite or NaN values")
-    if moments.count < 2:
-        raise InputError(f"{layer_name(path)} must give at least 2 values per channel on the example; got 1")
-    gamma, beta, running_mean, running_var = layer.weight, layer.bias, layer.running_mean, layer.running_var
-    assert gamma is not None
-    assert beta is not None
-    assert running_mean is not None
-    assert running_var is not None
-    eps = layer.epsilon()
-    mean, var = moments.mean, variance_to_keep(layer, moments)
-    if eps == 0 and not bool((var > 0).all()):
-        raise InputError(f"eps must be positive, since a channel of {layer_name(path)} is constant; got eps=0")
-    gamma.copy_((var + eps).sqrt())
-    beta.copy_(mean)
-    running_var.copy_((gamma.double().square() - eps).clamp(min=0))
-    running_mean.copy_(beta.double() - (0 if bias is None else bias.double()))

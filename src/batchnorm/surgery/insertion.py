@@ -92,11 +92,11 @@ class Insertion:
     refused: dict[Step, str] = field(default_factory=dict)
     changes: dict[str, WithCalls | EndsWith | Graph] = field(default_factory=dict)
 
-    def put(self, model: nn.Module, made: Mapping[Place, nn.Module]) -> None:
-        """Put new modules into their places."""
+    def put(self, model: nn.Module, made: Mapping[str, nn.Module]) -> None:
+        """Put new modules, by their path, into their places."""
         for place in self.places.values():
             owner = model.get_submodule(place.owner)
-            owner.add_module(place.name, made[place])
+            owner.add_module(place.name, made[place.path])
             if place.behind:
                 names = [name for name in owner._modules if name != place.name]
                 names.insert(names.index(place.behind) + 1, place.name)

@@ -61,24 +61,26 @@ OTHER_LAYERS: Classes = (
 NORMS: Classes = (*(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),)
 
 KEEP_CHANNELS = """
-    identity dropout dropout1d dropout2d dropout3d alphadropout featuredropout featurealphadropout maxpool1d maxpool2d
-    maxpool3d avgpool1d avgpool2d avgpool3d lppool1d lppool2d lppool3d fractionalmaxpool2d fractionalmaxpool3d
-    adaptivemaxpool1d adaptivemaxpool2d adaptivemaxpool3d adaptiveavgpool1d adaptiveavgpool2d adaptiveavgpool3d
-    maxunpool1d maxunpool2d maxunpool3d localresponsenorm contiguous clone to float double half bfloat16 typeas neg
-    interpolate upsample upsamplingnearest2d upsamplingbilinear2d constantpad1d constantpad2d constantpad3d zeropad1d
-    zeropad2d zeropad3d reflectionpad1d reflectionpad2d reflectionpad3d replicationpad1d replicationpad2d
-    replicationpad3d
+    identity dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout
+    maxpool1d maxpool2d maxpool3d avgpool1d avgpool2d avgpool3d lppool1d lppool2d lppool3d
+    fractionalmaxpool2d fractionalmaxpool3d adaptivemaxpool1d adaptivemaxpool2d adaptivemaxpool3d
+    adaptiveavgpool1d adaptiveavgpool2d adaptiveavgpool3d maxunpool1d maxunpool2d maxunpool3d
+    local_response_norm contiguous clone to float double half bfloat16 type_as neg
+    interpolate upsample upsamplingnearest2d upsamplingbilinear2d constantpad1d constantpad2d constantpad3d
+    zeropad1d zeropad2d zeropad3d reflectionpad1d reflectionpad2d reflectionpad3d
+    replicationpad1d replicationpad2d replicationpad3d
 """
 MOVE_CHANNELS = """
-    flatten unflatten view viewas reshape reshapeas squeeze unsqueeze permute transpose t movedim moveaxis swapaxes
-    swapdims type pad pixelshuffle pixelunshuffle channelshuffle nativechannelshuffle roll flip rot90 chunk split
-    tensorsplit unsafechunk unbind getitem narrow select indexselect gather expand expandas repeat repeatinterleave tile
-    fold unfold mean sum amax amin max min cat stack concat concatenate hstack vstack dstack cumsum checkpoint getattr
+    flatten unflatten view view_as reshape reshape_as squeeze unsqueeze permute transpose t movedim moveaxis swapaxes
+    swapdims type pad pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle roll flip rot90 chunk split
+    tensor_split unsafe_chunk unbind getitem narrow select index_select gather expand expand_as repeat
+    repeat_interleave tile fold unfold mean sum amax amin max min cat stack concat concatenate hstack vstack dstack
+    cumsum checkpoint getattr
 """
 
 
 def _named(kind: Kind, names: str) -> dict[str, Kind]:
-    return dict.fromkeys(names.split(), kind)
+    return dict.fromkeys(names.replace("_", "").split(), kind)
 
 
 KINDS: dict[str, Kind] = {
@@ -86,9 +88,9 @@ KINDS: dict[str, Kind] = {
     **_named(
         Kind.NONLINEARITY,
         """
-        relu relu6 leakyrelu prelu rrelu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh tanh sigmoid
-        softplus softsign logsigmoid tanhshrink softshrink hardshrink threshold clamp clampmin clampmax clip expit sin
-        cos
+        relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh tanh sigmoid
+        softplus softsign log_sigmoid tanhshrink softshrink hardshrink threshold clamp clamp_min clamp_max clip expit
+        sin cos
         """,
     ),
     **_named(
@@ -98,24 +100,24 @@ KINDS: dict[str, Kind] = {
     **_named(Kind.ADDS, "add iadd radd sub isub rsub subtract addcmul addcdiv lerp"),
     **_named(Kind.MULTIPLIES, "mul imul rmul multiply div divide truediv itruediv rtruediv"),
     **_named(Kind.GATE, "glu"),
-    **_named(Kind.NORMALIZES, "layernorm groupnorm batchnorm instancenorm rmsnorm normalize"),
-    **_named(Kind.SOFTMAX, "softmax softmax2d logsoftmax softmin gumbelsoftmax logsumexp argmax"),
+    **_named(Kind.NORMALIZES, "layer_norm group_norm batch_norm instance_norm rms_norm normalize"),
+    **_named(Kind.SOFTMAX, "softmax softmax2d log_softmax softmin gumbel_softmax logsumexp argmax"),
     **_named(
         Kind.PRODUCT,
-        "scaleddotproductattention multiheadattentionforward matmul rmatmul bmm baddbmm einsum mm tensordot inner",
+        "scaled_dot_product_attention multi_head_attention_forward matmul rmatmul bmm baddbmm mm einsum tensordot",
     ),
     **_named(
         Kind.LAYER,
         """
-        linear conv1d conv2d conv3d convtranspose1d convtranspose2d convtranspose3d bilinear embedding embeddingbag
-        addmm rnntanh rnnrelu lstm gru deformconv2d
+        linear conv1d conv2d conv3d convtranspose1d convtranspose2d convtranspose3d bilinear embedding embedding_bag
+        addmm rnn_tanh rnn_relu lstm gru deform_conv2d
         """,
     ),
 }
 """By the name of the function, method or class of torch, in lower case and without underscores."""
 
 BOUNDED = frozenset({"sigmoid", "hardsigmoid", "expit", "hardtanh"})
-KEEPING = frozenset(KEEP_CHANNELS.split())
+KEEPING = frozenset(KEEP_CHANNELS.replace("_", "").split())
 
 _FOUND: WeakKeyDictionary[Dataflow, dict[Step, Kind]] = WeakKeyDictionary()
 
