@@ -110,6 +110,20 @@ def test_the_activation_of_a_subclass_keeps_its_name_and_its_parameters():
     assert torch.equal(folded[1].act.weight, model[1].act.weight)
 
 
+def test_the_children_and_the_function_behind_a_normalization_all_stay():
+    class Both(nn.BatchNorm2d):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.none, self.act = nn.Identity(), nn.Softsign()
+
+        def forward(self, x):
+            return self.act(self.none(super().forward(x))).relu()
+
+    model, x = prepared(nn.Conv2d(3, 5, 3), Both(5), shape=(3, 3, 5, 5))
+    _, report = folds(model, x)
+    assert report.layers[0].after == "Folded, Softsign, ReLU"
+
+
 class Frozen(nn.Module):
     """As torchvision's FrozenBatchNorm2d: buffers alone."""
 
@@ -139,6 +153,22 @@ def test_a_residual_of_ours_is_added_by_the_place_of_the_layer():
 
         def forward(self, x):
             return self.norm(self.conv(x), x)
+
+    model, x = prepared(Block(), Block(), shape=(2, 3, 5, 5))
+    folds(model, x)
+
+
+def test_a_network_that_is_prepared_for_quantization_is_folded():
+    class Block(nn.Module):
+        """As in torchvision.models.quantization, before its layers are quantized."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+            self.skip = torch.ao.nn.quantized.FloatFunctional()
+
+        def forward(self, x):
+            return self.skip.add_relu(self.norm(self.conv(x)), x)
 
     model, x = prepared(Block(), Block(), shape=(2, 3, 5, 5))
     folds(model, x)

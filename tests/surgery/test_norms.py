@@ -208,6 +208,19 @@ def test_a_child_that_runs_last_is_found_and_is_the_module_itself():
     assert norm.children == ("act",)
 
 
+def test_an_activation_in_the_forward_is_found_behind_a_child_too():
+    class Both(nn.BatchNorm2d):
+        def __init__(self):
+            super().__init__(3)
+            self.act = nn.Softsign()
+
+        def forward(self, x):
+            return self.act(super().forward(x)).relu()
+
+    norm = read_norm(Both())
+    assert [type(part) for part in norm.activation] == [nn.Softsign, nn.ReLU]
+
+
 @pytest.mark.parametrize("eps", [1e-5, 1e-3, 3e-7])
 def test_an_eps_that_is_no_attribute_is_measured(eps):
     norm = read_norm(WithoutEps(eps))

@@ -119,9 +119,18 @@ def _replacement(path: str, planned: Planned) -> Replacement:
 
 
 def behind(norm: Norm, module: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of a layer that run behind the normalization, by the names that they have in it, if any."""
-    children = {name: module.get_submodule(name) for name in norm.children}
-    return children if children or norm.activation is None else {"activation": norm.activation}
+    """Return the modules of a layer that run behind the normalization, by the names that they have in it, if any.
+
+    The layer, ``module``, is that of ``norm`` or a copy of it.
+    """
+    if norm.activation is None:
+        return {}
+    names = {norm.module.get_submodule(name): name for name in norm.children}
+    is_child = norm.activation in names or not isinstance(norm.activation, nn.Sequential)
+    parts = [norm.activation] if is_child else list(norm.activation.children())
+    children = {names[part]: module.get_submodule(names[part]) for part in parts if part in names}
+    others = [part for part in parts if part not in names]
+    return children | {"activation" if "activation" not in children else "activation_": part for part in others}
 
 
 def _notes(model: nn.Module, layers: tuple[Replacement, ...]) -> Iterator[str]:

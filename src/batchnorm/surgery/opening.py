@@ -173,6 +173,8 @@ def _script(module: nn.Module, path: str, function: str) -> str:
 
 def _quantized(module: nn.Module, path: str, function: str) -> str:
     kind = type(module)
+    if kind.__name__ == "FloatFunctional":  # adds tensors of floating point, in a package of quantized modules
+        return ""
     of_tensors = [type(values) for values in (*module._parameters.values(), *module._buffers.values())]
     if _is_of(kind, _QUANTIZED) or any(_is_of(each, ("torchao",)) for each in of_tensors):
         return (

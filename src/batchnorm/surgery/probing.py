@@ -94,7 +94,7 @@ class _Recorder(nn.Module):
         self.name, self.calls = name, calls
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.randn_like(x) + 100 * (1 + len(self.calls))
+        y = 3 * torch.randn_like(x)  # of both signs, so that a ReLU behind it shows
         self.calls.append((self.name, x.clone(), y.clone()))
         return y
 
