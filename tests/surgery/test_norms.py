@@ -31,24 +31,9 @@ class Child(nn.BatchNorm1d):
         return self.act(super().forward(x))
 
 
-class Squared(nn.BatchNorm1d):
+class Doubled(nn.BatchNorm1d):
     def forward(self, x):
-        return super().forward(x) ** 2
-
-
-class Constant(nn.BatchNorm1d):
-    def forward(self, x):
-        return 1.7 * super().forward(x) - 0.3
-
-
-class Leaky(nn.BatchNorm1d):
-    def forward(self, x):
-        return F.leaky_relu(super().forward(x), 0.2)
-
-
-class InFloat(nn.BatchNorm1d):
-    def forward(self, x):
-        return super().forward(x.float())
+        return 2 * super().forward(x)
 
 
 class Masked(nn.BatchNorm1d):
@@ -216,12 +201,6 @@ def test_an_activation_in_the_forward_is_found():
     assert type(read_norm(Relu6(3)).activation) is nn.ReLU6
 
 
-def test_constants_and_a_slope_in_the_forward_are_measured():
-    constants = read_norm(Constant(3)).activation
-    assert (constants.scale, constants.shift) == (1.7, -0.3)
-    assert read_norm(Leaky(3)).activation.negative_slope == 0.2
-
-
 def test_a_child_that_runs_last_is_found_and_is_the_module_itself():
     layer = Child(3)
     norm = read_norm(layer)
@@ -259,8 +238,7 @@ def test_a_layer_that_stays_in_eval_mode_is_frozen():
     [
         (lambda: nn.Linear(2, 3), "Linear is no batch normalization layer"),
         (assigned, "its forward was replaced by an assignment"),
-        (lambda: InFloat(3), "cannot be run by itself (RuntimeError"),
-        (lambda: Squared(3), "something else than batch normalization and an activation in eval mode"),
+        (lambda: Doubled(3), "something else than batch normalization and an activation in eval mode"),
         (lambda: Between(3), "its child act does not run on the normalized values in eval mode"),
         (lambda: Masked(3), "takes other arguments than the input (x, mask)"),
         (lambda: Biased(3), "it updates its running statistics in another way"),
@@ -274,7 +252,7 @@ def test_where_the_formula_is_another_the_reason_says_so(make, reason):
     assert not found.endswith(".")
 
 
-@pytest.mark.parametrize("make", [Relu6, Child, Constant])
+@pytest.mark.parametrize("make", [Relu6, Child, Doubled])
 def test_a_probe_leaves_the_layer_and_the_random_state_as_they_were(make):
     layer = make(3)
     before, state, shown = copied_state(layer), torch.get_rng_state(), repr(layer)

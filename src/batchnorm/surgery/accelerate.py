@@ -26,8 +26,6 @@ from batchnorm.surgery.rewriting import Forward, attributes_read, bypassed, forw
 
 __all__ = ["accelerate"]
 
-DOES_ALREADY = "it does its activation already"
-
 
 def accelerate(model: nn.Module, example: Example | None = None, inplace: bool = False) -> tuple[nn.Module, Surgery]:
     """Replace the batch norm layers by ours, and let them do the activations and additions that follow them.
@@ -107,9 +105,7 @@ def _after(path: str, layer: Layer, plan: _Plan) -> str:
 
 def _left(converted: Surgery, layers: Mapping[str, Layer], plan: _Plan) -> tuple[Left, ...]:
     """Return the layers that could not be converted, and those that take over no other step."""
-    done = {*plan.activations, *plan.added, *(row.path for row in converted.layers)}
-    reasons = plan.reasons | {path: DOES_ALREADY for path in layers if path not in done and path not in plan.reasons}
-    alone = [Left(path, type(layers[path]).__name__, reasons[path]) for path in layers if path in reasons]
+    alone = [Left(path, type(layers[path]).__name__, plan.reasons[path]) for path in layers if path in plan.reasons]
     return (*(each for each in converted.left if each.path not in layers), *alone)
 
 

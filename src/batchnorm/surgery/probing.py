@@ -17,11 +17,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.surgery.elementwise import ACTIVATIONS, fitted_activations
 from batchnorm.surgery.opening import deep_copy
 from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["Formula", "accepted_dims", "probe", "stays_in_eval"]
+
+ACTIVATIONS: tuple[nn.Module | None, ...] = (
+    None,
+    nn.ReLU(),
+    nn.LeakyReLU(),
+    nn.SiLU(),
+    nn.GELU(),
+    nn.Tanh(),
+    nn.Sigmoid(),
+    nn.ReLU6(),
+    nn.Hardswish(),
+    nn.Hardsigmoid(),
+    nn.GELU("tanh"),
+    nn.ELU(),
+    nn.SELU(),
+    nn.Mish(),
+    nn.Softplus(),
+    nn.Hardtanh(),
+)
+"""The activations that are found in the forward of a layer, the most frequent first."""
 
 TENSORS = ("running_mean", "running_var", "weight", "bias")
 DIMS = {frozenset({2, 3}): 1, frozenset({4}): 2, frozenset({5}): 3}
@@ -89,17 +108,15 @@ class _Local(nn.SyncBatchNorm):
 
 def accepted_dims(layer: TorchBatchNorm) -> int | str | None:
     """Return the dims, as in `Formula`, that a layer with torch's forward accepts, or a reason if it accepts none."""
-    accepted = {dims for dims in range(2, 6) if _accepts(layer, dims)}
+    accepted = set()
+    for dims in range(2, 6):
+        try:
+            shape = [1, max(layer.num_features, 1), *[1] * (dims - 2)]
+            layer._check_input_dim(torch.empty(shape, device="meta"))  # type: ignore[no-untyped-call]
+        except Exception:  # noqa: BLE001 (whatever the check of a subclass raises)
+            continue
+        accepted.add(dims)
     return _dims(accepted) if accepted else "it accepts no input of 2 to 5 dimensions"
-
-
-def _accepts(layer: TorchBatchNorm, dims: int) -> bool:
-    shape = [1, max(layer.num_features, 1), *[1] * (dims - 2)]
-    try:
-        layer._check_input_dim(torch.empty(shape, device="meta"))  # type: ignore[no-untyped-call]
-    except Exception:  # noqa: BLE001 (whatever the check of a subclass raises)
-        return False
-    return True
 
 
 def stays_in_eval(module: nn.Module) -> bool:
@@ -146,14 +163,12 @@ class _Probe:
 
     def formula(self) -> Formula | str:
         found: dict[int, Formula | str] = {}
-        errors: dict[int, Exception] = {}
         for dims in range(2, 6):
             try:
                 found[dims] = self._formula(dims)
-            except Exception as error:  # noqa: BLE001 (what a forward raises for other numbers of dimensions)
-                errors[dims] = error
-        if not found:
-            raise errors[self._dims_to_tell_of()]
+            except Exception:
+                if dims == 5 and not found:
+                    raise
         known = {dims: each for dims, each in found.items() if isinstance(each, Formula)}
         if not known:
             return next(str(each) for each in found.values())
@@ -161,12 +176,6 @@ class _Probe:
         if any(_key(other) != _key(first) for other in others):
             return "its own forward computes something else for other numbers of dimensions"
         return Formula(_dims(set(known)), first.eps, first.frozen, first.children, first.activation)
-
-    def _dims_to_tell_of(self) -> int:
-        """Return the number of dimensions whose error is told: the first that torch's check of the layer lets pass."""
-        if isinstance(self.copy, TorchBatchNorm):
-            return next((dims for dims in range(2, 6) if _accepts(self.copy, dims)), 4)
-        return 4
 
     def _formula(self, dims: int) -> Formula | str:
         x = 3 * torch.randn(SIZES[0], self._channels(), *SIZES[1 : dims - 1], dtype=torch.float64) + 1
@@ -248,10 +257,6 @@ class _Probe:
         for activation in known:
             if _close(run.y, last if activation is None else activation(last)):
                 return names, copy.deepcopy(activation)
-        fitted = fitted_activations(last, run.y) if known is ACTIVATIONS else []
-        for function in fitted:
-            if _close(run.y, function(last)):
-                return names, function
         return "its own forward computes something else than batch normalization and an activation"
 
     def _inferred_eps(self, x: Tensor, run: _Run) -> float | None:
