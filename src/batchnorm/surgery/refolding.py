@@ -84,8 +84,8 @@ class _Refolded(torch.autograd.Function):
         dscale = None
         if product is not None:
             product = product.to(scale.dtype)
-            dscale = _sum_by_channel(layer, product * weight.to(scale.dtype)) if wanted[2] else None
-            product = _scaled(layer, product, scale).to(weight.dtype) if wanted[1] else None
+            dscale = _dot_by_channel(layer, product, weight.to(scale.dtype)) if wanted[2] else None
+            product = _scaled_gradient(layer, product, scale).to(weight.dtype) if wanted[1] else None
         return dx, product, dscale, None if dbias is None else dbias.to(scale.dtype), None, None
 
 
@@ -95,8 +95,16 @@ def _scaled(layer: Foldable, weight: Tensor, scale: Tensor) -> Tensor:
     return then(layer, Weights(weight.to(scale.dtype), none), Affine(scale, none)).weight
 
 
-def _sum_by_channel(layer: Foldable, values: Tensor) -> Tensor:
-    """Return the sum over each output channel of values that are shaped like the weight."""
+def _scaled_gradient(layer: Foldable, product: Tensor, scale: Tensor) -> Tensor:
+    """Return the gradient of the folded weight times the scale, in the same memory unless it is differentiated."""
+    if torch.is_grad_enabled() or isinstance(layer, TRANSPOSED):
+        return _scaled(layer, product, scale)
+    return product.mul_(scale.view(-1, *[1] * (product.dim() - 1)))
+
+
+def _dot_by_channel(layer: Foldable, product: Tensor, weight: Tensor) -> Tensor:
+    """Return the sum over each output channel of the products of two tensors that are shaped like the weight."""
+    values = product * weight
     if isinstance(layer, TRANSPOSED):
         return values.reshape(layer.groups, -1, values.shape[1], values[0, 0].numel()).sum((1, 3)).flatten()
     return values.flatten(1).sum(1)
