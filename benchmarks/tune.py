@@ -3,8 +3,8 @@
 Writes benchmarks/results/tune.json, and its table into docs/surgery.md. Each network is trained with frozen statistics:
 with torch's layers in eval mode, with batchnorm's layers frozen, and tuned. A step is a forward and a backward in
 float32 on one thread; the three take turns in one process, and a ratio is the processor time of torch's step over
-theirs, the median over the rounds. Saved bytes are those of the tensors that the forward keeps for the backward, without
-parameters, buffers and the input.
+theirs, the median over the rounds. Saved bytes are those of the tensors that the forward keeps for the backward,
+without parameters, buffers and the input.
 """
 
 from __future__ import annotations
