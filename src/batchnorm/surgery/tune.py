@@ -1,4 +1,4 @@
-"""Fine-tuning with frozen statistics at the cost of a folded model: batch norms that the layer before them computes."""
+"""Fine-tuning with frozen statistics, which the layer before each batch norm folds into its weight in each forward."""
 
 from __future__ import annotations
 
