@@ -1,6 +1,8 @@
 """Import the package whole, before pytest imports its files one by one.
 
-It would set each as an attribute of its parent, and the module ``batchnorm.kernels`` in the place of the function.
+It would set each as an attribute of its parent, and the modules ``batchnorm.kernels`` and ``batchnorm.surgery.fold`` in
+the place of the functions.
 """
 
-import batchnorm  # noqa: F401
+import batchnorm
+import batchnorm.surgery  # noqa: F401

@@ -1,16 +1,15 @@
 """Training steps of whole networks on the CPU, with torch's layers and with ours.
 
 The networks come from `transformers`, built from their configurations with random weights, so nothing is downloaded.
-Our layers replace torch's as a user would replace them by hand: a batch norm and the ReLU after it become one layer,
-and the last batch norm of a residual block also takes the addition and the ReLU that follow. MobileNetV2 has ReLU6,
-which our layers don't fuse, so only its batch norms are replaced.
+`accelerate` puts our layers in the place of torch's: a batch norm and the ReLU after it become one layer, and the last
+batch norm of a residual block also takes the addition and the ReLU that follow. MobileNetV2 has ReLU6, which our layers
+don't fuse, and code that torch.fx cannot trace, so only its batch norms are replaced.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from batchnorm.lab.bench.request import BenchSettings
 from batchnorm.lab.bench.results import CaseResult, ModelTiming, Share
 from batchnorm.lab.bench.share import share_of_batch_norm
 from batchnorm.lab.bench.timing import Tick
-from batchnorm.nn import BatchNorm2d
+from batchnorm.surgery import accelerate
 
 __all__ = ["MODELS", "batch_of", "find_difference", "measure_model", "network", "step_of", "with_our_layers"]
 
@@ -58,36 +57,8 @@ MODELS: dict[str, tuple[str, dict[str, float]]] = {
 
 
 def with_our_layers(model: nn.Module) -> nn.Module:
-    """Return a copy of the model with our layers, which has the same parameters and statistics."""
-    model = copy.deepcopy(model)
-    modules: list[Any] = list(model.modules())
-    for module in modules:
-        if isinstance(getattr(module, "normalization", None), nn.BatchNorm2d):
-            stock = module.normalization
-            fuse = isinstance(getattr(module, "activation", None), nn.ReLU)
-            ours = BatchNorm2d(stock.num_features, stock.eps, activation="relu" if fuse else None)
-            ours.momentum = (
-                stock.momentum
-            )  # not given above: the layer warns of MobileNetV2's 0.997, Keras's convention
-            ours.load_state_dict(stock.state_dict())
-            module.normalization = ours
-            if fuse:
-                module.activation = nn.Identity()
-    for module in modules:
-        if type(module).__name__ in ("ResNetBottleNeckLayer", "ResNetBasicLayer"):
-            module.layer[-1].normalization.activation = "relu"
-            module.forward = MethodType(_residual_block, module)
-    return model
-
-
-def _residual_block(self: Any, input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
-    """Compute a residual block of transformers, with the addition and the ReLU done by the last batch norm."""
-    *first, last = self.layer
-    hidden = input
-    for layer in first:
-        hidden = layer(hidden)
-    result: Tensor = last.normalization(last.convolution(hidden), self.shortcut(input))
-    return result
+    """Return an accelerated copy of the model."""
+    return accelerate(model)[0]
 
 
 def _stock_network(name: str, layout: Layout) -> nn.Module:
