@@ -1,7 +1,9 @@
 """Who feeds whom in a model: steps, their sources and their uses, across the borders of blocks."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -370,6 +372,54 @@ def test_a_forward_set_on_the_module_is_refused():
     assert "was set on the ConvNormAct itself" in read_dataflow(model).why_no_single_call(model[0].norm)
 
 
+def test_a_block_that_branches_at_random_is_refused():
+    class Skipping(nn.Module):
+        def __init__(self, draw):
+            super().__init__()
+            self.norm, self.draw = nn.BatchNorm1d(3), draw
+
+        def forward(self, x):
+            return self.norm(x) if self.draw() < 2 else x
+
+    for draw in (random.random, np.random.rand, lambda: torch.rand(1).item()):
+        (reason,) = read_dataflow(Skipping(draw)).unread.values()
+        assert reason == "the forward of Skipping draws random numbers outside of its graph"
+
+
+def test_a_module_that_an_unread_block_has_too_is_no_single_call():
+    class Unread(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x):
+            return self.norm(x) if x.sum() > 0 else x
+
+    inner = ConvNormAct()
+    norm = inner.norm
+    for shared in (norm, inner):
+        model = nn.Sequential(inner, Unread(shared))
+        why = read_dataflow(model).why_no_single_call(norm)
+        assert why.startswith("1, which has it too, cannot be read: torch.fx cannot trace Unread")
+
+
+def test_a_forward_that_counts_in_a_buffer_does_not_count_while_it_is_read():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen += 1
+            return self.norm(x)
+
+    model = Counting()
+    flow = read_dataflow(model)
+    assert float(model.seen) == 0
+    assert flow.blocks[""].reason_against_code == "the forward of Counting sets attributes"
+
+
 # Graphs of which code can be made.
 
 
@@ -437,6 +487,9 @@ def test_contexts_that_torch_fx_does_not_record_are_named():
             self.norm = nn.BatchNorm1d(3)
 
         def forward(self, x):
+            return self.inner(x)
+
+        def inner(self, x):
             with torch.autocast("cpu", enabled=False):
                 return self.norm(x)
 
@@ -454,7 +507,7 @@ def test_reading_leaves_the_model_as_it_is(example):
             self.norm = nn.BatchNorm2d(3)
 
         def forward(self, x):
-            return self.norm(x) + torch.rand(1)
+            return self.norm(x) + torch.rand_like(x) + torch.rand(1)
 
     model = nn.Sequential(Residual(), Branching(), Noisy())
     model[0].eval()

@@ -15,7 +15,17 @@ from torch.nn.utils.parametrize import is_parametrized
 from batchnorm.nn.recognition import is_batch_norm
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["MODES", "Block", "Mode", "bound_arguments", "difference", "is_block", "named_arguments", "parameters_of"]
+__all__ = [
+    "MODES",
+    "Block",
+    "Mode",
+    "bound_arguments",
+    "difference",
+    "is_block",
+    "named_arguments",
+    "parameters_of",
+    "paths_above",
+]
 
 Mode = Literal["eval", "train"]
 MODES: tuple[Mode, Mode] = ("eval", "train")
@@ -90,6 +100,15 @@ def named_arguments(module: nn.Module, args: Iterable[Any], kwargs: Mapping[str,
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments.update(arguments.pop(parameter.name, {}))
     return arguments
+
+
+def paths_above(path: str) -> list[str]:
+    """Return the paths of the modules around a module, from the inside: "a.b" and "a" and "" for "a.b.c"."""
+    above = []
+    while path:
+        path = path.rpartition(".")[0]
+        above.append(path)
+    return above
 
 
 def difference(graphs: Iterable[Graph], *, constants: bool) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.fx import Node
 
-from batchnorm.surgery.graph.blocks import Block, bound_arguments, is_block
+from batchnorm.surgery.graph.blocks import Block, bound_arguments, is_block, paths_above
 from batchnorm.surgery.graph.metadata import is_metadata
 
 __all__ = ["Dataflow", "Step", "Unknown", "has_hooks"]
@@ -91,6 +91,9 @@ class Dataflow:
                 return f"{'it' if here is module else self._paths[here]} is called {len(calls)} times"
             if not calls:
                 return self._why_no_call(here) if here is module else ""  # whoever calls the block, calls it as a whole
+            elsewhere = self._unread_around_another_path(here, calls[0].block)
+            if elsewhere is not None:
+                return f"{self._name(elsewhere)}, which has it too, cannot be read: {self.unread[elsewhere]}"
             here = self.model.get_submodule(calls[0].block)
         return ""
 
@@ -216,6 +219,15 @@ class Dataflow:
         path = self._paths[module]
         return Step(path, value) if isinstance(value, Node) else Unknown(f"{path} returns several values")
 
+    def _unread_around_another_path(self, module: nn.Module, caller: str) -> str | None:
+        """Return an unread block that has a module of several paths, and is not around its known caller."""
+        for path in self._all_paths[module]:
+            above = paths_above(path)
+            around = next((block for block in above if block in self.blocks or block in self.unread), None)
+            if around in self.unread and around not in (caller, *paths_above(caller)):
+                return around
+        return None
+
     def _single_caller(self, path: str) -> list[Step] | Unknown:
         """Return the only call of a block."""
         module = self.model.get_submodule(path)
@@ -224,6 +236,9 @@ class Dataflow:
             return Unknown(f"there are hooks on {path}")
         if not calls:
             return Unknown(f"it crosses the border of {path}, and {self._why_no_call(module)}")
+        elsewhere = self._unread_around_another_path(module, calls[0].block)
+        if elsewhere is not None:
+            return Unknown(f"{self._name(elsewhere)}, which has {path} too, cannot be read: {self.unread[elsewhere]}")
         return calls if len(calls) == 1 else Unknown(f"{path} is called {len(calls)} times")
 
     def _readable(self, module: nn.Module) -> Block | Unknown:
@@ -233,6 +248,13 @@ class Dataflow:
             return Unknown(f"{path} cannot be read: {self.unread[path]}")
         caller = self._single_caller(path)
         return caller if isinstance(caller, Unknown) else self.blocks[path]
+
+    @cached_property
+    def _all_paths(self) -> dict[nn.Module, list[str]]:
+        found: dict[nn.Module, list[str]] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            found.setdefault(module, []).append(path)
+        return found
 
     # Words.
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from batchnorm.surgery.examples import Example, arguments_of
-from batchnorm.surgery.graph.blocks import Block, is_block
+from batchnorm.surgery.graph.blocks import Block, is_block, paths_above
 from batchnorm.surgery.graph.dataflow import Dataflow
 from batchnorm.surgery.graph.recording import Recording, recorded
 from batchnorm.surgery.graph.tracing import (
@@ -100,7 +100,7 @@ class _Reader:
 
     def _may_be_called(self, path: str) -> bool:
         """Return whether the block around a module is unread; a forward that was read does not call it."""
-        around = next((above for above in _paths_above(path) if above in self.blocks or above in self.unread), None)
+        around = next((above for above in paths_above(path) if above in self.blocks or above in self.unread), None)
         return around in self.unread
 
     def _arguments_without_caller(self, module: nn.Module) -> Arguments:
@@ -119,15 +119,6 @@ class _Reader:
             except Unreadable as its:
                 raise Unreadable(f"{error}; {its}") from error
             return Block(graph, {}, str(error))
-
-
-def _paths_above(path: str) -> list[str]:
-    """Return the paths of the modules around a module, from the inside: "a.b" and "a" and "" for "a.b.c"."""
-    above = []
-    while path:
-        path = path.rpartition(".")[0]
-        above.append(path)
-    return above
 
 
 def _check_same(known: Arguments, arguments: Arguments) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 import operator
+import pickle
+import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.node import map_aggregate
@@ -96,6 +100,8 @@ for _name in IN_PLACE:
 class ForwardTracer(Tracer):
     """Traces the forward of one module. Every module that it calls is a step, but those given, which are inlined."""
 
+    proxy_buffer_attributes = True  # else a forward that counts in a buffer would do so while it is traced
+
     def __init__(self, arguments: Arguments, inlined: Collection[nn.Module] = ()) -> None:
         super().__init__()
         self.arguments, self.inlined = arguments, inlined
@@ -158,12 +164,15 @@ def traced(module: nn.Module, arguments: Arguments, inlined: Collection[nn.Modul
     graphs, kept, changes = [], set(), False
     for mode in MODES:
         with in_mode(module, mode) as attributes:
+            drawn = _generator_states()
             try:
                 graphs.append(traced_in_mode(module, arguments, inlined))
             except Unreadable:
                 raise
             except Exception as error:  # a forward may raise anything when it is called with symbols
                 raise Unreadable(f"torch.fx cannot trace {type(module).__name__}: {_short(error)}") from error
+            if _generator_states() != drawn:
+                raise Unreadable(f"the forward of {type(module).__name__} draws random numbers outside of its graph")
             for value in attributes.changed(module):
                 changes = True
                 if mode == "eval":
@@ -237,14 +246,38 @@ def _reason_against_code(module: nn.Module, graphs: list[Graph], changes: bool) 
     where = difference(graphs, constants=True)
     if where:
         return f"the forward of {name} has other constants in training than in eval ({where})"
-    unrecorded = UNRECORDED & _names(inspect.unwrap(type(module).forward).__code__)
+    unrecorded = UNRECORDED & _names_of(inspect.unwrap(type(module).forward), type(module))
     if unrecorded:
         return f"the forward of {name} uses {', '.join(sorted(unrecorded))}"
     return ""
 
 
+def _names_of(function: FunctionType, kind: type[nn.Module]) -> set[str]:
+    """Return the names that a function uses, and those of the methods and functions of its author that it calls."""
+    found: set[str] = set()
+    waiting, seen = [function], {function}
+    while waiting:
+        each = waiting.pop()
+        names = _names(each.__code__)
+        found |= names
+        for name in names:
+            called = getattr(kind, name, each.__globals__.get(name))
+            called = inspect.unwrap(called) if callable(called) else None
+            its_own = isinstance(called, FunctionType) and not called.__module__.startswith("torch.")
+            if isinstance(called, FunctionType) and its_own and called not in seen:
+                seen.add(called)
+                waiting.append(called)
+    return found
+
+
 def _names(code: CodeType) -> set[str]:
     return {*code.co_names, *(name for item in code.co_consts if isinstance(item, CodeType) for name in _names(item))}
+
+
+def _generator_states() -> tuple[Any, ...]:
+    """Return the states of the generators that a forward may draw from: torch's, Python's and NumPy's."""
+    of_numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 (the one that forwards draw from)
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), pickle.dumps(of_numpy)
 
 
 def _short(error: Exception) -> str:
