@@ -68,12 +68,12 @@ if TYPE_CHECKING:
         to_torch,
         zero_init_residual,
     )
-    from batchnorm.surgery.accelerate import accelerate
-    from batchnorm.surgery.convert import convert
-    from batchnorm.surgery.fold import fold
-    from batchnorm.surgery.insert import insert
-    from batchnorm.surgery.replace import replace
-    from batchnorm.surgery.tune import tune
+    from batchnorm.surgery.acceleration.accelerate import accelerate
+    from batchnorm.surgery.conversion.convert import convert
+    from batchnorm.surgery.folding.fold import fold
+    from batchnorm.surgery.insertion.insert import insert
+    from batchnorm.surgery.replacement.replace import replace
+    from batchnorm.surgery.tuning.tune import tune
 
 __all__ = [
     "Adaptation",

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import batchnorm as bn
-from batchnorm.surgery.norms import read_norm
+from batchnorm.surgery.norms.formula import read_norm
 from batchnorm.surgery.opening import batch_norms, opened
 from support import peer, randn
 

@@ -9,7 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import batchnorm as bn
 from batchnorm.surgery.examples import eval_outputs, largest_difference
-from batchnorm.surgery.norms import is_batch_norm
+from batchnorm.surgery.norms.formula import is_batch_norm
 from support import peer, randn
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.surgery.tuned_pairs import is_tuned
+from batchnorm.surgery.tuning.tuned_pairs import is_tuned
 from support import norm_layers, peer, randn
 
 pytestmark = pytest.mark.peers

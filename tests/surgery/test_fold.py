@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import batchnorm as bn
-from batchnorm.surgery.folded import Folded
+from batchnorm.surgery.folding.folded import Folded
 from support import assert_same_state, compiles, copied_state, randn, saved_and_loaded
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.\w+. is deprecated")

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import batchnorm as bn
-from batchnorm.surgery import folding
-from batchnorm.surgery.norms import read_norm
+from batchnorm.surgery.folding import arithmetic
+from batchnorm.surgery.norms.formula import read_norm
 from support import randn
 
 # Each makes a float64 layer of awkward sizes, with the shape of its input.
@@ -73,7 +73,7 @@ def channels_of(layer, x, side):
 
 def folded(layer, affine, fold):
     twin = copy.deepcopy(layer)
-    folding.set_weights(twin, fold(layer, folding.weights_of(layer), affine), trains=False)
+    arithmetic.set_weights(twin, fold(layer, arithmetic.weights_of(layer), affine), trains=False)
     return twin
 
 
@@ -86,8 +86,8 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 def test_a_layer_and_batch_norm_behind_it_become_one_layer(name, options):
     layer, x = made(name)
     norm = norm_of(channels_of(layer, x, "after"), x.dim(), **NORMS[options])
-    affine = folding.affine_of(read_norm(norm))
-    torch.testing.assert_close(folded(layer, affine, folding.then)(x), norm(layer(x)), **CLOSE)
+    affine = arithmetic.affine_of(read_norm(norm))
+    torch.testing.assert_close(folded(layer, affine, arithmetic.then)(x), norm(layer(x)), **CLOSE)
 
 
 @pytest.mark.parametrize("options", NORMS)
@@ -95,34 +95,34 @@ def test_a_layer_and_batch_norm_behind_it_become_one_layer(name, options):
 def test_batch_norm_before_a_layer_becomes_part_of_it(name, options):
     layer, x = made(name)
     norm = norm_of(x.shape[1], x.dim(), **NORMS[options])
-    affine = folding.affine_of(read_norm(norm))
-    assert folding.pads_otherwise(layer, affine.shift) == ""
-    torch.testing.assert_close(folded(layer, affine, folding.with_input)(x), layer(norm(x)), **CLOSE)
+    affine = arithmetic.affine_of(read_norm(norm))
+    assert arithmetic.pads_otherwise(layer, affine.shift) == ""
+    torch.testing.assert_close(folded(layer, affine, arithmetic.with_input)(x), layer(norm(x)), **CLOSE)
 
 
 @pytest.mark.parametrize("name", sorted(PADDED))
 def test_a_shift_does_not_go_through_zeros_around_the_input(name):
     layer, x = made(name)
     norm = norm_of(x.shape[1], x.dim())
-    affine = folding.affine_of(read_norm(norm))
-    assert folding.pads_otherwise(layer, affine.shift)
-    assert not torch.allclose(folded(layer, affine, folding.with_input)(x), layer(norm(x)), atol=0.1)
+    affine = arithmetic.affine_of(read_norm(norm))
+    assert arithmetic.pads_otherwise(layer, affine.shift)
+    assert not torch.allclose(folded(layer, affine, arithmetic.with_input)(x), layer(norm(x)), atol=0.1)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_scale_without_shift_goes_through_every_layer(name):
     layer, x = made(name)
-    affine = folding.Affine(randn(x.shape[1], dtype=torch.float64), torch.zeros(x.shape[1], dtype=torch.float64))
-    assert folding.pads_otherwise(layer, affine.shift) == ""
+    affine = arithmetic.Affine(randn(x.shape[1], dtype=torch.float64), torch.zeros(x.shape[1], dtype=torch.float64))
+    assert arithmetic.pads_otherwise(layer, affine.shift) == ""
     scaled = x * affine.scale.view(1, -1, *[1] * (x.dim() - 2))
-    torch.testing.assert_close(folded(layer, affine, folding.with_input)(x), layer(scaled), **CLOSE)
+    torch.testing.assert_close(folded(layer, affine, arithmetic.with_input)(x), layer(scaled), **CLOSE)
 
 
 @pytest.mark.parametrize("padding", [0, "valid", "same"])
 def test_a_pointwise_convolution_pads_nothing(padding):
     shift = torch.ones(2)
-    assert folding.pads_otherwise(nn.Conv2d(2, 3, 1, padding=padding), shift) == ""
-    assert folding.pads_otherwise(nn.Conv2d(2, 3, 1, padding=1), shift)
+    assert arithmetic.pads_otherwise(nn.Conv2d(2, 3, 1, padding=padding), shift) == ""
+    assert arithmetic.pads_otherwise(nn.Conv2d(2, 3, 1, padding=1), shift)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -130,19 +130,19 @@ def test_values_are_rounded_once(dtype):
     layer = nn.Conv2d(3, 5, 3).to(dtype)
     norm = norm_of(5, 4)
     exact = copy.deepcopy(layer).double()
-    affine = folding.affine_of(read_norm(norm))
-    narrow, wide = folded(layer, affine, folding.then), folded(exact, affine, folding.then)
+    affine = arithmetic.affine_of(read_norm(norm))
+    narrow, wide = folded(layer, affine, arithmetic.then), folded(exact, affine, arithmetic.then)
     assert torch.equal(narrow.weight, wide.weight.to(dtype))
     assert torch.equal(narrow.bias, wide.bias.to(dtype))
 
 
 def test_statistics_in_float32_beside_bfloat16_parameters_are_used_as_they_are():
     norm = norm_of(5, 4).float()
-    expected = folding.affine_of(read_norm(norm))
+    expected = arithmetic.affine_of(read_norm(norm))
     norm.weight.data = norm.weight.data.bfloat16().float()
     narrow = copy.deepcopy(norm).bfloat16()
     assert narrow.running_mean.dtype == torch.float32
-    scale, shift = folding.affine_of(read_norm(narrow))
+    scale, shift = arithmetic.affine_of(read_norm(narrow))
     torch.testing.assert_close(scale, norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt())
     assert not torch.equal(scale, expected.scale)
     assert torch.equal(shift, narrow.bias.double() - narrow.running_mean.double() * scale)
@@ -155,8 +155,8 @@ def test_the_parameters_stay_the_same_objects_in_their_layout():
     layer = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
     weight, bias, strides = layer.weight, layer.bias, layer.weight.stride()
     weight.requires_grad_(False)
-    affine = folding.affine_of(read_norm(norm_of(5, 4)))
-    folding.set_weights(layer, folding.then(layer, folding.weights_of(layer), affine), trains=True)
+    affine = arithmetic.affine_of(read_norm(norm_of(5, 4)))
+    arithmetic.set_weights(layer, arithmetic.then(layer, arithmetic.weights_of(layer), affine), trains=True)
     assert layer.weight is weight
     assert layer.bias is bias
     assert layer.weight.stride() == strides
@@ -167,8 +167,8 @@ def test_the_parameters_stay_the_same_objects_in_their_layout():
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_new_bias_has_the_dtype_of_the_weight(trains):
     layer = nn.Linear(3, 5, bias=False).half()
-    affine = folding.affine_of(read_norm(norm_of(5, 2)))
-    folding.set_weights(layer, folding.then(layer, folding.weights_of(layer), affine), trains=trains)
+    affine = arithmetic.affine_of(read_norm(norm_of(5, 2)))
+    arithmetic.set_weights(layer, arithmetic.then(layer, arithmetic.weights_of(layer), affine), trains=trains)
     assert isinstance(layer.bias, nn.Parameter)
     assert layer.bias.dtype == torch.float16
     assert layer.bias.requires_grad is trains
@@ -178,8 +178,8 @@ def test_memory_that_another_tensor_shares_is_not_written():
     layer = nn.Linear(3, 5)
     view = layer.weight.detach()
     before = view.clone()
-    affine = folding.affine_of(read_norm(norm_of(5, 2)))
-    folding.set_weights(layer, folding.then(layer, folding.weights_of(layer), affine), trains=True)
+    affine = arithmetic.affine_of(read_norm(norm_of(5, 2)))
+    arithmetic.set_weights(layer, arithmetic.then(layer, arithmetic.weights_of(layer), affine), trains=True)
     assert torch.equal(view, before)
 
 
@@ -187,18 +187,18 @@ def test_weights_made_in_inference_mode_are_folded():
     with torch.inference_mode():
         layer, x = nn.Linear(3, 5), randn(2, 3)
     norm = norm_of(5, 2).float()
-    affine = folding.affine_of(read_norm(norm))
+    affine = arithmetic.affine_of(read_norm(norm))
     with torch.no_grad():
         expected = norm(layer(x))
-        folding.set_weights(layer, folding.then(layer, folding.weights_of(layer), affine), trains=True)
+        arithmetic.set_weights(layer, arithmetic.then(layer, arithmetic.weights_of(layer), affine), trains=True)
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "holds"), [(torch.float16, False), (torch.bfloat16, True)])
 def test_a_dtype_that_cannot_hold_the_values_is_named(dtype, holds):
     layer = nn.Linear(3, 2).to(dtype)
-    affine = folding.Affine(torch.full((2,), 1e6).double(), torch.zeros(2).double())
-    reason = folding.misfit_of_values(layer, folding.then(layer, folding.weights_of(layer), affine))
+    affine = arithmetic.Affine(torch.full((2,), 1e6).double(), torch.zeros(2).double())
+    reason = arithmetic.misfit_of_values(layer, arithmetic.then(layer, arithmetic.weights_of(layer), affine))
     assert reason == ("" if holds else "the folded weight or bias is not finite in torch.float16")
 
 
@@ -277,18 +277,18 @@ class Broken(nn.Linear):
 def test_a_layer_with_a_forward_of_its_own_is_probed(make, behind, before):
     layer = make()
     state, random = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
-    for fold, channels, exact in ((folding.then, 6, behind), (folding.with_input, 4, before)):
-        affine = folding.affine_of(read_norm(norm_of(channels, 4)))
-        assert (folding.misfit(layer, affine, fold) == "") is exact
+    for fold, channels, exact in ((arithmetic.then, 6, behind), (arithmetic.with_input, 4, before)):
+        affine = arithmetic.affine_of(read_norm(norm_of(channels, 4)))
+        assert (arithmetic.misfit(layer, affine, fold) == "") is exact
     assert torch.equal(torch.get_rng_state(), random)
     assert layer.state_dict().keys() == state.keys()
     assert all(torch.equal(values, state[name]) for name, values in layer.state_dict().items())
 
 
 def test_the_reason_names_the_class_and_the_error():
-    affine = folding.affine_of(read_norm(norm_of(6, 4)))
-    assert "the forward of Standardized is its own" in folding.misfit(Standardized(4, 6, 3), affine, folding.then)
-    assert "RuntimeError: no server" in folding.misfit(Broken(4, 6), affine, folding.then)
+    affine = arithmetic.affine_of(read_norm(norm_of(6, 4)))
+    assert "the forward of Standardized is its own" in arithmetic.misfit(Standardized(4, 6, 3), affine, arithmetic.then)
+    assert "RuntimeError: no server" in arithmetic.misfit(Broken(4, 6), affine, arithmetic.then)
 
 
 # Layers into which nothing is folded.
@@ -322,6 +322,6 @@ def with_another_forward():
     ],
 )
 def test_a_layer_that_cannot_take_it_says_why(make, reason):
-    found = folding.why_not(make())
+    found = arithmetic.why_not(make())
     assert reason in found
     assert bool(reason) is bool(found)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
-from batchnorm.surgery.norms import ACTIVATIONS, is_batch_norm, read_norm
+from batchnorm.surgery.norms.formula import ACTIVATIONS, is_batch_norm, read_norm
 from support import copied_state
 
 # Layers with a forward of their own.

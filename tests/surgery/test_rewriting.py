@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import batchnorm as bn
-from batchnorm.surgery.rewriting import restore_forwards
+from batchnorm.surgery.acceleration.rewriting import restore_forwards
 from steps_of_models import assert_same_training, train
 from support import compiles, randn
 

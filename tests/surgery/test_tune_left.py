@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import batchnorm as bn
-from batchnorm.surgery.tuned_pairs import is_tuned
+from batchnorm.surgery.tuning.tuned_pairs import is_tuned
 from support import randn
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
-from batchnorm.surgery.tuned_pairs import is_tuned
+from batchnorm.surgery.tuning.tuned_pairs import is_tuned
 from ranks import on_ranks, run_rank
 from support import assert_same_state, compiles, copied_state, randn, saved_and_loaded
 

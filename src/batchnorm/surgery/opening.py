@@ -17,7 +17,7 @@ from batchnorm.nn.buffers import Buffers, context_of
 from batchnorm.nn.contexts import PLAIN
 from batchnorm.nn.recognition import describe_norms, is_batch_norm
 from batchnorm.statistics.changes import layer_name
-from batchnorm.surgery.tuned_pairs import end_tuning, is_tuned
+from batchnorm.surgery.tuning.tuned_pairs import end_tuning, is_tuned
 from batchnorm.torch_internals import compiled_module
 
 __all__ = ["COPIES", "batch_norms", "check_model", "copied", "deep_copy", "is_lazy", "opened", "untuned"]

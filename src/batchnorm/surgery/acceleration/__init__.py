@@ -1,0 +1,1 @@
+"""Batch normalization fused with the activation and the addition that follow it."""

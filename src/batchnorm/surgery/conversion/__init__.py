@@ -1,0 +1,1 @@
+"""Layers of any library turned into ours, and ours into torch's."""

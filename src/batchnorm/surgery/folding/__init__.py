@@ -1,0 +1,1 @@
+"""Batch normalization folded into the weights of its neighbors, for inference."""

@@ -1,0 +1,1 @@
+"""Batch normalization layers taken from Keras and Flax, and back."""

@@ -1,0 +1,1 @@
+"""Batch normalization put into networks that have none."""

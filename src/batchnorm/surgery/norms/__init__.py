@@ -1,0 +1,1 @@
+"""The formula of a batch normalization layer of any library."""

@@ -1,0 +1,1 @@
+"""Groups of parameters, residual branches that begin at zero, and the optimizer after surgery."""

@@ -1,0 +1,1 @@
+"""Frozen batch normalization folded into the layer before it, in every forward."""
