@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.surgery.examples import check_example, eval_outputs, largest_difference, run_example
+from batchnorm.surgery.examples import check_example, check_kept, eval_outputs, largest_difference, run_example
 from support import assert_same_state, copied_state, randn
 
 
@@ -106,3 +106,11 @@ def test_the_largest_difference(before, after, difference):
 def test_another_number_of_outputs_is_infinitely_far():
     assert largest_difference([randn(2)], []) == math.inf
     assert largest_difference([], []) == 0.0
+
+
+def test_outputs_that_differ_by_more_than_rounding_are_an_error():
+    before = [torch.tensor([1.0, 8.0, torch.nan]), torch.zeros(2)]
+    assert check_kept("fold", before, [before[0] + 0.01, before[1]]) == pytest.approx(0.01, rel=1e-3)
+    for after in ([before[0] + 0.1, before[1]], [before[0], before[1] + 1e-9], [before[0], torch.zeros(3)]):
+        with pytest.raises(bn.UnsupportedError, match="fold must keep the outputs of the model; on the example they"):
+            check_kept("fold", before, after)

@@ -11,15 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.errors import InputError, InputTypeError
+from batchnorm.errors import InputError, InputTypeError, UnsupportedError
 from batchnorm.statistics.changes import layer_name
 from batchnorm.surgery.attributes import Attributes
 from batchnorm.surgery.opening import is_lazy
 
-__all__ = ["Example", "arguments_of", "check_example", "eval_outputs", "largest_difference", "run_example", "untouched"]
+__all__ = [
+    "Example",
+    "arguments_of",
+    "check_example",
+    "check_kept",
+    "eval_outputs",
+    "largest_difference",
+    "run_example",
+    "untouched",
+]
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+
+BEYOND_ROUNDING = {torch.float64: 1e-6, torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.3}
+"""Differences above this part of the largest output are no rounding, however deep the model is."""
 
 
 def check_example(model: nn.Module, example: Example) -> None:
@@ -85,6 +97,26 @@ def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> flo
     if [values.shape for values in before] != [values.shape for values in after]:
         return math.inf
     return max(map(_difference, before, after), default=0.0)
+
+
+def check_kept(function: str, before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Return the largest difference between the outputs of a model and of the one that surgery made.
+
+    Raises
+    ------
+    UnsupportedError
+        It is more than rounding explains: the forward depends on something that reading it did not show.
+    """
+    difference = largest_difference(before, after)
+    for values, made in zip(before, after, strict=False):
+        largest = float(values[values.isfinite()].abs().max()) if values.isfinite().any() else 0.0
+        if values.shape != made.shape or _difference(values, made) > BEYOND_ROUNDING[values.dtype] * largest:
+            raise UnsupportedError(
+                f"{function} must keep the outputs of the model; on the example they differ by {difference:.2g}, where "
+                f"the largest is {largest:.2g}. The forward depends on something that reading it did not show; nothing "
+                "was changed"
+            )
+    return difference
 
 
 @contextmanager
