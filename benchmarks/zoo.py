@@ -13,6 +13,7 @@ smallest model of every file of a library comes first, then one of every set of 
     python benchmarks/zoo.py --census             # find the architectures with batch norm: 5 minutes
     python benchmarks/zoo.py --only 'timm/res*'   # some models, run again even if they are in the results
     python benchmarks/zoo.py --again faults       # those with a fault, or of a time limit
+    python benchmarks/zoo.py --briefly            # compare models that have no row yet in float64 and eval mode only
     python benchmarks/zoo.py --sizes 3            # up to three sizes of images per architecture
     python benchmarks/zoo.py --table              # only write the tables of docs/zoo.md
 """
@@ -105,7 +106,7 @@ def in_order(architectures: list[Record]) -> list[Record]:
 # One model, in a process of its own
 
 
-def measure(name: str, operations: list[str], beyond: int = 0) -> Record:
+def measure(name: str, operations: list[str], beyond: int = 0, *, briefly: bool = False) -> Record:
     """Return the row of a model at its smallest size of images above ``beyond``."""
     begun = time.perf_counter()
     with warnings.catch_warnings():
@@ -113,27 +114,29 @@ def measure(name: str, operations: list[str], beyond: int = 0) -> Record:
         size, model, example = zoo_models.workable(name, beyond)
         shapes = [list(tensor.shape) for tensor in zoo_checks.cast_tensors(example)]
         record: Record = {"model": name, "size": size, "inputs": shapes, "norms": len(zoo_checks.norm_layers(model))}
-        found = zoo_checks.check(model, example, operations) if record["norms"] else {}
+        found = zoo_checks.check(model, example, operations, briefly=briefly) if record["norms"] else {}
+    if briefly:
+        record["briefly"] = True
     return record | {"seconds": round(time.perf_counter() - begun, 1), "operations": zoo_checks.as_record(found)}
 
 
-def child(sender: Connection, gigabytes: float, arguments: tuple[Any, ...]) -> None:
+def child(sender: Connection, limits: argparse.Namespace, arguments: tuple[Any, ...]) -> None:
     """Send the row of a model, or the error that it ended with."""
-    limit = int(gigabytes * 2**30)
+    limit = int(limits.gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        sender.send(measure(*arguments))
+        sender.send(measure(*arguments, briefly=limits.briefly))
     except Exception as error:  # noqa: BLE001 (the other models still run)
         if not isinstance(error, zoo_models.UnworkableError | MemoryError):
             traceback.print_exc()
         sender.send({"model": arguments[0], "error": f"{type(error).__name__}: {error}"[:300]})
 
 
-def measure_apart(arguments: tuple[Any, ...], seconds: float, gigabytes: float) -> Record:
+def measure_apart(arguments: tuple[Any, ...], seconds: float, limits: argparse.Namespace) -> Record:
     """Return the row of a model, measured in a new process that has the libraries loaded."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(sender, gigabytes, arguments))
+    process = context.Process(target=child, args=(sender, limits, arguments))
     process.start()
     sender.close()
     try:
@@ -200,7 +203,8 @@ def work(content: Record, arguments: argparse.Namespace) -> list[tuple[str, list
             continue
         row = row_of(content, name, None)
         chosen = arguments.only or arguments.again == "all" or (row and arguments.again == "faults" and has_fault(row))
-        if row is None or chosen:
+        in_brief = row is not None and row.get("briefly", False) and not arguments.briefly
+        if row is None or chosen or in_brief:
             found.append((name, operations, 0))
         elif "error" not in row and (missing := [each for each in operations if each not in row["operations"]]):
             found.append((name, missing, 0))
@@ -223,7 +227,9 @@ def store(content: Record, new: Record) -> None:
     """Put a row into the results, in the place of an older one of the same model and size."""
     old = row_of(content, new["model"], new.get("size"))
     failed = [row for row in content["rows"] if row["model"] == new["model"] and "error" in row]
-    if old is not None and "error" not in old:
+    if old is not None and old.get("briefly") and "error" in new:
+        new = old
+    elif old is not None and "error" not in old and not old.get("briefly"):
         if "error" in new:
             new = old | {"operations": old["operations"] | {"error": {"faults": [new["error"]]}}}
         else:
@@ -254,7 +260,7 @@ def run(content: Record, arguments: argparse.Namespace) -> None:
         left = end - time.monotonic()
         if left < 5:
             break
-        row = measure_apart((name, operations, beyond), min(arguments.seconds, left), arguments.gigabytes)
+        row = measure_apart((name, operations, beyond), min(arguments.seconds, left), arguments)
         if "error" in row and left < arguments.seconds:
             break  # the end of the run, not of the model
         if beyond and "error" in row:
@@ -271,6 +277,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="Write the tables of docs/zoo.md, and end")
     parser.add_argument("--only", action="append", metavar="PATTERN", help="Models to run, as 'timm/res*'")
     parser.add_argument("--operations", type=lambda text: text.split(","), metavar="A,B", help="Default: all")
+    parser.add_argument("--briefly", action="store_true", help="Compare in float64 and eval mode only")
     parser.add_argument("--again", choices=("faults", "all"), help="Run models again that are in the results")
     parser.add_argument("--sizes", type=int, default=1, metavar="N", help="Sizes of images per model (default: 1)")
     parser.add_argument("--minutes", type=float, default=1e6, metavar="N", help="End after so many minutes")

@@ -227,6 +227,7 @@ class Bench:
 
     model: nn.Module
     example: Example
+    briefly: bool = False
     results: dict[str, Values] = field(default_factory=dict)
     sensitivity: dict[str, float] = field(default_factory=dict)
     larger: list[Bench] = field(default_factory=list)
@@ -277,13 +278,16 @@ def general(reason: str) -> str:
     return re.sub(r"\b\d+\b", "N", reason)
 
 
-def check(model: nn.Module, example: Example, operations: list[str]) -> dict[str, Outcome]:
-    """Run operations on a model, and compare what it computes before and after; the model gets random statistics."""
+def check(model: nn.Module, example: Example, operations: list[str], *, briefly: bool = False) -> dict[str, Outcome]:
+    """Run operations on a model, and compare what it computes before and after; the model gets random statistics.
+
+    Briefly means in float64 and eval mode only.
+    """
     randomize(model, example)
     found = {name: Outcome() for name in operations}
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float64,) if briefly else (torch.float32, torch.float64):
         model = model.to(dtype)
-        bench = Bench(model, cast(example, dtype))
+        bench = Bench(model, cast(example, dtype), briefly)
         state = {name: value.clone() for name, value in model.state_dict().items()}
         for name in operations:
             attempt(name, found[name], bench)
@@ -309,7 +313,7 @@ def attempt(name: str, outcome: Outcome, bench: Bench) -> None:
             begun = time.perf_counter()
             made, report = OPERATIONS[name](bench.model, bench.example)
             seconds = time.perf_counter() - begun
-            if not double:
+            if bench.briefly or not double:
                 outcome.seconds = round(seconds, 3)
                 describe(name, outcome, report, bench)
             compare(name, outcome, bench, made, double=double)
@@ -342,7 +346,7 @@ def describe(name: str, outcome: Outcome, report: Any, bench: Bench) -> None:
         outcome.done_on_example = reached(again)
         off, where = difference(outputs(made, bench.example), bench.expected("eval"))
         if not off <= FLOAT32:
-            outcome.faults.append(f"with an example, float32: {where} differs by {off:.2g}")
+            outcome.faults.append(f"with an example: {where} differs by {off:.2g}")
 
 
 def compare(name: str, outcome: Outcome, bench: Bench, made: nn.Module, *, double: bool) -> None:
@@ -351,7 +355,7 @@ def compare(name: str, outcome: Outcome, bench: Bench, made: nn.Module, *, doubl
         outcome.faults.append(f"{len(differing)} names of the state dict differ, the first {sorted(differing)[0]}")
     dtype = "float64" if double else "float32"
     compare_runs(dtype, "eval", outcome, bench, made)
-    if double and name in ("convert", "accelerate", "tune"):
+    if double and not bench.briefly and name in ("convert", "accelerate", "tune"):
         what = "frozen" if name == "tune" else "train"
         start = copy.deepcopy(made.state_dict())
         chaotic = compare_runs("train", what, outcome, bench, made)

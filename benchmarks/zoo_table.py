@@ -73,6 +73,7 @@ def summary(content: Record) -> str:
         total = sum(library_of(each) == library for each in architectures)
         of_all = f" with batch norm, of {total:,} architectures" if total > len(of) else ""
         parts.append(f"{title} {ran} of {len(of)}{of_all}")
+    brief = {row["model"] for row in rows_of(content) if row.get("briefly")}
     kinds = {(each["file"], each["kinds"]) for each in normalized}
     covered = {(each["file"], each["kinds"]) for each in normalized if each["model"] in run}
     files, with_one = {each["file"] for each in normalized}, {file for file, _ in covered}
@@ -81,7 +82,8 @@ def summary(content: Record) -> str:
     pixels = [row["size"] for row in rows_of(content) if library_of(row) != "own"]
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     text = (
-        f"Of {len(normalized)} architectures with batch norm {len(run)} have been run ({'; '.join(parts)}). They come "
+        f"Of {len(normalized)} architectures with batch norm {len(run)} have been run ({'; '.join(parts)}), "
+        f"{len(run - brief)} in full and {len(brief)} with outputs in eval mode and float64 only. They come "
         f"from {len(with_one)} of the {len(files)} files or models, and have {len(covered)} of the {len(kinds)} sets "
         f"of module types that there are per file: an architecture with a set that is not among them has not been run "
         f"in any width or depth. Images have {min(pixels, default=0)} to {max(pixels, default=0)} pixels per side, the "
