@@ -1,6 +1,7 @@
 """Forwards that accelerate writes: what they refuse, and the tools that copy, trace and compile them."""
 
 import copy
+import enum
 import io
 import pickle
 
@@ -87,6 +88,48 @@ def test_an_attribute_that_has_changed_is_refused(name):
     CHANGES[name](fast.blocks[0])
     with pytest.raises(bn.UnsupportedError, match=f"wrote this forward of Residual for {name} = "):
         fast(randn(*X, dtype=torch.float64))
+
+
+class Mode(str, enum.Enum):  # noqa: UP042 (as in libraries that were written before StrEnum)
+    ADD = "add"
+    SKIP = "skip"
+
+
+@pytest.mark.parametrize("value", [Mode.ADD, float("inf"), torch.Size([1, 2])], ids=["enum", "infinity", "size"])
+def test_an_attribute_whose_repr_is_no_code_is_compared(value):
+    class Reads(Residual):
+        def forward(self, x):
+            y = self.bn2(self.conv2(x)) + x if self.value == value else x
+            return self.relu(y)
+
+    model = Reads().double()
+    model.value = value
+    fast, report = bn.accelerate(model)
+    assert report.layers[-1].after == "BatchNorm2d + add + ReLU"
+    assert_same_training(model, fast, randn(*X, dtype=torch.float64))
+    fast.value = Mode.SKIP
+    with pytest.raises(bn.UnsupportedError, match="wrote this forward of Reads for value = "):
+        fast(randn(*X, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_fold_takes_apart_what_was_fused(inplace):
+    model, fast = networks()
+    x = randn(*X, dtype=torch.float64)
+    train(model, x), train(fast, x)
+    folded, report = bn.fold(fast, inplace=inplace)
+    assert [row.path for row in report.layers] == [name for name, _ in model.named_modules() if "bn" in name]
+    torch.testing.assert_close(folded(x), model.eval()(x))
+    assert (folded is fast) == inplace
+    if not inplace:
+        assert_same_training(model.train(), fast.train(), x)
+
+
+def test_fold_refuses_an_accelerated_model_within_a_context():
+    _, fast = networks()
+    bn.add_domains(fast, ["a"])
+    with bn.use_domain(fast, "a"), pytest.raises(bn.UnsupportedError, match="outside of use_domain"):
+        bn.fold(fast)
 
 
 def test_modules_that_are_still_called_may_be_replaced():

@@ -20,7 +20,17 @@ from batchnorm.statistics.changes import layer_name
 from batchnorm.surgery.tuning.tuned_pairs import end_tuning, is_tuned
 from batchnorm.torch_internals import compiled_module
 
-__all__ = ["COPIES", "batch_norms", "check_model", "copied", "deep_copy", "is_lazy", "opened", "untuned"]
+__all__ = [
+    "COPIES",
+    "batch_norms",
+    "check_contexts",
+    "check_model",
+    "copied",
+    "deep_copy",
+    "is_lazy",
+    "opened",
+    "untuned",
+]
 
 COPIES = (
     "The parameters are copies: make a new optimizer, or call batchnorm.surgery.update_optimizer(old_model, "
@@ -63,6 +73,16 @@ def opened(model: nn.Module, function: str, *, inplace: bool) -> nn.Module:
     return model if inplace else copied(model, function)
 
 
+def check_contexts(modules: Mapping[str, nn.Module], function: str, kind: str, way_out: str) -> None:
+    """Raise `UnsupportedError` if a context gives a layer other statistics, which a copy would not have."""
+    for path, module in modules.items():
+        if isinstance(module, Buffers) and context_of(module) != PLAIN:
+            raise UnsupportedError(
+                f"{function} takes {kind} outside of use_domain, adapt and other contexts; got one for "
+                f"{layer_name(path)}. Leave it, or call {way_out} first"
+            )
+
+
 def untuned(model: nn.Module, function: str, *, inplace: bool) -> nn.Module:
     """Return a frozen copy of a tuned model; other models, and all with ``inplace``, are returned as they are.
 
@@ -74,12 +94,7 @@ def untuned(model: nn.Module, function: str, *, inplace: bool) -> nn.Module:
     tuned = {path: module for path, module in model.named_modules() if is_tuned(module)}
     if inplace or not tuned:
         return model  # `check_model` refuses a tuned one
-    for path, module in tuned.items():
-        if isinstance(module, Buffers) and context_of(module) != PLAIN:
-            raise UnsupportedError(
-                f"{function} takes a tuned model outside of use_domain, adapt and other contexts; got one for "
-                f"{layer_name(path)}. Leave it, or call batchnorm.unfreeze(model) first"
-            )
+    check_contexts(tuned, function, "a tuned model", "batchnorm.unfreeze(model)")
     twin = copied(model, function)
     for module in twin.modules():
         end_tuning(module)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from types import ModuleType
 from typing import Any
 
@@ -146,7 +147,7 @@ def _header(module: nn.Module, constants: Mapping[str, Any]) -> tuple[str, list[
 
 def _literal(value: Any, name: str, values: dict[str, Any]) -> str:
     """Return a value as source code, which may be a global name."""
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+    if _is_simple(value):
         return repr(value)
     values[name] = value
     return name
@@ -165,15 +166,18 @@ def _check_of_attribute(path: str, name: str, value: Any, values: dict[str, Any]
     if isinstance(value, list) and all(map(_is_simple, value)):
         value, expression = tuple(value), f"tuple({expression})"
     if isinstance(value, tuple) and all(map(_is_simple, value)):
-        return f"if {expression} != {value!r}: unlike(self, {_named(path, name)!r}, {expression}, {value!r})"
-    if not (_is_simple(value) or isinstance(value, type | torch.dtype | torch.device) or inspect.isroutine(value)):
+        literal = repr(tuple(value))  # without the name of a class such as torch.Size
+        return f"if {expression} != {literal}: unlike(self, {_named(path, name)!r}, {expression}, {literal})"
+    constant = type(value) is float or isinstance(value, type | torch.dtype | torch.device | Enum)
+    if not (_is_simple(value) or constant or inspect.isroutine(value)):
         return None
     literal = _literal(value, f"the_{number}", values)
     return f"if {_differs(expression, literal)}: unlike(self, {_named(path, name)!r}, {expression}, {literal})"
 
 
 def _is_simple(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    """Return whether the repr of a value is its source code, which that of an enum or of NaN is not."""
+    return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
 
 
 def _named(path: str, name: str) -> str:
@@ -193,12 +197,18 @@ def restore_forwards(model: nn.Module) -> None:
     for layer in activated_for_forwards(model):
         layer.activation = None  # type: ignore[assignment]
     for module in model.modules():
-        changes = getattr(type(module), "_changes", ())
-        kept = [change for change in changes if not (isinstance(change, Forward) and change.activations)]
-        if len(kept) < len(changes):
+        if leaves_steps_to_layers(module):
+            changes = getattr(type(module), "_changes", ())
             module.__class__ = own_class(module)
-            for change in kept:
-                derive(module, change)
+            for change in changes:
+                if not (isinstance(change, Forward) and change.activations):
+                    derive(module, change)
+
+
+def leaves_steps_to_layers(module: nn.Module) -> bool:
+    """Return whether a module has a forward that leaves activations or additions to layers."""
+    changes = getattr(type(module), "_changes", ())
+    return any(isinstance(change, Forward) and change.activations for change in changes)
 
 
 def activated_for_forwards(model: nn.Module) -> set[nn.Module]:

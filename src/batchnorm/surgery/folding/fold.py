@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from batchnorm.nn.layer import Layer
+from batchnorm.surgery.acceleration.rewriting import leaves_steps_to_layers, restore_forwards
 from batchnorm.surgery.examples import Example, eval_outputs, largest_difference
 from batchnorm.surgery.folding import arithmetic
 from batchnorm.surgery.folding.folded import Folded, become_folded, refuse_training
 from batchnorm.surgery.folding.plan import Dims, Plan, Planned, plan_folds
 from batchnorm.surgery.graph import Dataflow, read_dataflow
 from batchnorm.surgery.norms.formula import Norm, is_batch_norm
-from batchnorm.surgery.opening import batch_norms, check_model, opened, untuned
+from batchnorm.surgery.opening import batch_norms, check_contexts, check_model, copied, opened, untuned
 from batchnorm.surgery.report import Left, Replacement, Surgery
 
 __all__ = ["fold"]
@@ -70,18 +71,30 @@ def fold(model: nn.Module, example: Example | None = None, inplace: bool = False
     if folded and not any(is_batch_norm(module) for module in model.modules()):
         notes: tuple[str, ...] = (f"Nothing is left to fold: all {folded} layers have been folded before.",)
         return opened(model, "fold", inplace=inplace), Surgery((), notes=notes)
-    norms = batch_norms(model, "fold")
-    before, dims = ([], {}) if example is None else _outputs_and_dims(model, example, norms)
-    # The model given is read, since no copy has the contexts that are open for its layers.
-    flow = read_dataflow(model, example)
+    read = _with_own_forwards(model)
+    norms = batch_norms(read, "fold")
+    before, dims = ([], {}) if example is None else _outputs_and_dims(read, example, norms)
+    # Where it can be, the model given is read, since no copy has the contexts that are open for its layers.
+    flow = read_dataflow(read, example)
     plan = plan_folds(flow, norms, dims)
     layers = tuple(_replacement(path, plan.folds[path]) for path in norms if path in plan.folds)
     left = tuple(Left(path, type(norms[path]).__name__, plan.left[path]) for path in norms if path in plan.left)
     notes = (*_notes(model, layers), *(flow.notes() if left else ()))
     target = opened(model, "fold", inplace=inplace)
+    restore_forwards(target)
     _apply(target, plan, flow)
     difference = None if example is None else largest_difference(before, eval_outputs(target, example))
     return target, Surgery(layers, left, difference, notes)
+
+
+def _with_own_forwards(model: nn.Module) -> nn.Module:
+    """Return a copy whose layers do no additions, if accelerate has left some to them; other models as they are."""
+    if not any(map(leaves_steps_to_layers, model.modules())):
+        return model
+    check_contexts(dict(model.named_modules()), "fold", "an accelerated model", "batchnorm.to_torch(model)")
+    twin = copied(model, "fold")
+    restore_forwards(twin)
+    return twin
 
 
 def _outputs_and_dims(model: nn.Module, example: Example, norms: Mapping[str, nn.Module]) -> tuple[list[Tensor], Dims]:
