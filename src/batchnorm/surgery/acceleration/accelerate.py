@@ -19,7 +19,7 @@ from batchnorm.surgery.derived import derive
 from batchnorm.surgery.examples import Example, eval_outputs, largest_difference
 from batchnorm.surgery.graph import Dataflow, read_dataflow
 from batchnorm.surgery.graph.dataflow import has_hooks
-from batchnorm.surgery.graph.tracing import SYMBOL, Unreadable, traced
+from batchnorm.surgery.graph.tracing import Unreadable, symbols_of, traced
 from batchnorm.surgery.norms.formula import ACTIVATIONS
 from batchnorm.surgery.opening import COPIES, batch_norms, opened
 from batchnorm.surgery.report import Left, Replacement, Surgery
@@ -247,7 +247,7 @@ def _forward(dataflow: Dataflow, path: str, wanted: list[_InCode], reasons: dict
     if isinstance(block, GraphModule):
         return f"{path or 'the model'} is a GraphModule, whose code belongs to its graph"
     known = dataflow.blocks[path]
-    arguments = known.constants | {str(n.target): SYMBOL for n in known.graph.nodes if n.op == "placeholder"}
+    arguments = known.constants | symbols_of(known.graph)
     try:
         with attributes_read(block) as read:
             new = traced(block, arguments, [dataflow.model.get_submodule(each) for each in inlined])

@@ -81,6 +81,8 @@ class Dataflow:
 
     def why_no_single_call(self, module: nn.Module) -> str:
         """Return why a module is not known to run exactly once in a forward of the model; empty if it does."""
+        if module is self.model:
+            return "it is the whole model"
         seen = self.observed.get(self._paths[module], 0)
         if self.observed and seen != 1:
             return f"it is called {seen} times on the example"

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import inspect
-import operator
 import pickle
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node, Proxy, Tracer
+from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_aggregate
 
 from batchnorm.surgery.attributes import Attributes
 from batchnorm.surgery.graph.blocks import MODES, Block, Mode, difference, named_arguments, parameters_of
+from batchnorm.surgery.graph.symbols import SymbolTracer
 
 __all__ = [
     "SYMBOL",
@@ -27,6 +28,7 @@ __all__ = [
     "arguments_by_default",
     "arguments_given",
     "arguments_of_call",
+    "symbols_of",
     "traced",
     "traced_in_mode",
 ]
@@ -38,15 +40,19 @@ UNRECORDED = {"autocast", "no_grad", "inference_mode", "enable_grad", "set_grad_
 """Names of torch that torch.fx does not record, so that code made of a graph would run without them."""
 
 
-IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+STRUCTURES = (list, tuple, dict)
+TYPE_QUESTIONS = {"type", "__class__"}
+"""Names by which a forward asks for the type of a value; `isinstance` is answered."""
 
 
-class _Computed:
-    def __repr__(self) -> str:
-        return "SYMBOL"
+@dataclass(frozen=True)
+class Computed:
+    """An argument that is computed in the model: a tensor, or a list, tuple or dictionary with tensors."""
+
+    type: type = Tensor
 
 
-SYMBOL = _Computed()
+SYMBOL = Computed()
 
 
 class Unreadable(Exception):  # noqa: N818 (it carries a reason within this package, and is no error of the user's)
@@ -72,35 +78,24 @@ def arguments_given(module: nn.Module, args: Iterable[Any], kwargs: Mapping[str,
         arguments = named_arguments(module, args, kwargs)
     except TypeError as error:
         raise Unreadable(f"{type(module).__name__} is called in a way that its forward does not declare") from error
-    return {name: SYMBOL if _is_computed(value) else value for name, value in arguments.items()}
+    return {name: _symbolic(value) for name, value in arguments.items()}
 
 
-def _is_computed(value: Any) -> bool:
+def symbols_of(graph: Graph) -> dict[str, Any]:
+    """Return the arguments with which a graph was traced, but for constants, to trace it again."""
+    return {str(node.target): node.meta.get("argument", SYMBOL) for node in graph.nodes if node.op == "placeholder"}
+
+
+def _symbolic(value: Any) -> Any:
     found: list[bool] = []
     map_aggregate(value, lambda item: found.append(True) if isinstance(item, Node | Tensor) else None)
-    return bool(found)
+    if not found:
+        return value
+    return SYMBOL if isinstance(value, Node | Tensor) else Computed(next(t for t in STRUCTURES if isinstance(value, t)))
 
 
-class _Symbol(Proxy):
-    """A symbol of torch.fx for which ``y += x`` is an operation in place, and not ``y = y + x``."""
-
-
-def _in_place(function: Callable[..., Any]) -> Callable[[_Symbol, Any], Proxy]:
-    def call(self: _Symbol, other: Any) -> Proxy:
-        symbol: Proxy = self.tracer.create_proxy("call_function", function, (self, other), {})
-        return symbol
-
-    return call
-
-
-for _name in IN_PLACE:
-    setattr(_Symbol, f"__{_name}__", _in_place(getattr(operator, _name)))
-
-
-class ForwardTracer(Tracer):
+class ForwardTracer(SymbolTracer):
     """Traces the forward of one module. Every module that it calls is a step, but those given, which are inlined."""
-
-    proxy_buffer_attributes = True  # else a forward that counts in a buffer would do so while it is traced
 
     def __init__(self, arguments: Arguments, inlined: Collection[nn.Module] = ()) -> None:
         super().__init__()
@@ -109,10 +104,6 @@ class ForwardTracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a call of the module is one node of the graph."""
         return m not in self.inlined
-
-    def proxy(self, node: Node) -> Proxy:
-        """Return the symbol for a node."""
-        return _Symbol(node, self)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -123,7 +114,11 @@ class ForwardTracer(Tracer):
         for name, value in self.arguments.items():
             default = parameters[name].default if name in parameters else inspect.Parameter.empty
             defaults = () if default is inspect.Parameter.empty else (default,)
-            given[name] = self.create_proxy("placeholder", name, defaults, {}) if value is SYMBOL else value
+            given[name] = value
+            if isinstance(value, Computed):
+                given[name] = self.create_proxy("placeholder", name, defaults, {})
+                self.types[given[name].node] = value.type
+                given[name].node.meta["argument"] = value
         first = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_ONLY]
         first += [p.name for p in parameters.values() if p.kind is p.VAR_POSITIONAL]
         if any(parameters[name].kind is inspect.Parameter.VAR_POSITIONAL for name in first if name in given):
@@ -148,7 +143,11 @@ def traced_in_mode(module: nn.Module, arguments: Arguments, inlined: Collection[
     Exception
         Whatever the forward raises when it is called with symbols.
     """
-    return ForwardTracer(arguments, inlined).trace(module)
+    tracer = ForwardTracer(arguments, inlined)
+    graph = tracer.trace(module)
+    if tracer.unanswered:  # and the forward caught the error
+        raise Unreadable(f"torch.fx cannot trace {type(module).__name__}: {tracer.unanswered}")
+    return graph
 
 
 def traced(module: nn.Module, arguments: Arguments, inlined: Collection[nn.Module] = ()) -> Block:
@@ -161,6 +160,8 @@ def traced(module: nn.Module, arguments: Arguments, inlined: Collection[nn.Modul
     """
     if "forward" in vars(module):
         raise Unreadable(f"its forward was set on the {type(module).__name__} itself")
+    if TYPE_QUESTIONS & _names(inspect.unwrap(type(module).forward).__code__):
+        raise Unreadable(f"the forward of {type(module).__name__} may depend on the types of values")
     graphs, kept, changes = [], set(), False
     for mode in MODES:
         with in_mode(module, mode) as attributes:
@@ -181,7 +182,7 @@ def traced(module: nn.Module, arguments: Arguments, inlined: Collection[nn.Modul
     if where:
         raise Unreadable(f"{type(module).__name__} computes otherwise in training than in eval ({where})")
     _read_mode(*graphs)
-    constants = {name: value for name, value in arguments.items() if value is not SYMBOL}
+    constants = {name: value for name, value in arguments.items() if not isinstance(value, Computed)}
     omitted = [p for p in parameters_of(module) if p.name not in arguments and p.default is not p.empty]
     constants |= {p.name: p.default for p in omitted}
     reason = _reason_against_code(module, graphs, changes)

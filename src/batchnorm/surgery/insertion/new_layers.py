@@ -18,7 +18,7 @@ from batchnorm.surgery.acceleration.rewriting import Forward, attributes_read, f
 from batchnorm.surgery.derived import derive
 from batchnorm.surgery.graph import Dataflow, Step
 from batchnorm.surgery.graph.dataflow import has_hooks
-from batchnorm.surgery.graph.tracing import SYMBOL, traced
+from batchnorm.surgery.graph.tracing import symbols_of, traced
 
 __all__ = ["Insertion", "Place", "planned"]
 
@@ -184,7 +184,7 @@ def _rewritten(flow: Dataflow, path: str, names: Mapping[Node, str]) -> WithCall
         call.args = (twin,)
     if isinstance(module, GraphModule):
         return graph
-    symbols = {str(node.target): SYMBOL for node in block.graph.nodes if node.op == "placeholder"}
+    symbols = symbols_of(block.graph)
     with attributes_read(module) as reads:
         traced(module, {**symbols, **block.constants})
         read = reads()
