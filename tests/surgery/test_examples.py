@@ -108,6 +108,13 @@ def test_another_number_of_outputs_is_infinitely_far():
     assert largest_difference([], []) == 0.0
 
 
+def test_an_example_that_the_forward_writes_over_stays_as_it_was():
+    example = torch.full((2, 3), -1.0)
+    run_example(nn.ReLU(inplace=True), example)
+    run_example(nn.ReLU(inplace=True), {"input": example})
+    assert torch.equal(example, torch.full((2, 3), -1.0))
+
+
 def test_outputs_that_differ_by_more_than_rounding_are_an_error():
     before = [torch.tensor([1.0, 8.0, torch.nan]), torch.zeros(2)]
     assert check_kept("fold", before, [before[0] + 0.01, before[1]]) == pytest.approx(0.01, rel=1e-3)

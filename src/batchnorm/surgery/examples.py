@@ -10,22 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.node import map_aggregate
 
 from batchnorm.errors import InputError, InputTypeError, UnsupportedError
 from batchnorm.statistics.changes import layer_name
 from batchnorm.surgery.attributes import Attributes
 from batchnorm.surgery.opening import is_lazy
 
-__all__ = [
-    "Example",
-    "arguments_of",
-    "check_example",
-    "check_kept",
-    "eval_outputs",
-    "largest_difference",
-    "run_example",
-    "untouched",
-]
+__all__ = ["Example", "arguments_of", "check_example", "check_kept", "copied_tensors", "eval_outputs"]
+__all__ += ["largest_difference", "run_example", "untouched"]
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -72,7 +65,7 @@ def run_example(model: nn.Module, example: Example) -> list[Tensor]:
     arguments, keywords = arguments_of(example)
     with untouched(model):
         try:
-            outputs = model(*arguments, **keywords)
+            outputs = model(*copied_tensors(arguments), **copied_tensors(keywords))
         except Exception as error:
             raise InputError(
                 f"example must be an input that the model takes; got {_described(example)}, for which "
@@ -141,6 +134,11 @@ def arguments_of(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
         return (), dict(example)
     return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def copied_tensors(values: Any) -> Any:
+    """Return nested arguments with copies of their tensors, which a forward may write over."""
+    return map_aggregate(values, lambda value: value.detach().clone() if isinstance(value, Tensor) else value)
 
 
 def _tensors(outputs: object) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
-from batchnorm.surgery.examples import Example, arguments_of
+from batchnorm.surgery.examples import Example, arguments_of, copied_tensors
 from batchnorm.surgery.graph.blocks import MODES, Mode, difference, is_block
 from batchnorm.surgery.graph.metadata import reads_metadata
 from batchnorm.surgery.graph.tracing import Unreadable
@@ -87,7 +87,7 @@ def _run(model: nn.Module, example: Example, mode: Mode, recording: Recording) -
         module.training = mode == "train"
         module.register_forward_pre_hook(recorder.enter, with_kwargs=True)
         module.register_forward_hook(recorder.leave, with_kwargs=True, always_call=True)
-    arguments, named = map_aggregate(arguments_of(example), _detached)
+    arguments, named = copied_tensors(arguments_of(example))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(_devices(model)))
@@ -97,10 +97,6 @@ def _run(model: nn.Module, example: Example, mode: Mode, recording: Recording) -
 
 def _devices(model: nn.Module) -> list[torch.device]:
     return list({p.device for p in model.parameters() if p.device.type == "cuda"})
-
-
-def _detached(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 class _Frame:
