@@ -367,7 +367,7 @@ def test_a_model_that_is_ours_already_is_left_alone():
         (nn.SyncBatchNorm, {"virtual_batch_size": 2}, "sync=True and virtual_batch_size exclude each other"),
         (Activated, {"activation": "relu"}, "activation='relu' was given, and it has an activation of its own"),
         (Own, {}, "something else than batch normalization"),
-        (Fusing, {}, "its class has the method fuse, which would be lost"),
+        (Fusing, {}, "its class has fuse, which would be lost"),
     ],
 )
 def test_a_layer_that_cannot_be_converted_is_left_and_the_others_are_not(norm, options, reason):

@@ -42,7 +42,7 @@ def derive(module: nn.Module, change: Change) -> None:
     """
     kind = type(module)
     if not isinstance(module, GraphModule):
-        module.__class__ = _derived(kind, change)
+        object.__setattr__(module, "__class__", _derived(kind, change))  # past a __setattr__ of the user's
         return
     # torch.fx gives each graph module a class of its own, and relies on its place in the order of bases.
     own = functools.reduce(_derived, getattr(kind, "_changes", ()), kind.__bases__[0])
@@ -64,7 +64,7 @@ def underive(module: nn.Module, change: Change) -> None:
 
 def _set_changes(module: nn.Module, changes: tuple[Change, ...]) -> None:
     if "_changes" in vars(type(module)):
-        module.__class__ = own_class(module)
+        object.__setattr__(module, "__class__", own_class(module))
     _with_changes(module, changes)
 
 

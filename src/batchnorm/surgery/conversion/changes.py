@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from batchnorm.nn.layer import Layer
 from batchnorm.nn.options import Options, checked_options
 from batchnorm.surgery.norms.children import children_behind, run_children
 from batchnorm.surgery.norms.formula import Norm, activation_name, read_norm
+from batchnorm.surgery.norms.own_code import lost_member
 from batchnorm.surgery.opening import deep_copy, is_lazy
 from batchnorm.torch_internals import TorchBatchNorm
 
@@ -162,7 +162,7 @@ def decide(layer: nn.Module, given: Mapping[str, Any]) -> Conversion | str:
     options_or_reason = _checked(replace(options, **_of(OPTIONS, given)), tracks)
     if isinstance(options_or_reason, str):
         return options_or_reason
-    return Conversion(
+    conversion = Conversion(
         kind=(LAZY if lazy else KINDS)[norm.dims],
         options=options_or_reason,
         num_features=norm.num_features,
@@ -174,6 +174,8 @@ def decide(layer: nn.Module, given: Mapping[str, Any]) -> Conversion | str:
         activation=behind.activation,
         counts=isinstance(layer, TorchBatchNorm) or _loads_a_count(layer),
     )
+    is_torchs = type(layer).__module__.startswith("torch.nn.modules.")
+    return ("" if is_torchs else _why_not(conversion, layer)) or conversion
 
 
 def kind_of(layer: nn.Module) -> str:
@@ -255,16 +257,20 @@ def _obstacle(layer: nn.Module, behind: _Behind) -> str:
         return "its running statistics are no buffers"
     if is_parametrized(layer) and (behind.names or behind.activation):
         return "it is parametrized and has an activation that a layer of batchnorm's does not compute"
-    lost = _own_methods(type(layer))
-    return f"its class has the method {lost[0]}, which would be lost" if lost else ""
+    lost = lost_member(layer)
+    return f"its class has {lost}, which would be lost" if lost else ""
 
 
-def _own_methods(kind: type) -> list[str]:
-    """Return the public methods that a class adds to torch's."""
-    stock = next(base for base in kind.__mro__ if base.__module__.startswith("torch."))
-    added = [base for base in kind.__mro__ if not issubclass(stock, base)]
-    methods = [name for base in added for name, value in vars(base).items() if inspect.isfunction(value)]
-    return [name for name in methods if not name.startswith("_") and not hasattr(stock, name)]
+def _why_not(conversion: Conversion, layer: nn.Module) -> str:
+    """Try a conversion on a copy, and return why it cannot be done; empty if it can."""
+    try:
+        twin = deep_copy(layer)
+        conversion.apply(twin)
+    except Exception as error:  # noqa: BLE001 (whatever the class of a user's layer raises)
+        return f"{type(layer).__name__} cannot become another class ({type(error).__name__}: {error})".replace(
+            "\n", " "
+        )
+    return ""
 
 
 def _turn_buffers_into_parameters(layer: nn.Module) -> bool:

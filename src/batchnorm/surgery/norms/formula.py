@@ -15,7 +15,8 @@ from batchnorm.checks import Activation
 from batchnorm.nn.layer import Layer, overrides_forward
 from batchnorm.nn.recognition import is_batch_norm
 from batchnorm.surgery.norms.children import children_behind
-from batchnorm.surgery.norms.probing import Formula, accepted_dims, probe, stays_in_eval
+from batchnorm.surgery.norms.probing import Formula, accepted_dims, stays_in_eval
+from batchnorm.surgery.norms.trials import probe
 from batchnorm.surgery.opening import deep_copy, is_lazy
 from batchnorm.torch_internals import TorchBatchNorm
 

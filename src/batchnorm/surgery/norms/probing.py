@@ -8,7 +8,6 @@ batches, must be those of batch normalization.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from batchnorm.surgery.opening import deep_copy
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["Formula", "accepted_dims", "probe", "stays_in_eval"]
+__all__ = ["Formula", "Probe", "Run", "accepted_dims", "is_close", "stays_in_eval", "told"]
 
 ACTIVATIONS: tuple[nn.Module | None, ...] = (
     None,
@@ -47,7 +46,7 @@ DIMS = {frozenset({2, 3}): 1, frozenset({4}): 2, frozenset({5}): 3}
 CHANNELS = 3
 """Channels of a probe, unless the layer has other tensors than those of batch normalization."""
 
-SIZES = (6, 3, 2, 2, 2)
+SIZES = (6, 5, 2, 2, 2)
 """Sizes of a probe's input: the samples, then those after the channels."""
 
 
@@ -79,7 +78,7 @@ _Behind = tuple[tuple[str, ...], nn.Module | None]
 """The children and the activation that run behind the normalization."""
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """A forward of the probe: the recorded calls of children, each with its input, and the output."""
 
     calls: list[tuple[str, Tensor, Tensor]]
@@ -92,9 +91,12 @@ class _Recorder(nn.Module):
     def __init__(self, name: str, calls: list[tuple[str, Tensor, Tensor]]) -> None:
         super().__init__()
         self.name, self.calls = name, calls
+        self.random = torch.Generator().manual_seed(0)  # of its own, so that a forward's own draws show
 
     def forward(self, x: Tensor) -> Tensor:
-        y = 3 * torch.randn_like(x)  # of both signs, so that a ReLU behind it shows
+        y = 3 * torch.randn(x.shape, dtype=x.dtype, generator=self.random)  # of both signs, where a ReLU behind shows
+        if x.requires_grad:
+            y = y + (x - x.detach())  # the same values, with a gradient
         self.calls.append((self.name, x.clone(), y.clone()))
         return y
 
@@ -128,21 +130,7 @@ def stays_in_eval(module: nn.Module) -> bool:
     return not twin.training
 
 
-def probe(module: nn.Module) -> Formula | str:
-    """Return the formula of a layer, or the reason why it is not that of batch normalization: a clause."""
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    if len(parameters) != 1 or parameters[0].kind in several:
-        return f"its forward takes other arguments than the input ({', '.join(p.name for p in parameters) or 'none'})"
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        try:
-            return _Probe(module).formula()
-        except Exception as error:  # noqa: BLE001 (whatever its forward raises)
-            return f"its own forward cannot be run by itself ({_told(error)})"
-
-
-class _Probe:
+class Probe:
     """A copy of a layer, to be run on random inputs."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -162,10 +150,11 @@ class _Probe:
             vars(self.copy)["num_features"] = CHANNELS
 
     def formula(self) -> Formula | str:
+        """Return the formula, or the reason why it is not that of batch normalization."""
         found: dict[int, Formula | str] = {}
         for dims in range(2, 6):
             try:
-                found[dims] = self._formula(dims)
+                found[dims] = self.formula_for(dims)
             except Exception:
                 if dims == 5 and not found:
                     raise
@@ -177,41 +166,45 @@ class _Probe:
             return "its own forward computes something else for other numbers of dimensions"
         return Formula(_dims(set(known)), first.eps, first.frozen, first.children, first.activation)
 
-    def _formula(self, dims: int) -> Formula | str:
-        x = 3 * torch.randn(SIZES[0], self._channels(), *SIZES[1 : dims - 1], dtype=torch.float64) + 1
+    def formula_for(self, dims: int) -> Formula | str:
+        """Return the formula for inputs of so many dimensions."""
+        x = 3 * torch.randn(SIZES[0], self.channels(), *SIZES[1 : dims - 1], dtype=torch.float64) + 1
         eps = getattr(self.original, "eps", None)
         self.copy.eval()
         far = torch.cat((x, 1000 * x[:1]))  # where a clamp shows
-        run = self._run(far)
+        run = self.run(far)
         if not isinstance(eps, float | int):
             eps = self._inferred_eps(far, run)
             if eps is None:
                 return "it has no eps, and none explains its outputs"
-        in_eval = self._behind(self._normalized(far, float(eps), training=self._lacks_statistics()), run, ACTIVATIONS)
+        with torch.enable_grad():
+            self.run(x.clone().requires_grad_())  # detectron2's takes another number of dimensions with gradients
+        in_eval = self.behind(self.normalized(far, float(eps), training=self.lacks_statistics()), run, ACTIVATIONS)
         if isinstance(in_eval, str):
             return f"{in_eval} in eval mode"
         try:
             frozen = self._is_frozen(x, float(eps), in_eval)
             reasons = [] if frozen else [self._trains_otherwise(x + i, float(eps), in_eval) for i in range(2)]
         except Exception as error:  # noqa: BLE001 (whatever its forward raises)
-            return f"its own forward cannot be run by itself in train mode ({_told(error)})"
+            return f"its own forward cannot be run by itself in train mode ({told(error)})"
         return next(filter(None, reasons), Formula(dims, float(eps), frozen, *in_eval))
 
-    def _run(self, x: Tensor) -> _Run:
+    def run(self, x: Tensor) -> Run:
+        """Run the forward of the copy on an input, which it may overwrite."""
         self.calls.clear()
         y = self.copy.forward(x.clone())
         if not isinstance(y, Tensor) or y.shape != x.shape:
             raise TypeError("it returns no tensor of the shape of the input")
-        return _Run([*self.calls], y)
+        return Run([*self.calls], y)
 
     def _is_frozen(self, x: Tensor, eps: float, in_eval: _Behind) -> bool:
         """Return whether the layer uses its running statistics in train mode, and leaves them as they are."""
         self.copy.train()
-        if self._lacks_statistics():
+        if self.lacks_statistics():
             return False
         buffers = [(values, values.clone()) for values in self.copy.buffers()]
-        z = self._normalized(x, eps, training=False)
-        behind = self._behind(z, self._run(x), [in_eval[1]])
+        z = self.normalized(x, eps, training=False)
+        behind = self.behind(z, self.run(x), [in_eval[1]])
         unchanged = all(torch.equal(values, before) for values, before in buffers)
         for values, before in buffers:
             values.copy_(before)
@@ -219,13 +212,13 @@ class _Probe:
 
     def _trains_otherwise(self, x: Tensor, eps: float, in_eval: _Behind) -> str:
         """Train on a batch, and return how that differs from batch normalization; empty if it does not."""
-        counted = self._batches()
+        counted = self.batches()
         batches = 1 if counted is None else counted + 1
-        statistics = None if self._lacks_statistics() else self._statistics()
+        statistics = None if self.lacks_statistics() else self.statistics()
         tracks = getattr(self.copy, "track_running_stats", True) and statistics is not None
-        run = self._run(x)
-        z = self._normalized(x, eps, training=True)
-        behind = self._behind(z, run, [in_eval[1]])
+        run = self.run(x)
+        z = self.normalized(x, eps, training=True)
+        behind = self.behind(z, run, [in_eval[1]])
         if isinstance(behind, str):
             return f"{behind} in train mode"
         if behind[0] != in_eval[0]:
@@ -235,33 +228,34 @@ class _Probe:
             weight = 1 / batches if momentum is None else momentum
             mean, var = statistics
             F.batch_norm(x, mean, var, training=True, momentum=weight)
-            if counted is not None and self._batches() != batches:
+            if counted is not None and self.batches() != batches:
                 return "it counts its batches in another way"
-        if statistics is not None and not all(map(_close, self._statistics(), statistics)):
+        if statistics is not None and not all(map(is_close, self.statistics(), statistics)):
             return "it updates its running statistics in another way"
         return ""
 
-    def _normalized(self, x: Tensor, eps: float, *, training: bool) -> Tensor:
-        mean, var = (None, None) if training else self._statistics()
+    def normalized(self, x: Tensor, eps: float, *, training: bool) -> Tensor:
+        """Return the input after torch's batch normalization with the tensors of the copy."""
+        mean, var = (None, None) if training else self.statistics()
         weight, bias = (getattr(self.copy, name, None) for name in ("weight", "bias"))
         return F.batch_norm(x, mean, var, weight, bias, training, 0.0, eps)
 
-    def _behind(self, z: Tensor, run: _Run, known: Sequence[nn.Module | None]) -> _Behind | str:
+    def behind(self, z: Tensor, run: Run, known: Sequence[nn.Module | None]) -> _Behind | str:
         """Return the children that run behind z, and the activation that the forward computes after them."""
         last = z
         for name, x, y in run.calls:
-            if not _close(x, last):
+            if not is_close(x, last):
                 return f"its child {name} does not run on the normalized values"
             last = y
         names = tuple(name for name, *_ in run.calls)
         for activation in known:
-            if _close(run.y, last if activation is None else activation(last)):
+            if is_close(run.y, last if activation is None else activation(last)):
                 return names, copy.deepcopy(activation)
         return "its own forward computes something else than batch normalization and an activation"
 
-    def _inferred_eps(self, x: Tensor, run: _Run) -> float | None:
+    def _inferred_eps(self, x: Tensor, run: Run) -> float | None:
         """Return the eps that explains the largest output, to 9 digits."""
-        mean, var = self._statistics()
+        mean, var = self.statistics()
         y = run.calls[0][1] if run.calls else run.y
         weight, bias = (getattr(self.copy, name, None) for name in ("weight", "bias"))
         shape = (1, -1, *[1] * (x.dim() - 2))
@@ -273,17 +267,21 @@ class _Probe:
         eps = float(ratio**2 - var.view(shape).expand_as(x).flatten()[at])
         return float(f"{eps:.8e}") if 0 <= eps < 1 else None
 
-    def _lacks_statistics(self) -> bool:
+    def lacks_statistics(self) -> bool:
+        """Return whether it always normalizes with the statistics of the batch."""
         return any(getattr(self.copy, name, None) is None for name in ("running_mean", "running_var"))
 
-    def _statistics(self) -> list[Tensor]:
+    def statistics(self) -> list[Tensor]:
+        """Return copies of the running mean and variance."""
         return [getattr(self.copy, name).clone() for name in ("running_mean", "running_var")]
 
-    def _batches(self) -> int | None:
+    def batches(self) -> int | None:
+        """Return its count of batches."""
         counted = self.copy._buffers.get("num_batches_tracked")
         return None if counted is None else int(counted)
 
-    def _channels(self) -> int:
+    def channels(self) -> int:
+        """Return the channels of an input."""
         sized = (getattr(self.copy, name, None) for name in (*TENSORS[2:], *TENSORS[:2]))
         return next(
             (len(values) for values in sized if isinstance(values, Tensor)), getattr(self.copy, "num_features", 3)
@@ -309,15 +307,17 @@ def _drawn(name: str, values: Tensor, channels: int | None) -> Tensor:
     return nn.Parameter(drawn) if isinstance(values, nn.Parameter) else drawn
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+def is_close(a: Tensor, b: Tensor) -> bool:
+    """Return whether tensors are equal to rounding, NaN where the other is."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 def _dims(accepted: set[int]) -> int | None:
     return DIMS.get(frozenset(accepted))
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
+    """Return an error in one line."""
     return f"{type(error).__name__}: {error}".replace("\n", " ")
 
 
