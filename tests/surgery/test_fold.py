@@ -233,7 +233,7 @@ def test_a_convolution_that_pads_takes_a_scale_without_shift():
     model[0].running_mean.fill_(0.1)
     _, report = folds(model, randn(2, 3, 5, 5, dtype=torch.float64), left=1)
     assert report.left[0].reason == (
-        "it is the input of the model, and its output goes to a convolution that pads its input with zeros"
+        "its input is the input of the model, and its output goes to a convolution that pads its input with zeros"
     )
 
 

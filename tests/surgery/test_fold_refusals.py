@@ -68,7 +68,7 @@ def x_of(shape):
         (lambda net, x: net.norm(net.conv(x)) + net.conv.weight.sum(), "parameters or buffers of Conv2d are read"),
         (lambda net, x: net.norm(net.conv(x)) * net.norm.weight.sum(), "parameters or buffers of BatchNorm2d are read"),
         (lambda net, x: net.norm(y := net.conv(x)) + y, "the output of Conv2d also goes to add"),
-        (lambda net, x: net.norm(net.conv(x)) + net.norm(x), "it is the input of the model"),
+        (lambda net, x: net.norm(net.conv(x)) + net.norm(x), "its input is the input of the model"),
         (lambda net, x: net.norm(net.conv(x)) + net.norm(net.conv(x).relu()), "its input comes from Conv2d and relu"),
         (lambda net, x: net.norm(net.conv(net.conv(x))), "the output of Conv2d also goes to Conv2d"),
         (lambda net, x: net.norm(net.conv(x)) + net.conv(x), "the output of Conv2d also goes to add"),
@@ -134,12 +134,12 @@ def test_padding_between_batch_norm_and_convolution_is_refused():
 
 def test_an_activation_of_batch_norm_stands_before_the_next_layer():
     model = settled(nn.Sequential(bn.BatchNorm1d(3, activation="silu"), nn.Linear(3, 2)))
-    assert left_alone(model, x_of(ROWS)) == ["it is the input of the model, and SiLU comes next"]
+    assert left_alone(model, x_of(ROWS)) == ["its input is the input of the model, and SiLU comes next"]
 
 
 def test_a_residual_stands_between_batch_norm_and_the_next_layer():
     net = Net(lambda net, x: net.fc(net.norm(x, x)), fc=nn.Linear(3, 2), norm=bn.BatchNorm1d(3))
-    assert left_alone(settled(net), x_of(ROWS)) == ["it is the input of the model, and it adds a residual"]
+    assert left_alone(settled(net), x_of(ROWS)) == ["its input is the input of the model, and it adds a residual"]
 
 
 def test_a_residual_that_is_the_output_of_the_convolution_is_refused():

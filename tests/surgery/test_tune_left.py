@@ -132,12 +132,12 @@ def pruned(model):
 
 LEFT = {
     "activation between": (ActivationBetween, "it takes the output of relu"),
-    "norm first": (NormFirst, "it is the input of the model"),
+    "norm first": (NormFirst, "its input is the input of the model"),
     "two uses": (TwoUses, "the Conv1d before it has another use: add"),
     "conv twice": (ConvTwice, "the Conv1d before it is called 2 times"),
     "norm twice": (NormTwice, "it is called 2 times"),
     "shared norm": (SharedNorm, "it is called 2 times"),
-    "kept": (Kept, "the Conv1d before it has another use: the forward of Kept keeps it as an attribute"),
+    "kept": (Kept, "the Conv1d before it may have another use: the forward of Kept keeps it as an attribute"),
     "returned": (Returned, "the Conv1d before it has another use: output"),
     "by mode": (ByMode, "computes otherwise in training than in eval"),
     "by value": (ByValue, "torch.fx cannot trace ByValue"),

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
 from batchnorm.errors import InputError, InputTypeError, UnsupportedError
+from batchnorm.nn.buffers import Buffers, context_of
+from batchnorm.nn.contexts import PLAIN
 from batchnorm.statistics.changes import layer_name
 from batchnorm.surgery.attributes import Attributes
-from batchnorm.surgery.opening import is_lazy
+from batchnorm.surgery.opening import deep_copy, is_lazy
 
 __all__ = ["Example", "arguments_of", "check_example", "check_kept", "copied_tensors", "eval_outputs"]
-__all__ += ["largest_difference", "run_example", "untouched"]
+__all__ += ["largest_difference", "run_example", "trial_copy", "untouched"]
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -110,6 +112,27 @@ def check_kept(function: str, before: Sequence[Tensor], after: Sequence[Tensor])
                 "was changed"
             )
     return difference
+
+
+def trial_copy(model: nn.Module, function: str) -> nn.Module | None:
+    """Return a copy on which an operation is tried before it changes the model itself.
+
+    It is None where a context, as `use_domain`, is open for layers, which the copy does not have.
+
+    Raises
+    ------
+    UnsupportedError
+        The model cannot be copied.
+    """
+    if any(isinstance(module, Buffers) and context_of(module) != PLAIN for module in model.modules()):
+        return None
+    try:
+        return deep_copy(model)
+    except Exception as error:  # whatever a module's own __deepcopy__ or __reduce__ raises
+        raise UnsupportedError(
+            f"{function} with an example is tried on a copy of the model first, which cannot be made: "
+            f"{type(error).__name__}: {error}. Leave the example out"
+        ) from error
 
 
 @contextmanager

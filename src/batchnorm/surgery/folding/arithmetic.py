@@ -6,7 +6,7 @@ All is computed in float64 on the CPU, so that the values are rounded once, to t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from batchnorm.surgery.norms.formula import Norm
 
 __all__ = ["Affine", "Fold", "Foldable", "Weights", "affine_of", "is_foldable", "misfit", "misfit_of_values"]
-__all__ += ["pads_otherwise", "set_weights", "then", "weights_of", "why_not", "with_input"]
+__all__ += ["pads_otherwise", "probes", "set_weights", "then", "weights_of", "why_not", "with_input"]
 
 Foldable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -147,12 +147,24 @@ def misfit(layer: Foldable, affine: Affine, fold: Fold) -> str:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         try:
-            agrees = all(_agrees(layer, affine, fold, extra) for extra in range(3))
+            agrees = all(_agrees(layer, affine, fold, x) for x in probes(layer))
         except Exception as error:  # noqa: BLE001 (whatever the forward raises)
             return f"{type(layer).__name__} cannot be run by itself ({type(error).__name__}: {error})".replace(
                 "\n", " "
             )
     return "" if agrees else f"the forward of {type(layer).__name__} is its own, and no scale and shift go through it"
+
+
+def probes(layer: Foldable) -> Iterator[Tensor]:
+    """Iterate over random inputs of a layer: a little larger than its kernel, and far larger."""
+    for samples, extra in ((2, 0), (3, 1), (2, 2), (1, 13), (40, 3)):
+        if isinstance(layer, nn.Linear):
+            yield torch.randn(samples, layer.in_features, dtype=torch.float64)
+        else:
+            sizes = [
+                1 + (size - 1) * step + extra for size, step in zip(layer.kernel_size, layer.dilation, strict=True)
+            ]
+            yield torch.randn(min(samples, 2), layer.in_channels, *sizes, dtype=torch.float64)
 
 
 def misfit_of_values(layer: Foldable, weights: Weights) -> str:
@@ -187,12 +199,11 @@ def exact(values: Tensor) -> Tensor:
     return values.detach().to("cpu", torch.float64)
 
 
-def _agrees(layer: Foldable, affine: Affine, fold: Fold, extra: int) -> bool:
-    """Return whether a copy with folded random weights computes what is expected, at one size of the input."""
+def _agrees(layer: Foldable, affine: Affine, fold: Fold, x: Tensor) -> bool:
+    """Return whether a copy with folded random weights computes what is expected of an input."""
     twin = copy.deepcopy(layer).cpu().double().eval()
     for values in twin.parameters(recurse=False):
         values.normal_()
-    x = _input(twin, extra)
     shift = torch.randn_like(affine.shift) if affine.shift.any() else affine.shift
     drawn = Affine(torch.randn_like(affine.scale), shift)
     dim = -1 if isinstance(twin, nn.Linear) else 1
@@ -202,14 +213,6 @@ def _agrees(layer: Foldable, affine: Affine, fold: Fold, extra: int) -> bool:
     if found.shape != expected.shape:
         return False
     return torch.allclose(found, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
-
-
-def _input(layer: Foldable, extra: int) -> Tensor:
-    """Return a random input a little larger than the kernel of a layer."""
-    if isinstance(layer, nn.Linear):
-        return torch.randn(2 + extra, layer.in_features, dtype=torch.float64)
-    sizes = [1 + (size - 1) * step for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
-    return torch.randn(2, layer.in_channels, *[size + extra for size in sizes], dtype=torch.float64)
 
 
 def _applied(affine: Affine, x: Tensor, dim: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm.nn.layer import Layer
 from batchnorm.surgery.acceleration.rewriting import leaves_steps_to_layers, restore_forwards
-from batchnorm.surgery.examples import Example, eval_outputs, largest_difference
+from batchnorm.surgery.examples import Example, check_kept, eval_outputs, largest_difference, trial_copy
 from batchnorm.surgery.folding import arithmetic
 from batchnorm.surgery.folding.folded import Folded, become_folded, refuse_training
 from batchnorm.surgery.folding.plan import Dims, Plan, Planned, plan_folds
@@ -52,7 +52,7 @@ def fold(model: nn.Module, example: Example | None = None, inplace: bool = False
     InputError
         The model has no batch normalization layer; the example is no input of the model.
     UnsupportedError
-        The model is wrapped, scripted or quantized, or cannot be copied.
+        The model is wrapped, scripted or quantized, or cannot be copied; or its outputs on the example are not kept.
 
     Examples
     --------
@@ -80,10 +80,18 @@ def fold(model: nn.Module, example: Example | None = None, inplace: bool = False
     layers = tuple(_replacement(path, plan.folds[path]) for path in norms if path in plan.folds)
     left = tuple(Left(path, type(norms[path]).__name__, plan.left[path]) for path in norms if path in plan.left)
     notes = (*_notes(model, layers), *(flow.notes() if left else ()))
+    twin = trial_copy(model, "fold") if inplace and example is not None else None
+    if twin is not None and example is not None:
+        restore_forwards(twin)
+        _apply(twin, plan, flow)
+        check_kept("fold", before, eval_outputs(twin, example))
     target = opened(model, "fold", inplace=inplace)
     restore_forwards(target)
     _apply(target, plan, flow)
-    difference = None if example is None else largest_difference(before, eval_outputs(target, example))
+    difference = None
+    if example is not None:
+        after = eval_outputs(target, example)
+        difference = largest_difference(before, after) if inplace else check_kept("fold", before, after)
     return target, Surgery(layers, left, difference, notes)
 
 
@@ -120,7 +128,7 @@ def _apply(model: nn.Module, plan: Plan, flow: Dataflow) -> None:
         arithmetic.set_weights(model.get_submodule(flow.path(layer)), weights, trains=trains)  # type: ignore[arg-type]
     for path, planned in plan.folds.items():
         module = model.get_submodule(path)
-        become_folded(module, Folded(planned.dims, behind(planned.norm, module)))
+        become_folded(module, Folded(planned.dims, behind(planned.norm, module), copies=planned.copies))
     refuse_training(model)
 
 

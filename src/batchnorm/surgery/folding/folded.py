@@ -22,7 +22,7 @@ class Folded(nn.Module):
     It returns its input, plus the residual if there is one, through the activation that the layer had.
     """
 
-    def __init__(self, dims: int, behind: Mapping[str, nn.Module]) -> None:
+    def __init__(self, dims: int, behind: Mapping[str, nn.Module], *, copies: bool = False) -> None:
         """Make the place of a layer.
 
         Parameters
@@ -31,9 +31,11 @@ class Folded(nn.Module):
             The number of dimensions that an input must have; 0 for any.
         behind : mapping
             The modules that run behind the normalization, by name.
+        copies : bool
+            Return a copy of the input, which other code may change in place later.
         """
         super().__init__()
-        self.dims = dims
+        self.dims, self.copies = dims, copies
         for name, module in behind.items():
             self.add_module(name, module)
         self.eval()
@@ -46,7 +48,8 @@ class Folded(nn.Module):
                 raise ValueError("a folded layer takes no mask, and inputs of the dimensions it was folded for")
         else:
             self._check(input, mask)
-        output = input if residual is None else input + residual
+        output = input.clone() if self.copies else input
+        output = output if residual is None else output + residual
         for module in self.children():
             output = module(output)
         return output
@@ -68,8 +71,8 @@ class Folded(nn.Module):
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        """Return the number of dimensions that an input must have."""
-        return f"dims={self.dims}" if self.dims else ""
+        """Return the number of dimensions that an input must have, and whether it is copied."""
+        return ", ".join([f"dims={self.dims}"] * bool(self.dims) + ["copies=True"] * self.copies)
 
 
 def become_folded(module: nn.Module, folded: Folded) -> None:

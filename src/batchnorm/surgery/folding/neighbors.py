@@ -1,32 +1,29 @@
-"""The layers beside a batch normalization layer at inference, and the code that might see what is between them."""
+"""The layers beside a batch normalization layer at inference."""
 
 from __future__ import annotations
 
-import inspect
-import re
+import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from types import CodeType
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 from torch.nn import functional as F
 
+from batchnorm.surgery.folding.arithmetic import STOCK
+from batchnorm.surgery.folding.exposure import Exposure, tensors_of
 from batchnorm.surgery.graph import Dataflow, Step, Unknown, has_hooks
-from batchnorm.surgery.graph.metadata import is_metadata
-from batchnorm.surgery.norms.formula import is_batch_norm
 
 __all__ = ["Neighbors"]
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 DROPOUT_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 SAME_VALUES = ("contiguous", "clone", "detach")
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+READING = (operator.add, operator.mul, operator.sub, torch.add, torch.mul, torch.cat, "add", "mul", "sub")
 SHAPED_LIKE = ("reshape_as", "view_as", "expand_as")
 """Methods that read nothing but the shape of their argument."""
-
-
-STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 
 
 class Neighbors:
@@ -35,6 +32,7 @@ class Neighbors:
     Attributes
     ----------
     flow : Dataflow
+    exposure : Exposure
     gone : set of Module
         Layers that return their input.
     """
@@ -42,9 +40,8 @@ class Neighbors:
     def __init__(self, flow: Dataflow) -> None:
         self.flow = flow
         self.gone: set[nn.Module] = set()
-        self._hidden = dict(_hidden_modules(flow))
-        self._read = set(_tensors_read(flow))
-        self._owners = Counter(key for module in flow.model.modules() for key in {*map(id, _tensors(module))})
+        self.exposure = Exposure(flow)
+        self._owners = Counter(key for module in flow.model.modules() for key in {*map(id, tensors_of(module))})
 
     def source(self, step: Step, argument: int = 0) -> Step | Unknown:
         """Return the step whose output a step takes as an argument."""
@@ -90,26 +87,38 @@ class Neighbors:
             return node.target in SAME_VALUES
         return node.op == "call_function" and node.target in DROPOUT_FUNCTIONS and not _trains(node)
 
+    def input_may_change(self, call: Step, calls: Collection[Step]) -> bool:
+        """Return whether other steps than calls of one layer may write into the memory of what a call takes."""
+        known = {*calls}
+        waiting = [Step(call.block, node) for node in call.node.all_input_nodes[:1]]
+        while waiting:
+            maker, reason = self.flow.followed(waiting.pop())
+            is_input = maker.node.op == "placeholder" and maker.block == ""
+            if maker.node.op == "get_attr" or (reason and not is_input):
+                return True
+            if any(use not in known and not self._only_reads(use) for use in self.flow.uses(maker)):
+                return True
+            known.add(maker)
+            if type(self.flow.module(maker)) not in STOCK:  # it may return its input, or a view
+                waiting += [Step(maker.block, node) for node in maker.node.all_input_nodes]
+        return False
+
+    def _only_reads(self, step: Step | Unknown) -> bool:
+        """Return whether a step writes nothing into its inputs, and returns new memory."""
+        if isinstance(step, Unknown) or "out" in step.node.kwargs:
+            return False
+        module, node = self.flow.module(step), step.node
+        return type(module) in (*STOCK, *POOLS) if module is not None else node.op == "output" or node.target in READING
+
     # Other code.
 
     def why_exposed(self, module: nn.Module) -> str:
         """Return why other code than the known calls may see a module or its tensors; empty if none does."""
-        name = type(module).__name__
-        if has_hooks(module):
-            return f"there are hooks on {name}"
-        if module in self._hidden:
-            return self._hidden[module]
-        if any(id(values) in self._read for values in _tensors(module)):
-            return f"the parameters or buffers of {name} are read elsewhere too"
-        for call in self.flow.calls(module):
-            block = self.flow.model.get_submodule(call.block)
-            if is_batch_norm(module) and STATISTICS & _names_in_forward(type(block)):
-                return f"the forward of {type(block).__name__} reads running statistics"
-        return ""
+        return self.exposure.why_called_elsewhere(module) or self.exposure.why_read(module)
 
     def is_tied(self, module: nn.Module) -> bool:
         """Return whether another module has a parameter or buffer of a module too."""
-        return any(self._owners[id(values)] > 1 for values in _tensors(module))
+        return any(self._owners[id(values)] > 1 for values in tensors_of(module))
 
     # Words.
 
@@ -141,61 +150,3 @@ def _merges_rows(node: Node) -> bool:
         return False
     given = {**dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)), **node.kwargs}
     return (given.get("start_dim"), given.get("end_dim")) == (0, 1)
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-
-
-def _tensors_read(flow: Dataflow) -> Iterator[int]:
-    """Iterate over the identities of tensors that forwards read as attributes."""
-    for path, block in flow.blocks.items():
-        module = flow.model.get_submodule(path)
-        named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-        named.update(module.named_buffers(remove_duplicate=False))
-        for node in block.graph.nodes:
-            if node.op == "get_attr" and node.target in named and not all(map(is_metadata, node.users)):
-                yield id(named[str(node.target)])
-
-
-def _hidden_modules(flow: Dataflow) -> Iterator[tuple[nn.Module, str]]:
-    """Iterate over the modules that a forward calls which cannot be read, each with that reason.
-
-    They are its children, and what is in an `nn.Sequential` among them whose parts it may call one by one.
-    """
-    for path, why in flow.unread.items():
-        parent = flow.model.get_submodule(path)
-        if type(parent).forward is nn.Module.forward:
-            continue
-        reason = f"{path or type(parent).__name__} cannot be read: {why}"
-        for name, child in parent.named_children():
-            yield child, reason
-            if isinstance(child, nn.Sequential) and not _calls_as_a_whole(parent, name):
-                yield from ((each, reason) for each in child.modules() if each is not child)
-
-
-def _names_in_forward(kind: type[nn.Module]) -> frozenset[str]:
-    """Return the names of attributes that a forward uses, and the methods of its class that it calls."""
-    names: set[str] = set()
-    waiting, seen = ["forward"], {"forward"}
-    while waiting:
-        function = inspect.unwrap(getattr(kind, waiting.pop()))
-        codes = [function.__code__] if inspect.isfunction(function) else []
-        while codes:
-            code = codes.pop()
-            names.update(code.co_names)
-            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-        methods = {name for name in names - seen if inspect.isfunction(getattr(kind, name, None))}
-        waiting += methods
-        seen |= methods
-    return frozenset(names)
-
-
-def _calls_as_a_whole(parent: nn.Module, name: str) -> bool:
-    """Return whether the source of a forward shows that it does nothing with a child but call it."""
-    try:
-        source = inspect.getsource(type(parent).forward)
-    except (OSError, TypeError):
-        return False
-    uses = re.findall(rf"\bself\.{re.escape(name)}\b(\()?", source)
-    return bool(uses) and all(uses)

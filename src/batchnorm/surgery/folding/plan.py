@@ -13,6 +13,7 @@ from batchnorm.nn.buffers import context_of
 from batchnorm.nn.layer import Layer
 from batchnorm.surgery.folding import arithmetic
 from batchnorm.surgery.folding.arithmetic import Fold, Foldable, Weights, is_foldable
+from batchnorm.surgery.folding.exposure import why_further_arguments
 from batchnorm.surgery.folding.neighbors import Neighbors
 from batchnorm.surgery.graph import Dataflow, Step, Unknown
 from batchnorm.surgery.graph.blocks import bound_arguments
@@ -35,11 +36,14 @@ class Planned:
         A linear layer or a convolution.
     dims : int
         The number of dimensions that the input of the batch norm layer must have; 0 for any.
+    copies : bool
+        Its place must not return the input itself, which other code may change in place before the layer runs.
     """
 
     norm: Norm
     layer: Foldable
     dims: int
+    copies: bool = False
 
 
 @dataclass
@@ -126,6 +130,9 @@ class _Planner:
         uses_of = neighbors.uses_of_rows if isinstance(layer, nn.Linear) else neighbors.uses
         for step in self._calls(layer):
             uses = list(uses_of(step))
+            for use in uses:
+                if isinstance(use, Unknown):
+                    raise _Refused(f"the output of {type(layer).__name__} may be used elsewhere: {use.reason}")
             if len(uses) != 1 or uses[0] not in calls:
                 others = neighbors.described([use for use in uses if use not in calls])
                 raise _Refused(f"the output of {type(layer).__name__} also goes to {others}")
@@ -151,7 +158,9 @@ class _Planner:
         if reason:
             raise _Refused(f"its output goes to {reason}")
         into = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-        return Planned(norm, layer, self._dims(norm, layer, into)), self._weights(norm, layer, arithmetic.with_input)
+        copies = any(neighbors.input_may_change(call, calls) for call in calls)
+        planned = Planned(norm, layer, self._dims(norm, layer, into), copies)
+        return planned, self._weights(norm, layer, arithmetic.with_input)
 
     # Parts of both.
 
@@ -159,7 +168,7 @@ class _Planner:
         """Return the one layer that all steps call, if something can be folded into it."""
         for step in steps:
             if isinstance(step, Unknown):
-                raise _Refused(step.reason)
+                raise _Refused(step.reason.replace("it is the input", "its input is the input"))
         layers = [self.neighbors.flow.module(step) for step in steps if isinstance(step, Step)]
         layer = layers[0]
         if not is_foldable(layer) or not all(map(is_foldable, layers)):
@@ -167,6 +176,7 @@ class _Planner:
         if any(other is not layer for other in layers):
             raise _Refused(f"it is called {len(steps)} times, beside different layers")
         reason = arithmetic.why_not(layer) or self.neighbors.why_exposed(layer)
+        reason = reason or why_further_arguments(self.neighbors.flow, layer)
         if reason:
             raise _Refused(reason)
         if self.neighbors.is_tied(layer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
@@ -11,7 +12,7 @@ from torch import nn
 from batchnorm.errors import InputError, InputTypeError
 from batchnorm.nn import BatchNorm
 from batchnorm.statistics.changes import layer_name
-from batchnorm.surgery.examples import Example, eval_outputs, largest_difference
+from batchnorm.surgery.examples import Example, check_kept, eval_outputs, largest_difference, trial_copy
 from batchnorm.surgery.folding.folded import Folded
 from batchnorm.surgery.graph import read_dataflow
 from batchnorm.surgery.insertion.observing import Batches
@@ -81,7 +82,8 @@ def insert(
     InputTypeError
         The model or the example has the wrong type.
     UnsupportedError
-        The model is wrapped for several processes, compiled or quantized.
+        The model is wrapped for several processes, compiled or quantized; or ``preserve`` does not keep its outputs on
+        the example.
 
     Examples
     --------
@@ -103,11 +105,17 @@ def insert(
     layers = plan.layers(options, preserve=preserve)
     before = eval_outputs(model, batches.first) if preserve and batches is not None else []
     changed, notes = plan.replacements(), [*plan.notes()]  # of the model as it was given
+    measured = batches.first if preserve and batches is not None else None
+    twin = trial_copy(model, "insert") if inplace and measured is not None else None
+    if twin is not None and measured is not None:
+        plan.apply(twin, copy.deepcopy(layers))
+        check_kept("insert", before, eval_outputs(twin, measured))
     operated = model if inplace else copied(model, "insert")
     plan.apply(operated, layers)
     difference = None
-    if preserve and batches is not None:
-        difference = largest_difference(before, eval_outputs(operated, batches.first))
+    if measured is not None:
+        after = eval_outputs(operated, measured)
+        difference = largest_difference(before, after) if inplace else check_kept("insert", before, after)
     notes += [] if preserve or not layers else [UNTRAINED]
     notes += [] if inplace else [COPIES]
     return operated, Surgery(changed, plan.left, difference, tuple(notes))

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.layer import Layer
 from batchnorm.statistics.moments import Moments
+from batchnorm.surgery.folding.exposure import Exposure
 from batchnorm.surgery.graph import Dataflow, Step
 from batchnorm.surgery.insertion.hidden import HiddenLayer, hidden_layers
 from batchnorm.surgery.insertion.new_layers import Insertion, planned
@@ -70,10 +71,12 @@ class Plan:
         self.points: dict[Step, Point] = {}
         found, left = hidden_layers(flow)
         self._left = {layer.path: layer for layer in left}
+        self._exposure = Exposure(flow)
         for layer in found:
             step = layer.call if placement == "before" else layer.end
-            if isinstance(step, str):
-                self._leave(layer, step)
+            reason = self._exposure.why_all_read(layer.module) or (step if isinstance(step, str) else "")
+            if isinstance(step, str) or reason:
+                self._leave(layer, reason)
             else:
                 self.points.setdefault(step, Point()).hidden.append(layer)
         self.insertion = self._insertion()
@@ -158,7 +161,8 @@ class Plan:
         module = layer.module
         if self.placement == "after" or type(module).forward not in FORWARDS or is_parametrized(module, "bias"):
             return None
-        return module._parameters.get("bias")
+        # A hook may change what the bias is part of, and other code may need it.
+        return None if self._exposure.why_read(module) else module._parameters.get("bias")
 
     def _leave(self, layer: HiddenLayer, reason: str) -> None:
         self._left[layer.path] = Left(layer.path, type(layer.module).__name__, reason)

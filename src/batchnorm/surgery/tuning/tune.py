@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.nn.layer import Layer
 from batchnorm.surgery.conversion.convert import convert
 from batchnorm.surgery.derived import own_class
-from batchnorm.surgery.examples import Example, eval_outputs, largest_difference
-from batchnorm.surgery.folding.arithmetic import STOCK, Affine, Foldable, is_foldable, why_not
-from batchnorm.surgery.graph import Dataflow, Step, Unknown, has_hooks, read_dataflow
+from batchnorm.surgery.examples import Example, check_kept, eval_outputs, largest_difference, trial_copy
+from batchnorm.surgery.folding.arithmetic import STOCK, Affine, Foldable, is_foldable, probes, why_not
+from batchnorm.surgery.folding.exposure import Exposure, why_further_arguments
+from batchnorm.surgery.graph import Step, Unknown, has_hooks, read_dataflow
+from batchnorm.surgery.graph.blocks import bound_arguments
 from batchnorm.surgery.opening import COPIES, batch_norms, check_model, copied, is_lazy
 from batchnorm.surgery.report import Left, Replacement, Surgery
 from batchnorm.surgery.tuning.tuned_layers import folded_forward, tune_pair
@@ -59,7 +63,8 @@ def tune(model: nn.Module, example: Example | None = None, inplace: bool = False
     InputTypeError
         The model is no module.
     UnsupportedError
-        It is a wrapper, or holds one, or it is compiled, scripted or quantized.
+        It is a wrapper, or holds one, or it is compiled, scripted or quantized; or its outputs on the example are not
+        kept.
 
     Examples
     --------
@@ -77,9 +82,28 @@ def tune(model: nn.Module, example: Example | None = None, inplace: bool = False
     check_model(model, "tune", takes_tuned=True)
     kinds = {path: own_class(norm).__name__ for path, norm in batch_norms(model, "tune").items()}
     before = [] if example is None else eval_outputs(model, example)
-    tuned = model if inplace else copied(model, "tune")
+    twin = trial_copy(model, "tune") if inplace and example is not None else None
+    if twin is not None and example is not None:
+        _tuned(twin, example, kinds)
+        check_kept("tune", before, eval_outputs(twin, example))
+    tuned, layers, left = _tuned(model if inplace else copied(model, "tune"), example, kinds)
+    difference = None
+    if example is not None:
+        after = eval_outputs(tuned, example)
+        difference = largest_difference(before, after) if inplace else check_kept("tune", before, after)
+    return tuned, Surgery(tuple(layers), tuple(left), difference, (ENDING, *(() if inplace else (COPIES,))))
+
+
+def _tuned(
+    tuned: nn.Module, example: Example | None, kinds: Mapping[str, str]
+) -> tuple[nn.Module, list[Replacement], list[Left]]:
+    """Tune a model in place; return it, the batch norms that were folded, and those that were left.
+
+    ``kinds`` has the names of the classes of its batch norms, by path.
+    """
     flow = read_dataflow(tuned, example)
-    found = {path: _layer_before(flow, tuned.get_submodule(path)) for path in kinds}
+    exposure = Exposure(flow)
+    found = {path: _layer_before(exposure, tuned.get_submodule(path)) for path in kinds}
     for path in kinds:
         end_tuning(tuned.get_submodule(path))  # of an earlier call
     tuned, converted = convert(tuned, inplace=True)
@@ -94,18 +118,18 @@ def tune(model: nn.Module, example: Example | None = None, inplace: bool = False
         else:
             norm.freeze()
             if isinstance(layer, str):
-                around = f"{path.rpartition('.')[0]} cannot be read"  # equal reasons are listed together
-                reason = layer.replace(around, "the block around it cannot be read")
+                around = path.rpartition(".")[0]  # equal reasons are listed together
+                reason = layer.replace(f"{around} cannot be", "the block around it cannot be") if around else layer
                 left.append(Left(path, kind, f"frozen, but not folded: {reason}"))
             else:
                 tune_pair(layer, norm)
                 layers.append(Replacement(path, kind, f"folded into {own_class(layer).__name__}"))
-    difference = None if example is None else largest_difference(before, eval_outputs(tuned, example))
-    return tuned, Surgery(tuple(layers), tuple(left), difference, (ENDING, *(() if inplace else (COPIES,))))
+    return tuned, layers, left
 
 
-def _layer_before(flow: Dataflow, norm: nn.Module) -> Foldable | str:
+def _layer_before(exposure: Exposure, norm: nn.Module) -> Foldable | str:
     """Return the layer that feeds a batch norm and nothing else, or the reason why none does as a clause."""
+    flow = exposure.flow
     if has_hooks(norm):
         return "there are hooks on it, which see its input"
     if is_parametrized(norm):
@@ -119,16 +143,16 @@ def _layer_before(flow: Dataflow, norm: nn.Module) -> Foldable | str:
         return flow.why_no_single_call(norm)
     source = flow.source(calls[0])
     if isinstance(source, Unknown):
-        return source.reason
+        return source.reason.replace("it is the input", "its input is the input")
     layer = flow.module(source)
     if layer is None:
         return f"it takes the output of {source.node.name}"
     kind = own_class(layer).__name__
     if not is_foldable(layer):
         return f"it takes the output of {kind}"
-    if why := why_not(layer):
+    if why := why_not(layer) or why_further_arguments(flow, layer):
         return why
-    why = _why_not(layer, norm) or _why_not_together(flow, source, calls[0])
+    why = _why_not(layer, norm) or _why_not_together(exposure, source, calls[0])
     return f"the {kind} before it {why}" if why else layer
 
 
@@ -150,34 +174,29 @@ def _channel_dims(layer: Foldable) -> tuple[int, int]:
     return (1, -1) if isinstance(layer, nn.Linear) else (1, -1 - len(layer.kernel_size))
 
 
-def _why_not_together(flow: Dataflow, source: Step, step: Step) -> str:
+def _why_not_together(exposure: Exposure, source: Step, step: Step) -> str:
     """Return why a layer and a batch norm may not always run one after the other, a verb phrase."""
+    flow = exposure.flow
     layer, norm = flow.module(source), flow.module(step)
     assert layer is not None
     assert norm is not None
     if len(flow.calls(layer)) > 1:
         return f"is called {len(flow.calls(layer))} times"
-    others = [use for use in flow.uses(source) if use != step]
-    if others:
-        other = others[0]
-        return f"has another use: {other.reason if isinstance(other, Unknown) else other.node.name}"
+    for other in flow.uses(source):
+        if isinstance(other, Unknown):
+            return f"may have another use: {other.reason}"
+        if other != step:
+            return f"has another use: {other.node.name}"
+    residual = bound_arguments(norm, step.node).get("residual")
+    if isinstance(residual, Node) and flow.origin(Step(step.block, residual)) == source:
+        return "is its residual too"
     if source.block != step.block and (why := flow.why_no_single_call(layer) or flow.why_no_single_call(norm)):
         return f"may run without it: {why}"
     seen = [flow.observed.get(flow.path(module), 0) for module in (layer, norm)]
     if seen[0] != seen[1]:
         return f"is called {seen[0]} times on the example, and it {seen[1]} times"
-    why = _why_unknown_calls(flow, layer) or _why_unknown_calls(flow, norm)
+    why = exposure.why_called_elsewhere(layer) or exposure.why_called_elsewhere(norm)
     return f"may run without it: {why}" if why else ""
-
-
-def _why_unknown_calls(flow: Dataflow, module: nn.Module) -> str:
-    """Return why calls of a module with several parents may be unknown, a clause; empty if all are known."""
-    for path, each in flow.model.named_modules(remove_duplicate=False):
-        if each is module:
-            parent = flow.path(flow.model.get_submodule(path.rpartition(".")[0]))
-            if parent in flow.unread:
-                return f"{parent or 'the model'} cannot be read: {flow.unread[parent]}"
-    return ""
 
 
 def _keeps_to_its_weight(layer: Foldable) -> bool:
@@ -197,13 +216,11 @@ def _folds(layer: Foldable, training: bool) -> bool:
     layer = layer.to(device="cpu", dtype=torch.float64).train(training)
     for parameter in layer.parameters():
         parameter.normal_()
-    if isinstance(layer, nn.Linear):
-        x = torch.randn(2, layer.in_features, dtype=torch.float64)
-    else:
-        sizes = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
-        x = torch.randn(2, layer.in_channels, *[(k - 1) * d + 2 * s + 1 for k, d, s in sizes], dtype=torch.float64)
-    y = layer(x)
-    scale, shift = torch.randn(2, y.shape[1], dtype=torch.float64)
-    shape = (-1, *[1] * (y.dim() - 2))
-    found = folded_forward(own_class(layer), layer, Affine(scale, shift), x)
-    return torch.allclose(found, scale.view(shape) * y + shift.view(shape), rtol=1e-9, atol=1e-9)
+    for x in probes(layer):
+        y = layer(x)
+        scale, shift = torch.randn(2, y.shape[1], dtype=torch.float64)
+        shape = (-1, *[1] * (y.dim() - 2))
+        found = folded_forward(own_class(layer), layer, Affine(scale, shift), x)
+        if not torch.allclose(found, scale.view(shape) * y + shift.view(shape), rtol=1e-9, atol=1e-9):
+            return False
+    return True
