@@ -118,7 +118,7 @@ def planned(flow: Dataflow, names: Mapping[Step, str]) -> Insertion:
     by_block: dict[str, dict[Step, str]] = {}
     for step, name in names.items():
         block = flow.model.get_submodule(step.block)
-        reason = flow.why_no_single_call(block)
+        reason = "" if block is flow.model else flow.why_no_single_call(block)
         if reason:
             insertion.refused[step] = f"{step.block} is not called once: {reason}"
         elif type(block).forward is nn.Sequential.forward:
