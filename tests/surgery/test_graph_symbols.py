@@ -31,11 +31,11 @@ def steps(model):
     ("question", "answer"),
     [
         (lambda x: isinstance(x, torch.Tensor), True),
-        (torch.is_tensor, True),
         (lambda x: isinstance(x, list | tuple), False),
         (lambda x: hasattr(x, "tensors"), False),
         (lambda x: hasattr(x, "shape"), True),
         (lambda x: isinstance(x + 1, torch.Tensor), True),
+        (lambda x: isinstance(x, int | float), False),
     ],
 )
 def test_a_symbol_is_a_tensor_for_the_forward(question, answer):
@@ -86,16 +86,38 @@ def test_a_question_about_a_value_counts_where_the_forward_catches_the_error(que
     assert found == f"torch.fx cannot trace Asking: it {reason}"
 
 
-def test_a_forward_that_asks_for_a_type_is_refused():
-    class Typed(nn.Module):
+class Typed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(x) if type(x) is torch.Tensor else x
+
+
+class Told(Typed):
+    def forward(self, x):
+        return self.norm(x) if torch.is_tensor(x) else x
+
+
+@pytest.mark.parametrize("model", [Typed(), Told()])
+def test_a_forward_that_asks_for_a_type_in_another_way_is_refused(model):
+    name = type(model).__name__
+    assert read_dataflow(model).unread == {"": f"the forward of {name} may depend on the types of values"}
+
+
+def test_sizes_that_are_symbols_do_not_reach_code_in_c():
+    class Masked(nn.Module):
         def __init__(self):
             super().__init__()
             self.norm = nn.BatchNorm1d(3)
 
         def forward(self, x):
-            return self.norm(x) if type(x) is torch.Tensor else x
+            rows, columns = x.shape
+            return self.norm(x) * torch.ones((rows, columns), device=x.device)
 
-    assert read_dataflow(Typed()).unread == {"": "the forward of Typed may depend on the types of values"}
+    (reason,) = read_dataflow(Masked()).unread.values()
+    assert reason == "torch.fx cannot trace Masked: it takes the index of a value"
 
 
 @pytest.mark.peers

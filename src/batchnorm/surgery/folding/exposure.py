@@ -42,7 +42,8 @@ class _Code(NamedTuple):
     names : frozenset of str
         Names of attributes, of globals, and strings.
     pairs : frozenset of tuple
-        Names of attributes of attributes, as ("conv", "weight") for ``self.conv.weight``.
+        Names of attributes, each after that of the attribute whose it is, as ("conv", "weight") for
+        ``self.conv.weight``, or after nothing.
     """
 
     names: frozenset[str]
@@ -78,8 +79,8 @@ class Exposure:
             return f"the parameters or buffers of {kind} are read elsewhere too"
         if why := self.why_all_read(module):
             return f"{why}, which give the weights"
-        for _, around in self._around(module):
-            why = self._why_read_by(around, module)
+        for path, around in self._around(module):
+            why = self._why_read_by(around, module, path.partition(".")[0])
             if why:
                 return f"the forward of {own_class(around).__name__} {why}"
         return ""
@@ -92,11 +93,15 @@ class Exposure:
                 return f"the forward of {own_class(around).__name__} uses {' and '.join(readers)}"
         return ""
 
-    def _why_read_by(self, around: nn.Module, module: nn.Module) -> str:
-        names = self._code(around).names
+    def _why_read_by(self, around: nn.Module, module: nn.Module, child: str) -> str:
+        """Return what a block does with a weight or bias that may be the module's, which is in a child of the block."""
+        names, pairs = self._code(around)
         if self._path(around) in self.flow.unread:
-            weights = sorted({"weight", "bias"} & names - vars(around)["_parameters"].keys())
-            return f"cannot be read, and uses {' and '.join(weights)}" if weights else ""
+            others = dict(around.named_children()).keys() - {child}
+            of_others = {name for owner, name in pairs if owner in others}
+            of_any = {name for owner, name in pairs if owner not in others}
+            used = {"weight", "bias"} & (names - of_others | of_any) - vars(around)["_parameters"].keys()
+            return f"cannot be read, and uses {' and '.join(sorted(used))}" if used else ""
         lacks_bias = not is_batch_norm(module) and getattr(module, "bias", None) is None
         return "asks for a bias" if lacks_bias and "bias" in names and not hasattr(around, "bias") else ""
 
@@ -209,7 +214,7 @@ def _used(code: CodeType) -> tuple[set[str], set[tuple[str, str]]]:
     before = ""
     for step in dis.get_instructions(code):
         attribute = step.argval if step.opname in ("LOAD_ATTR", "LOAD_METHOD") else ""
-        if before and attribute:
+        if attribute:
             pairs.add((before, attribute))
         before = attribute
     for constant in code.co_consts:

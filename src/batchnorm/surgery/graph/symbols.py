@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import operator
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
 from torch.fx import Node, Proxy, Tracer
 
-__all__ = ["Symbol", "SymbolTracer"]
+__all__ = ["Symbol", "SymbolTracer", "isinstance_of_symbols"]
 
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
 CONVERSIONS = ("__int__", "__float__", "__index__", "__complex__")
@@ -19,19 +20,11 @@ CONVERSIONS = ("__int__", "__float__", "__index__", "__complex__")
 class Symbol(Proxy):
     """A symbol of torch.fx that is more like the tensor it stands for.
 
-    ``y += x`` is an operation in place, and not ``y = y + x``. For `isinstance` it is a Tensor, or the list, tuple or
-    dictionary that the block is given. What it cannot tell, as its value, is remembered by the tracer even where the
-    forward catches the error.
+    ``y += x`` is an operation in place, and not ``y = y + x``. An argument has the attributes of its type. What a
+    symbol cannot tell, as its value, is remembered by the tracer even where the forward catches the error.
     """
 
     tracer: SymbolTracer
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """The type of the value, for the author's code; torch.fx sees the symbol."""
-        frame = sys._getframe(1)
-        of_torch = frame.f_globals.get("__name__", "").partition(".")[0] == "torch"
-        return Symbol if of_torch and frame.f_code.co_name != "is_tensor" else self.tracer.type_of(self.node)
 
     def __getattr__(self, name: str) -> Any:
         """Return a symbol for an attribute; an argument has those of its type, so that ``hasattr`` is right."""
@@ -75,6 +68,26 @@ class SymbolTracer(Tracer):
         """Raise an error, because the length of a symbol is not known."""
         self.unanswered = self.unanswered or "it iterates over a value"
         return super().iter(obj)
+
+
+@contextmanager
+def isinstance_of_symbols(functions: Iterable[FunctionType]) -> Iterator[None]:
+    """Let `isinstance`, as the code of some functions calls it, take a symbol for the value that it stands for.
+
+    That is done by a global name of their modules. A symbol whose ``__class__`` is Tensor would deceive C++ too.
+    """
+    namespaces = {id(each.__globals__): each.__globals__ for each in functions if "isinstance" not in each.__globals__}
+    for namespace in namespaces.values():
+        namespace["isinstance"] = _isinstance
+    try:
+        yield
+    finally:
+        for namespace in namespaces.values():
+            del namespace["isinstance"]
+
+
+def _isinstance(value: Any, kinds: Any) -> bool:
+    return issubclass(value.tracer.type_of(value.node), kinds) if type(value) is Symbol else isinstance(value, kinds)
 
 
 def _in_place(function: Callable[..., Any]) -> Callable[[Symbol, Any], Proxy]:

@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 
 from batchnorm.surgery.attributes import Attributes
 from batchnorm.surgery.graph.blocks import MODES, Block, Mode, difference, named_arguments, parameters_of
-from batchnorm.surgery.graph.symbols import SymbolTracer
+from batchnorm.surgery.graph.symbols import SymbolTracer, isinstance_of_symbols
 
 __all__ = [
     "SYMBOL",
@@ -41,7 +41,7 @@ UNRECORDED = {"autocast", "no_grad", "inference_mode", "enable_grad", "set_grad_
 
 
 STRUCTURES = (list, tuple, dict)
-TYPE_QUESTIONS = {"type", "__class__"}
+TYPE_QUESTIONS = {"type", "__class__", "is_tensor"}
 """Names by which a forward asks for the type of a value; `isinstance` is answered."""
 
 
@@ -144,7 +144,8 @@ def traced_in_mode(module: nn.Module, arguments: Arguments, inlined: Collection[
         Whatever the forward raises when it is called with symbols.
     """
     tracer = ForwardTracer(arguments, inlined)
-    graph = tracer.trace(module)
+    with isinstance_of_symbols(each for block in (module, *inlined) for each in _functions_of(type(block))):
+        graph = tracer.trace(module)
     if tracer.unanswered:  # and the forward caught the error
         raise Unreadable(f"torch.fx cannot trace {type(module).__name__}: {tracer.unanswered}")
     return graph
@@ -247,28 +248,25 @@ def _reason_against_code(module: nn.Module, graphs: list[Graph], changes: bool) 
     where = difference(graphs, constants=True)
     if where:
         return f"the forward of {name} has other constants in training than in eval ({where})"
-    unrecorded = UNRECORDED & _names_of(inspect.unwrap(type(module).forward), type(module))
+    unrecorded = UNRECORDED & {name for each in _functions_of(type(module)) for name in _names(each.__code__)}
     if unrecorded:
         return f"the forward of {name} uses {', '.join(sorted(unrecorded))}"
     return ""
 
 
-def _names_of(function: FunctionType, kind: type[nn.Module]) -> set[str]:
-    """Return the names that a function uses, and those of the methods and functions of its author that it calls."""
-    found: set[str] = set()
-    waiting, seen = [function], {function}
+def _functions_of(kind: type[nn.Module]) -> set[FunctionType]:
+    """Return the forward of a class, and the methods and functions of its author that it calls."""
+    found = {inspect.unwrap(kind.forward)}
+    waiting = [*found]
     while waiting:
         each = waiting.pop()
-        names = _names(each.__code__)
-        found |= names
-        for name in names:
+        for name in _names(each.__code__):
             called = getattr(kind, name, each.__globals__.get(name))
             called = inspect.unwrap(called) if callable(called) else None
-            its_own = isinstance(called, FunctionType) and not called.__module__.startswith("torch.")
-            if isinstance(called, FunctionType) and its_own and called not in seen:
-                seen.add(called)
+            if isinstance(called, FunctionType) and called not in found and not called.__module__.startswith("torch."):
+                found.add(called)
                 waiting.append(called)
-    return found
+    return {each for each in found if isinstance(each, FunctionType)}
 
 
 def _names(code: CodeType) -> set[str]:
