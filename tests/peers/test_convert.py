@@ -146,3 +146,10 @@ def test_frozen_layers_of_torchvision_stay_frozen_in_training():
     torch.testing.assert_close(made.train()(x), model.train()(x), rtol=1e-5, atol=1e-5)
     assert sum(p.requires_grad for p in made.parameters()) == sum(1 for _ in model.parameters())
     made.load_state_dict(torchvision.models.resnet18(num_classes=10).state_dict())
+
+
+def test_a_model_of_timm_that_comes_back_loads_its_checkpoint():
+    model = peer("timm").create_model("efficientnet_b0", num_classes=10)
+    stock, _ = bn.to_torch(bn.convert(model)[0])
+    stock.load_state_dict(model.state_dict())
+    assert repr(stock) == repr(model)

@@ -39,7 +39,9 @@ def fused(model, **options):
     """Accelerate a model, check that it trains as before, and return what each layer does now."""
     fast, report = bn.accelerate(model, **options)
     assert_same_training(model, fast, randn(*X, dtype=torch.float64))
-    return {row.path: row.after.removeprefix("BatchNorm2d").removeprefix(" + ") for row in report.layers}
+    return {
+        row.path: row.after.removeprefix("bn.").removeprefix("BatchNorm2d").removeprefix(" + ") for row in report.layers
+    }
 
 
 ACTIVATIONS = {

@@ -366,3 +366,10 @@ def test_unequal_numbers_of_layers_have_no_order():
 def test_a_layer_without_statistics_has_no_arrays():
     with pytest.raises(bn.InputError, match="1 must have running statistics"):
         bn.to_keras(nn.Sequential(nn.ReLU(), bn.BatchNorm1d(3, track_running_stats=False)))
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_a_variance_that_is_none_is_refused(value):
+    weights = [np.ones(3), np.zeros(3), np.zeros(3), np.array([1.0, value, 2.0])]
+    with pytest.raises(bn.InputError, match=r"moving_variance of the layer must have no negative number and no NaN"):
+        bn.from_keras(weights)

@@ -260,3 +260,11 @@ def test_wrong_arguments_are_errors(arguments, error, words):
 
 def test_surgery_is_found_from_the_package():
     assert bn.surgery.update_optimizer is update_optimizer
+
+
+def test_another_model_is_refused_and_the_optimizer_stays():
+    old = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    optimizer = torch.optim.SGD(old.parameters(), lr=0.1)
+    with pytest.raises(bn.InputError, match="new_model must be what surgery made of old_model"):
+        bn.surgery.update_optimizer(old, nn.Linear(3, 3), optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == 4

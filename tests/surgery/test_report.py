@@ -89,3 +89,14 @@ def test_the_dictionary_has_all_fields():
     assert values["left"] == [{"path": "neck.bn", "kind": "SplitBatchNorm2d", "reason": "it is called 2 times"}]
     assert values["max_difference"] == 1.2e-6
     assert values["notes"] == ["Make a new optimizer."]
+
+
+def test_long_texts_keep_their_end_and_the_room_that_there_is():
+    names = [f"encoder/block_{i}/BatchNorm_{i}" for i in range(9, 11)]
+    rows = tuple(Replacement(f"layers.{i}", "BatchNorm2d", f"bn.BatchNorm2d of {name}") for i, name in enumerate(names))
+    text = str(Surgery(rows))
+    assert all(name in text for name in names)
+    rows += (Replacement("a" * 30, "B" * 30, "bn.BatchNorm2d, Dropout, PReLU"),)
+    lines = str(Surgery(rows)).splitlines()
+    assert max(map(len, lines)) <= 90
+    assert all(line.endswith(("_9", "_10", "PReLU", "after")) for line in lines)

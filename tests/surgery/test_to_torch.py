@@ -367,17 +367,53 @@ class WithChildren(nn.BatchNorm2d):
         return self.act(self.drop(super().forward(x)))
 
 
-def test_modules_behind_a_layer_keep_their_names():
-    layer = trained(WithChildren(4), 2, 4, 3, 3)
-    made, report = bn.to_torch(bn.convert(layer)[0])
-    assert [(name, type(child)) for name, child in made.named_children()] == [
-        ("0", nn.BatchNorm2d),
-        ("drop", nn.Dropout),
-        ("act", nn.PReLU),
-    ]
-    assert report.layers[0].after == "BatchNorm2d, Dropout, PReLU"
+class Silu(nn.BatchNorm2d):
+    """An activation that our layers have, as a child and without parameters."""
+
+    def __init__(self, features):
+        super().__init__(features)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", [WithChildren, Silu])
+def test_a_class_of_the_user_is_given_back_so_that_names_stay(kind, inplace):
+    model = trained(nn.Sequential(kind(4)), 2, 4, 3, 3)
+    before = copy.deepcopy(model)
+    made, report = bn.to_torch(bn.convert(model, inplace)[0], inplace)
+    assert type(made[0]) is kind
+    assert repr(made) == repr(before)
+    assert vars(made[0]).keys() == vars(before[0]).keys()
+    assert_same_state(dict(made.state_dict()), dict(before.state_dict()))
+    assert report.layers[0].after == kind.__name__
     x = randn(2, 4, 3, 3)
-    torch.testing.assert_close(made.eval()(x), layer.eval()(x), **CLOSE)
+    torch.testing.assert_close(made.eval()(x), before.eval()(x), **CLOSE)
+
+
+def test_a_class_of_the_user_whose_activation_was_changed_gets_torchs_layers():
+    model, _ = bn.convert(nn.Sequential(Silu(4)))
+    model[0].activation = "tanh"
+    made, report = bn.to_torch(model)
+    assert [type(module) for module in made[0]] == [nn.BatchNorm2d, nn.Tanh]
+    assert report.layers[0].after == "BatchNorm2d, Tanh"
+
+
+def test_a_model_that_calls_a_layer_with_a_residual_is_refused():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = bn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(x, residual=x)
+
+    model = Block()
+    with pytest.raises(bn.UnsupportedError, match="a call of norm with more in"):
+        bn.to_torch(model, inplace=True)
+    assert type(model.norm) is bn.BatchNorm2d
 
 
 def test_in_place_lists_and_load_hooks_follow_a_layer_with_an_activation():

@@ -17,8 +17,11 @@ MOST_ROWS = 12
 MOST_PATHS = 3
 """Where more layers have something in common, the report counts the rest."""
 
+WIDTH = 80
+"""Columns of text of a report."""
+
 WIDEST = 26
-"""Longer texts are cut in the second and third column of the table."""
+"""Longer texts are cut in the second column of the table, and in the third where there is no room."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,9 @@ class Surgery(Report):
         if len(rows) > MOST_ROWS:
             rows = [(_first_and_count(paths), *kinds) for kinds, paths in alike.items()]
         names, before, after = (list(column) for column in zip(*rows, strict=True))
-        yield Table(["layer", "before", "after"], [names, [*map(_cut, before)], [*map(_cut, after)]])
+        room = WIDTH - 6 - max(map(len, names)) - min(max(map(len, before)), WIDEST)
+        cut = [_cut(text, max(room, WIDEST)) for text in after]
+        yield Table(["layer", "before", "after"], [names, [_cut(text, WIDEST) for text in before], cut])
 
     def _lost(self) -> Iterable[Block]:
         paths: dict[str, list[str]] = {}
@@ -150,8 +155,10 @@ def _first_and_count(paths: Sequence[str]) -> str:
     return first if len(paths) == 1 else f"{first} and {len(paths) - 1} more"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
+def _cut(text: str, width: int) -> str:
+    """Cut a text in its middle: the end of a list of classes or of a path tells as much as the beginning."""
+    half = (width - 3) // 2
+    return text if len(text) <= width else f"{text[: width - 3 - half]}...{text[-half:]}"
 
 
 def _count(layers: int) -> str:

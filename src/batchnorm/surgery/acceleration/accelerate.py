@@ -14,6 +14,7 @@ from batchnorm.nn.layer import Layer
 from batchnorm.surgery.acceleration.fused_graphs import fuse
 from batchnorm.surgery.acceleration.fusing import Fusion, find_fusions, only_call
 from batchnorm.surgery.acceleration.rewriting import Forward, attributes_read, bypassed, forward_from
+from batchnorm.surgery.conversion.changes import kind_of
 from batchnorm.surgery.conversion.convert import convert
 from batchnorm.surgery.derived import derive
 from batchnorm.surgery.examples import Example, eval_outputs, largest_difference
@@ -100,6 +101,8 @@ def _rows(converted: Surgery, layers: Mapping[str, Layer], plan: _Plan) -> tuple
 
 def _after(path: str, layer: Layer, plan: _Plan) -> str:
     parts = [type(layer).__name__, *(["add"] if path in plan.added else [])]
+    if parts == [type(layer).__name__] and layer.activation is None:
+        return kind_of(layer)  # it was converted, and takes over nothing
     return " + ".join([*parts, *([] if layer.activation is None else [ACTIVATIONS[layer.activation].__name__])])
 
 

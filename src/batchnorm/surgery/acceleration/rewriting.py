@@ -32,6 +32,7 @@ __all__ = [
     "attributes_read",
     "bypassed",
     "forward_from",
+    "is_rewritten",
     "restore_forwards",
 ]
 
@@ -207,6 +208,12 @@ def restore_forwards(model: nn.Module) -> None:
 
 def leaves_steps_to_layers(module: nn.Module) -> bool:
     """Return whether a module has a forward that leaves activations or additions to layers."""
+    changes = getattr(type(module), "_changes", ())
+    return any(isinstance(change, Forward) and change.activations for change in changes)
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Return whether `restore_forwards` takes the forward of a module back."""
     changes = getattr(type(module), "_changes", ())
     return any(isinstance(change, Forward) and change.activations for change in changes)
 

@@ -22,7 +22,7 @@ from batchnorm.surgery.norms.own_code import lost_member
 from batchnorm.surgery.opening import deep_copy, is_lazy
 from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["NUMBERS", "OPTIONS", "Conversion", "decide", "kind_of", "with_parametrizations"]
+__all__ = ["NUMBERS", "OPTIONS", "Conversion", "Origin", "decide", "kind_of", "with_parametrizations"]
 
 OPTIONS = tuple(field.name for field in fields(Options))
 NUMBERS = ("eps", "momentum")
@@ -96,6 +96,8 @@ class Conversion:
             layer.set_options(self.options)
             layer.eps, layer.momentum = self.eps, self.momentum
             return
+        kind = type(layer).__bases__[0] if is_parametrized(layer) else type(layer)
+        children = {name: child if name in self.dropped else None for name, child in layer._modules.items()}
         has_parameters = not (self.frozen and _turn_buffers_into_parameters(layer))
         for name in self.dropped:
             del layer._modules[name]
@@ -126,6 +128,40 @@ class Conversion:
             layer.register_module(name, copy.deepcopy(self.activation).train(layer.training))
             behind += (name,)
         run_children(layer, behind)
+        if issubclass(kind, TorchBatchNorm) and not kind.__module__.startswith("torch.nn.modules.") and not self.frozen:
+            vars(layer)["converted_from"] = Origin(kind, children, behind, self.options.activation)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The class of a user's layer before `convert`, which `to_torch` gives back; it stands in the layer's attributes.
+
+    Attributes
+    ----------
+    kind : type of Module
+    children : dict of str to (Module or None)
+        The children that it had, in their order; None where the layer still has the child.
+    names : tuple of str
+        The children that run behind the layer of ours.
+    activation : str or None
+        The option of the layer of ours.
+    """
+
+    kind: type[nn.Module]
+    children: dict[str, nn.Module | None]
+    names: tuple[str, ...]
+    activation: Activation | None
+
+    def fits(self, layer: Layer) -> bool:
+        """Return whether a layer still does what its class did."""
+        alike = (layer.activation, children_behind(layer)) == (self.activation, self.names)
+        return alike and layer.sync is issubclass(self.kind, nn.SyncBatchNorm)
+
+    def children_of(self, layer: Layer) -> dict[str, nn.Module | None]:
+        """Return the children that its class had, in the mode of the layer."""
+        gone = {name: child.train(layer.training) for name, child in self.children.items() if child is not None}
+        added = {name: child for name, child in layer._modules.items() if name not in {*self.children, *self.names}}
+        return {name: gone.get(name, layer._modules.get(name)) for name in self.children} | added
 
 
 def with_parametrizations(layer: nn.Module, kind: type[nn.Module]) -> type[nn.Module]:

@@ -16,8 +16,9 @@ from batchnorm.nn.layer import Layer, layers_of, overrides_forward
 from batchnorm.nn.reading import lost_in_training
 from batchnorm.nn.recognition import is_batch_norm
 from batchnorm.statistics.changes import layer_name
-from batchnorm.surgery.acceleration.rewriting import activated_for_forwards, restore_forwards
-from batchnorm.surgery.conversion.changes import kind_of, with_parametrizations
+from batchnorm.surgery.acceleration.rewriting import activated_for_forwards, is_rewritten, restore_forwards
+from batchnorm.surgery.conversion.changes import Origin, kind_of, with_parametrizations
+from batchnorm.surgery.graph import read_dataflow
 from batchnorm.surgery.norms.children import children_behind
 from batchnorm.surgery.norms.formula import ACTIVATIONS
 from batchnorm.surgery.opening import COPIES, check_model, copied, is_lazy, untuned
@@ -45,8 +46,9 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
     in eval mode, which the next ``train()`` ends. Running statistics in float32 beside narrower gamma and beta take
     their dtype, as torch's layers need.
 
-    What `accelerate` fused is taken apart again. Where the model itself calls a layer with ``residual=`` or ``mask=``,
-    torch's raises a `TypeError` when it runs: add the residual in the model.
+    A layer that `convert` made of a user's subclass, as timm's BatchNormAct2d, becomes that class again, so that names
+    stay, unless its activation or ``sync`` was changed since. What `accelerate` fused is taken apart again. Where code
+    that cannot be read calls a layer with ``residual=`` or ``mask=``, torch's raises a `TypeError` when it runs.
 
     Parameters
     ----------
@@ -67,8 +69,9 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
         It is no module.
     UnsupportedError
         Torch has no equal of a layer: its channels are in another dimension than 1, it takes any number of dimensions
-        (`BatchNorm` without sync), it has a forward of its own, or it is adapted to each batch by itself. Or the model
-        is in a wrapper (DistributedDataParallel, FSDP, torch.compile), TorchScript, or quantized. Nothing is changed.
+        (`BatchNorm` without sync), it has a forward of its own, the model calls it with a residual or a mask, or it is
+        adapted to each batch by itself. Or the model is in a wrapper (DistributedDataParallel, FSDP, torch.compile),
+        TorchScript, or quantized. Nothing is changed.
 
     Examples
     --------
@@ -88,6 +91,7 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
     refused = [f"{layer_name(path)}: {reason}" for path, layer in layers.items() if (reason := _refusal(layer))]
     if refused:
         raise UnsupportedError(f"every layer must have an equal among torch's; got {'; '.join(refused)}")
+    _check_calls(model, layers)
     fused = activated_for_forwards(model)
     done = tuple(_replacement(path, layer, activates=layer not in fused) for path, layer in layers.items())
     others = {path: module for path, module in model.named_modules() if is_batch_norm(module) and path not in layers}
@@ -108,6 +112,20 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
         else:
             _become(layer, made)
     return model, Surgery(done, left, notes=tuple(notes))
+
+
+def _check_calls(model: nn.Module, layers: Mapping[str, Layer]) -> None:
+    """Refuse a model whose own code gives a layer more than its input; forwards that `accelerate` wrote are undone."""
+    if not layers:
+        return
+    flow = read_dataflow(model)
+    for path, layer in layers.items():
+        for step in flow.calls(layer):
+            if len(step.node.args) + len(step.node.kwargs) > 1 and not is_rewritten(model.get_submodule(step.block)):
+                raise UnsupportedError(
+                    f"torch's layers take the input alone; got a call of {layer_name(path)} with more in "
+                    f"{layer_name(step.block)}, as residual= or mask=. Compute that in the model"
+                )
 
 
 def _refusal(layer: Layer) -> str:
@@ -147,12 +165,21 @@ def _torchs_class(layer: Layer) -> type[nn.Module]:
     return next(stock for ours, stock in kinds.items() if isinstance(layer, ours))
 
 
+def _origin(layer: Layer) -> Origin | None:
+    """Return the class that `convert` found, where it computes what the layer does."""
+    origin = vars(layer).get("converted_from")
+    return origin if isinstance(origin, Origin) and origin.fits(layer) else None
+
+
 def _made(layer: Layer, statistics: Statistics) -> nn.Module:
     """Return torch's modules for a layer; they share all of its tensors but the statistics, which are those given."""
-    stock = _torchs_class(layer)
+    origin = _origin(layer)
+    stock = _torchs_class(layer) if origin is None else origin.kind
     # Two examples tell what a layer of ours has and torch's does not; scripting adds one more attribute.
     surplus = vars(BatchNorm(1, device="meta")).keys() - vars(nn.BatchNorm1d(1, device="meta")).keys()
-    surplus = (surplus | {"script_refusal", "script_updates"}) - ({"process_group"} if layer.sync else set())
+    surplus = (surplus | {"script_refusal", "script_updates", "converted_from"}) - (
+        {"process_group"} if layer.sync else set()
+    )
     made = stock.__new__(with_parametrizations(layer, stock))
     made.__dict__.update({name: value for name, value in vars(layer).items() if name not in surplus})
     made.__dict__.update({name: getattr(layer, name) for name in SETTINGS}, eps=layer.epsilon())
@@ -160,6 +187,9 @@ def _made(layer: Layer, statistics: Statistics) -> nn.Module:
     made._buffers = {name: values for name, values in layer._buffers.items() if name not in lacking} | statistics
     made._non_persistent_buffers_set = layer._non_persistent_buffers_set.difference(lacking)
     made.training = layer.trains()
+    if origin is not None:
+        made._modules = origin.children_of(layer)
+        return made
     behind = _behind(layer)
     if not behind:
         return made
@@ -186,7 +216,9 @@ def _become(layer: Layer, made: nn.Module) -> None:
 
 
 def _replacement(path: str, layer: Layer, *, activates: bool) -> Replacement:
-    behind = _behind(layer).values() if activates else ()
-    after = [_torchs_class(layer).__name__, *(type(module).__name__ for module in behind)]
+    origin = _origin(layer)
+    behind = _behind(layer).values() if activates and origin is None else ()
+    kind = _torchs_class(layer) if origin is None else origin.kind
+    after = [kind.__name__, *(type(module).__name__ for module in behind)]
     lost = [option for option in lost_in_training(layer) if not (layer.sync and option == "sync=True")]
     return Replacement(path, type(layer).__name__, ", ".join(after), tuple(lost))

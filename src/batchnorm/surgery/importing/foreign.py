@@ -70,7 +70,8 @@ class ForeignNorm:
         Raises
         ------
         InputError
-            An array is missing or has another shape or dtype than it must, or a number is out of its range.
+            An array is missing or has another shape or dtype than it must, or a number is out of its range, among them
+            the variances.
         """
         where = name or "the layer"
         found = {ours: arrays[theirs] for ours, theirs in library.names.items() if arrays.get(theirs) is not None}
@@ -89,6 +90,11 @@ class ForeignNorm:
                     f"{library.names[ours]} of shape {tuple(tensor.shape)} beside {library.names['running_mean']} of "
                     f"shape {shape}"
                 )
+        if not bool((values["running_var"] >= 0).all()):
+            raise InputError(
+                f"{library.names['running_var']} of {where} must have no negative number and no NaN; got "
+                f"{float(values['running_var'].min()):.3g} as the smallest. The arrays may be in another order"
+            )
         epsilon, momentum = numbers
         return cls(name, values, number(epsilon, "epsilon"), other_momentum(momentum), frozen)
 

@@ -63,7 +63,8 @@ def update_optimizer(
     InputTypeError
         An argument is no module, or no optimizer.
     InputError
-        The optimizer has no parameter of old_model, as after a first call.
+        The optimizer has no parameter of old_model, as after a first call; or new_model has no parameter like one that
+        it has, as another model.
     UnsupportedError
         It is LBFGS, which has one history of all parameters, and other parameters are to be optimized now.
 
@@ -86,6 +87,7 @@ def update_optimizer(
             f"optimizer must have parameters of old_model; got {type(optimizer).__name__} with {len(given)} others"
         )
     counterparts = _counterparts(old, new)
+    _check_models(given, old, new, counterparts)
     groups = [_renewed(group, old, new, counterparts) for group in optimizer.param_groups]
     _distribute(new, groups, set() if unwrapped(old_model) is unwrapped(new_model) else _ids(counterparts.values()))
     _check_history(optimizer, given, [entry.parameter for group in groups for entry in group])
@@ -96,6 +98,18 @@ def update_optimizer(
         if "param_names" in group:
             group["param_names"] = [entry.name for entry in entries]
     return optimizer
+
+
+def _check_models(
+    given: list[Tensor], old: Parameters, new: Parameters, counterparts: Mapping[int, nn.Parameter]
+) -> None:
+    """Refuse a new model that goes on with no parameter of the optimizer, as one of another name in a script."""
+    like = [each for each in given if id(each) in counterparts and _shape(counterparts[id(each)]) == _shape(each)]
+    if new and not like and not _ids(given) & _ids(new.values()):
+        raise InputError(
+            "new_model must be what surgery made of old_model; got one that has no parameter of a name and shape that "
+            f"the optimizer has, of {len(new)}"
+        )
 
 
 def _parameters(model: nn.Module, name: str) -> Parameters:
