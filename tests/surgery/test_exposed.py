@@ -1,6 +1,7 @@
 """`fold`, `tune` and `insert` where other code reads a layer, calls it, or writes into what it takes."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 import batchnorm as bn
 from batchnorm.errors import UnsupportedError
 from batchnorm.surgery.examples import eval_outputs, largest_difference
+from batchnorm.surgery.report import Left
 from support import assert_same_state, copied_state, randn
 
 IMAGE = (2, 4, 9, 9)
@@ -97,6 +99,8 @@ def test_layers_whose_parameters_a_forward_around_lists_are_not_folded(kind, exa
 
 class ForItsKind(Around):
     def forward(self, x):
+        """Convert x to the kind of the parameters."""
+        assert "x" in inspect.signature(self.net.forward).parameters
         return self.net(x.to(next(self.parameters()).dtype).to(next(self.net.parameters()).device))
 
 
@@ -327,3 +331,28 @@ def test_a_bias_that_the_forward_reads_or_a_hook_follows_stays():
         made, report = bn.insert(copy.deepcopy(model), example=x, preserve=True)
         assert made.a.bias is not None
         assert report.max_difference < 1e-5
+
+
+class SumOfTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.u, self.o = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.o(torch.tanh(self.w(x) + self.u(x)))
+
+
+def test_one_layer_behind_the_sum_of_two_is_listed_once():
+    report = bn.insert(SumOfTwo(), "after")[1]
+    assert [layer.path for layer in report.layers] == ["w"]
+    assert report.left[0] == Left("u", "Linear", "w_bn normalizes its output too")
+
+
+def test_an_identity_takes_the_place_of_channels_in_any_dimension():
+    model, report = bn.replace(nn.Sequential(bn.BatchNorm1d(3, channel_dim=-1)), "identity")
+    assert isinstance(model[0], nn.Identity)
+    assert report.left == ()
+
+
+def test_an_insertion_that_changes_nothing_speaks_of_no_new_parameters():
+    assert bn.insert(BareListed())[1].notes == ()

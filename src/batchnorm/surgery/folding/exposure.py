@@ -5,9 +5,11 @@ What a graph does not show is looked for in the names that the forwards around a
 
 from __future__ import annotations
 
+import ast
 import dis
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
@@ -28,9 +30,6 @@ __all__ = ["Exposure", "tensors_of", "why_further_arguments"]
 STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 READERS = {"parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "functional_call"}
 READERS |= {"_parameters", "_buffers", "get_parameter", "get_buffer", "parameters_to_vector"}
-ONE_FOR_ITS_KIND = re.compile(r"next\((?:iter\()?[\w.]+\.(?:parameters|buffers)\(\)\)?\)\.(?:dtype|device)\b")
-"""Reads of the dtype or the device of a model."""
-
 FORWARDS = {kind.forward for kind in STOCK}
 
 
@@ -198,7 +197,7 @@ def _code_of(module: nn.Module) -> _Code:
         seen.append(function)
         used, its_pairs = _used(function.__code__)
         if READERS & used and not _reads_weights(function):
-            used -= READERS
+            used = used - READERS
         names |= used
         pairs |= its_pairs
         followed = [name for name in used if not hasattr(nn.Module, name)]
@@ -232,12 +231,29 @@ def _is_of_torch(function: FunctionType) -> bool:
 
 
 def _reads_weights(function: FunctionType) -> bool:
-    """Return whether a function may read more of parameters than a dtype or a device."""
+    """Return whether a function may read more of parameters than one's dtype or device."""
     try:
-        source = ONE_FOR_ITS_KIND.sub("", inspect.getsource(function))
-    except (OSError, TypeError):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
         return True
-    return any(re.search(rf"\b{name}\b", source) for name in READERS)
+    harmless = {id(part) for node in ast.walk(tree) for part in _harmless_parts(node)}
+    return any(id(node) not in harmless and _named(node) in READERS for node in ast.walk(tree))
+
+
+def _harmless_parts(node: ast.AST) -> Iterator[ast.AST]:
+    """Iterate over the nodes in ``next(model.parameters()).dtype``, or the one of ``signature(f).parameters``."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Call):
+        called = _named(node.value.func)
+        if called == "next" and node.attr in ("dtype", "device"):
+            yield from ast.walk(node.value)
+        if called == "signature":
+            yield node
+
+
+def _named(node: ast.AST) -> str:
+    """Return the name that a node of a syntax tree has, or the string that it is; else ""."""
+    found = [getattr(node, field, None) for field in ("attr", "id", "value")]
+    return next((name for name in found if isinstance(name, str)), "")
 
 
 def _calls_as_a_whole(parent: nn.Module, name: str) -> bool:

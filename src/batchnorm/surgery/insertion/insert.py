@@ -117,7 +117,7 @@ def insert(
         after = eval_outputs(operated, measured)
         difference = largest_difference(before, after) if inplace else check_kept("insert", before, after)
     notes += [] if preserve or not layers else [UNTRAINED]
-    notes += [] if inplace else [COPIES]
+    notes += [] if inplace or not layers else [COPIES]
     return operated, Surgery(changed, plan.left, difference, tuple(notes))
 
 

@@ -84,7 +84,13 @@ class Plan:
     @property
     def left(self) -> tuple[Left, ...]:
         """The layers that are left alone, in the order of the modules."""
-        return tuple(self._left[path] for path, _ in self.flow.model.named_modules() if path in self._left)
+        shared = {
+            layer.path: Left(layer.path, type(layer.module).__name__, f"{place.path} normalizes its output too")
+            for step, place in self.insertion.places.items()
+            for layer in self.points[step].hidden[1:]
+        }
+        left = self._left | shared
+        return tuple(left[path] for path, _ in self.flow.model.named_modules() if path in left)
 
     def find_layouts(self, batches: Batches | None, *, preserve: bool) -> None:
         """Find the layouts of the new layers, in the shapes that an example shows, and the moments to preserve."""
@@ -138,7 +144,7 @@ class Plan:
         for point in self.points.values():
             assert point.layout is not None
             norm = point.layout.kind.__name__
-            for layer in point.hidden:
+            for layer in point.hidden[:1]:
                 name = type(layer.module).__name__
                 after = [name, norm] if self.placement == "before" else [name, layer.activation, norm]
                 found[layer.path] = Replacement(layer.path, ", ".join(a for a in after if a != norm), ", ".join(after))

@@ -174,7 +174,7 @@ def _calls(model: nn.Module, layers: Mapping[str, nn.Module], example: Example) 
 def _decide(path: str, layer: nn.Module, calls: list[_Call], recipe: Recipe) -> _Decision | Left:
     """Return the new layer, or the reason why there is none; nothing is changed."""
     kind = type(layer).__name__
-    reason = _refusal(layer, calls)
+    reason = _refusal(layer, calls, any_channels=recipe is substitutes.identity)
     if reason:
         return Left(path, kind, reason)
     norm = read_norm(layer)
@@ -187,13 +187,13 @@ def _decide(path: str, layer: nn.Module, calls: list[_Call], recipe: Recipe) -> 
     return _Decision(layer, new, norm.activation, Replacement(path, kind, after, _lost(norm, new)))
 
 
-def _refusal(layer: nn.Module, calls: list[_Call]) -> str:
+def _refusal(layer: nn.Module, calls: list[_Call], *, any_channels: bool) -> str:
     """Return why a layer cannot be replaced, whatever by; empty if it can."""
     if is_lazy(layer):
         return "it is lazy and has seen no batch, which sets its channels"
     if not {"weight", "bias"} <= {*layer._parameters, *layer._buffers}:
         return "its weight or bias is computed, as by pruning or a parametrization"
-    if isinstance(layer, Layer) and layer.channel_dim != 1:
+    if isinstance(layer, Layer) and layer.channel_dim != 1 and not any_channels:
         return f"it has channel_dim={layer.channel_dim}, and other layers take the channels in dimension 1"
     if not all(call.plain for call in calls):
         return "it is called with residual= or mask=, which other layers do not take"
