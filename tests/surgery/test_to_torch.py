@@ -401,6 +401,13 @@ def test_a_class_of_the_user_whose_activation_was_changed_gets_torchs_layers():
     assert report.layers[0].after == "BatchNorm2d, Tanh"
 
 
+def test_what_accelerate_gave_a_layer_goes_back_to_its_module():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+    made, _ = bn.to_torch(bn.accelerate(model)[0])
+    assert repr(made) == repr(model)
+    made.load_state_dict(model.state_dict())
+
+
 def test_a_model_that_calls_a_layer_with_a_residual_is_refused():
     class Block(nn.Module):
         def __init__(self):

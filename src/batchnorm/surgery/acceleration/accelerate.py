@@ -134,8 +134,8 @@ class _Plan:
         New forwards, by the path of the block.
     activations : dict
         The activation of each layer that takes one over, by path.
-    idle : set
-        The modules in whose place comes an identity.
+    idle : dict
+        The modules in whose place comes an identity, and the layer that does their work, by path.
     added : set
         The layers that take over an addition.
     reasons : dict
@@ -144,7 +144,7 @@ class _Plan:
 
     forwards: dict[str, Forward] = field(default_factory=dict)
     activations: dict[str, Activation] = field(default_factory=dict)
-    idle: set[nn.Module] = field(default_factory=set)
+    idle: dict[nn.Module, str] = field(default_factory=dict)
     added: set[str] = field(default_factory=set)
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -159,7 +159,9 @@ class _Plan:
         for module in [*model.modules()]:
             for name, child in [*module._modules.items()]:
                 if child in self.idle:
-                    module.register_module(name, nn.Identity().train(child.training))
+                    idle = nn.Identity().train(child.training)
+                    vars(idle)["stands_for"] = (child, model.get_submodule(self.idle[child]))
+                    module.register_module(name, idle)
 
 
 def _planned(dataflow: Dataflow, found: Mapping[str, Fusion | str]) -> _Plan:
@@ -171,7 +173,7 @@ def _planned(dataflow: Dataflow, found: Mapping[str, Fusion | str]) -> _Plan:
         elif (module := _idle_activation(dataflow, fusion)) is not None:
             assert fusion.name is not None
             plan.activations[path] = fusion.name
-            plan.idle.add(module)
+            plan.idle[module] = fusion.layer
         else:
             block, inlined = _place(dataflow, fusion)
             in_code.setdefault(block, []).append(_InCode(fusion, inlined))

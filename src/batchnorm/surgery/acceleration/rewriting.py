@@ -32,7 +32,9 @@ __all__ = [
     "attributes_read",
     "bypassed",
     "forward_from",
+    "idle_activations",
     "is_rewritten",
+    "restore_activations",
     "restore_forwards",
 ]
 
@@ -227,6 +229,26 @@ def activated_for_forwards(model: nn.Module) -> set[nn.Module]:
         if isinstance(change, Forward)
         for path, name in change.activations
         if name
+    }
+
+
+def restore_activations(model: nn.Module) -> None:
+    """Put the activations of layers back into the modules that identities stand for."""
+    idle = idle_activations(model)
+    for module in [*model.modules()]:
+        for name, child in [*module._modules.items()]:
+            if child in idle:
+                module.register_module(name, idle[child][0].train(child.training))
+    for _, layer in idle.values():
+        layer.activation = None  # type: ignore[assignment]
+
+
+def idle_activations(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, nn.Module]]:
+    """Return the identities in the place of activations: the activation, and the layer of the model that applies it."""
+    modules = {*model.modules()}
+    found = {module: vars(module)["stands_for"] for module in modules if "stands_for" in vars(module)}
+    return {
+        module: pair for module, pair in found.items() if getattr(pair[1], "activation", None) and pair[1] in modules
     }
 
 

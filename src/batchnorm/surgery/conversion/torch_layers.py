@@ -16,7 +16,13 @@ from batchnorm.nn.layer import Layer, layers_of, overrides_forward
 from batchnorm.nn.reading import lost_in_training
 from batchnorm.nn.recognition import is_batch_norm
 from batchnorm.statistics.changes import layer_name
-from batchnorm.surgery.acceleration.rewriting import activated_for_forwards, is_rewritten, restore_forwards
+from batchnorm.surgery.acceleration.rewriting import (
+    activated_for_forwards,
+    idle_activations,
+    is_rewritten,
+    restore_activations,
+    restore_forwards,
+)
 from batchnorm.surgery.conversion.changes import Origin, kind_of, with_parametrizations
 from batchnorm.surgery.graph import read_dataflow
 from batchnorm.surgery.norms.children import children_behind
@@ -92,7 +98,7 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
     if refused:
         raise UnsupportedError(f"every layer must have an equal among torch's; got {'; '.join(refused)}")
     _check_calls(model, layers)
-    fused = activated_for_forwards(model)
+    fused = activated_for_forwards(model) | {layer for _, layer in idle_activations(model).values()}
     done = tuple(_replacement(path, layer, activates=layer not in fused) for path, layer in layers.items())
     others = {path: module for path, module in model.named_modules() if is_batch_norm(module) and path not in layers}
     left = tuple(Left(path, kind_of(module), NOT_OURS) for path, module in others.items())
@@ -103,6 +109,7 @@ def to_torch(model: nn.Module, inplace: bool = False) -> tuple[nn.Module, Surger
         model = copied(model, "to_torch")
         statistics = {path: _copies(values) for path, values in statistics.items()}
     restore_forwards(model)
+    restore_activations(model)
     for path, values in statistics.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, Layer)
