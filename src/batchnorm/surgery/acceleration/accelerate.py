@@ -11,13 +11,14 @@ from torch.fx import GraphModule
 
 from batchnorm.checks import Activation
 from batchnorm.nn.layer import Layer
+from batchnorm.surgery.acceleration.adjacency import always_together, method_that_names, reached_from_outside
 from batchnorm.surgery.acceleration.fused_graphs import fuse
 from batchnorm.surgery.acceleration.fusing import Fusion, find_fusions, only_call
 from batchnorm.surgery.acceleration.rewriting import Forward, attributes_read, bypassed, forward_from
 from batchnorm.surgery.conversion.changes import kind_of
 from batchnorm.surgery.conversion.convert import convert
 from batchnorm.surgery.derived import derive
-from batchnorm.surgery.examples import Example, eval_outputs, largest_difference
+from batchnorm.surgery.examples import Example, check_kept, eval_outputs
 from batchnorm.surgery.graph import Dataflow, read_dataflow
 from batchnorm.surgery.graph.dataflow import has_hooks
 from batchnorm.surgery.graph.tracing import Unreadable, symbols_of, traced
@@ -62,7 +63,7 @@ def accelerate(model: nn.Module, example: Example | None = None, inplace: bool =
     InputError
         The model has no batch normalization layers, or does not take the example.
     UnsupportedError
-        The model is wrapped, compiled, scripted or quantized.
+        The model is wrapped, compiled, scripted or quantized, or the outputs on the example would change.
 
     Examples
     --------
@@ -71,11 +72,13 @@ def accelerate(model: nn.Module, example: Example | None = None, inplace: bool =
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     >>> model, report = bn.accelerate(model, inplace=True)
     >>> print(report)
-    layer        before                after
-    1       BatchNorm2d   BatchNorm2d + ReLU
+    layer        before                   after
+    1       BatchNorm2d   bn.BatchNorm2d + ReLU
     """
     operated = opened(model, "accelerate", inplace=inplace)
     batch_norms(operated, "accelerate")
+    if example is not None and inplace:
+        accelerate(operated, example)  # which raises an error where outputs change, with the model untouched
     before = None if example is None else eval_outputs(operated, example)
     operated, converted = convert(operated, inplace=True)
     layers = {path: module for path, module in operated.named_modules() if isinstance(module, Layer)}
@@ -85,7 +88,7 @@ def accelerate(model: nn.Module, example: Example | None = None, inplace: bool =
     rows, left = _rows(converted, layers, plan), _left(converted, layers, plan)
     difference = None
     if example is not None and before is not None:
-        difference = largest_difference(before, eval_outputs(operated, example))
+        difference = check_kept("accelerate", before, eval_outputs(operated, example))
     return operated, Surgery(rows, left, difference, tuple(_notes(operated, converted, plan, inplace=inplace)))
 
 
@@ -170,6 +173,8 @@ def _planned(dataflow: Dataflow, found: Mapping[str, Fusion | str]) -> _Plan:
     for path, fusion in found.items():
         if isinstance(fusion, str):
             plan.reasons[path] = fusion
+        elif reason := _reached(dataflow, fusion):
+            plan.reasons[path] = reason
         elif (module := _idle_activation(dataflow, fusion)) is not None:
             assert fusion.name is not None
             plan.activations[path] = fusion.name
@@ -200,7 +205,30 @@ def _idle_activation(dataflow: Dataflow, fusion: Fusion) -> nn.Module | None:
     if fusion.addition is not None or fusion.activation is None:
         return None
     module = dataflow.module(fusion.activation)
-    return None if module is None or isinstance(only_call(dataflow, module), str) else module
+    if module is None or isinstance(only_call(dataflow, module), str):
+        return None
+    path, inlined = _place(dataflow, fusion)
+    blocks = [dataflow.model.get_submodule(each) for each in inlined]
+    if any(type(block).forward is not nn.Sequential.forward or method_that_names(block, "") for block in blocks):
+        return None
+    names = [_child(path, each) for each in (fusion.layer, dataflow.path(module))]
+    return module if always_together(dataflow.model.get_submodule(path), *names) else None
+
+
+def _child(block: str, path: str) -> str:
+    """Return the name of the child of a block that has a module."""
+    return path.removeprefix(f"{block}." if block else "").partition(".")[0]
+
+
+def _reached(dataflow: Dataflow, fusion: Fusion) -> str:
+    """Return why the layer of a fusion may be called by other code than the forwards around it; empty if it is not."""
+    path, inlined = _place(dataflow, fusion)
+    for each in (path, *sorted(inlined)):
+        names = {str(step.node.target) for step in fusion.steps if step.block == each and step.node.op == "call_module"}
+        reason = reached_from_outside(dataflow, each, names)
+        if reason:
+            return reason
+    return ""
 
 
 def _place(dataflow: Dataflow, fusion: Fusion) -> tuple[str, frozenset[str]]:
@@ -247,7 +275,16 @@ def _forward(dataflow: Dataflow, path: str, wanted: list[_InCode], reasons: dict
     for each in (path, *inlined):
         if dataflow.blocks[each].reason_against_code:
             return dataflow.blocks[each].reason_against_code
-        if each != path and has_hooks(dataflow.model.get_submodule(each)):
+        module = dataflow.model.get_submodule(each)
+        if hasattr(type(module).forward, "__wrapped__"):
+            return f"the forward of {type(module).__name__} is wrapped by a decorator"
+        for fusion, _ in wanted:
+            method = fusion.layer.startswith(f"{each}." if each else "") and method_that_names(
+                module, _child(each, fusion.layer)
+            )
+            if method:
+                return f"{type(module).__name__}.{method} uses it too"
+        if each != path and has_hooks(module):
             return f"hooks on {each} see what it returns"
     if isinstance(block, GraphModule):
         return f"{path or 'the model'} is a GraphModule, whose code belongs to its graph"

@@ -10,7 +10,13 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from batchnorm.surgery.acceleration.addition import add_normalized
-from batchnorm.surgery.acceleration.patterns import activation_of, addends, changes_in_place, kind_of
+from batchnorm.surgery.acceleration.patterns import (
+    activation_of,
+    addends,
+    changes_in_place,
+    kind_of,
+    may_change_in_place,
+)
 from batchnorm.torch_internals import TorchBatchNorm
 
 __all__ = ["fuse"]
@@ -123,7 +129,7 @@ class _Chain:
         if isinstance(value, Node) and self._is_private(value):
             return True
         between = range(self.order[self.call] + 1, self.order[to])
-        return not any(i in between and changes_in_place(node, self.module(node)) for node, i in self.order.items())
+        return not any(i in between and may_change_in_place(node, self.module(node)) for node, i in self.order.items())
 
     def take_activation(self) -> str:
         """Add the next step to the chain; return the reason if it is no activation."""

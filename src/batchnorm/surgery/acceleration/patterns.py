@@ -12,8 +12,19 @@ from torch.fx import Graph, Node, Tracer
 from torch.nn import functional as F
 
 from batchnorm.checks import Activation
+from batchnorm.surgery.graph.blocks import MODES
+from batchnorm.surgery.graph.tracing import in_mode
+from batchnorm.torch_internals import TorchBatchNorm
 
-__all__ = ["ADDITIONS", "activation_of", "activation_of_module", "addends", "changes_in_place", "kind_of"]
+__all__ = [
+    "ADDITIONS",
+    "activation_of",
+    "activation_of_module",
+    "addends",
+    "changes_in_place",
+    "kind_of",
+    "may_change_in_place",
+]
 
 FUNCTIONS: dict[Callable[..., Any] | str, Activation] = {
     F.relu: "relu",
@@ -62,17 +73,23 @@ def activation_of_module(module: nn.Module) -> Activation | None:
     """
     if next(module.children(), None) is not None or next(module.parameters(), None) is not None:
         return None
+    if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
+        return None
     for kind, name in MODULES.items():
         if type(module).forward is kind.forward and isinstance(module, kind):
             setting, value = SETTINGS.get(name, ("training", module.training))
             return name if getattr(module, setting) == value else None
     if type(module).__module__.startswith("torch."):
         return None
-    try:
-        node = _only_step(Tracer().trace(module))
-    except Exception:  # noqa: BLE001 (a forward may raise anything when it meets symbols)
-        return None
-    return None if node is None else activation_of(node, None)
+    names = set[Activation | None]()
+    for mode in MODES:
+        try:
+            with in_mode(module, mode):
+                node = _only_step(Tracer().trace(module))
+        except Exception:  # noqa: BLE001 (a forward may raise anything when it meets symbols)
+            return None
+        names.add(None if node is None else activation_of(node, None))
+    return names.pop() if len(names) == 1 else None
 
 
 def _only_step(graph: Graph) -> Node | None:
@@ -116,7 +133,7 @@ def addends(node: Node) -> tuple[Node, Node] | None:
 def changes_in_place(node: Node, module: nn.Module | None) -> bool:
     """Return whether a step writes its result over its first argument."""
     if module is not None:
-        return any(getattr(each, "inplace", False) is True for each in module.modules())
+        return any(_writes_in_place(each) for each in module.modules())
     if node.op == "call_method":
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name in ("__iadd__", "__imul__", "__setitem__")
@@ -127,6 +144,24 @@ def changes_in_place(node: Node, module: nn.Module | None) -> bool:
     if FUNCTIONS.get(node.target) is not None and node.target is not F.leaky_relu and len(node.args) > 1:
         return node.args[1] is True
     return node.target in IN_PLACE or node.kwargs.get("inplace", False) is not False or "out" in node.kwargs
+
+
+def _writes_in_place(module: nn.Module) -> bool:
+    """Return whether a module of torch's writes over its input; the attribute of another class may mean nothing."""
+    kind = next(each for each in type(module).__mro__ if "forward" in vars(each))
+    return kind.__module__.startswith("torch.") and getattr(module, "inplace", False) is True
+
+
+def may_change_in_place(node: Node, module: nn.Module | None) -> bool:
+    """Return whether a step may write over its first argument: modules of other code may, whatever they say."""
+    if module is None:
+        return changes_in_place(node, None)
+    return any(_writes_in_place(each) or not _is_of_torch(each) for each in module.modules())
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    kind = next(each for each in type(module).__mro__ if "forward" in vars(each))
+    return kind.__module__.startswith("torch.") or isinstance(module, TorchBatchNorm)
 
 
 def kind_of(node: Node, module: nn.Module | None) -> str:

@@ -16,14 +16,17 @@ from enum import Enum
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Proxy
+from torch.fx.node import map_aggregate
 
 from batchnorm.errors import UnsupportedError
 from batchnorm.nn.layer import Layer
 from batchnorm.surgery.derived import derive, own_class
 from batchnorm.surgery.graph.blocks import parameters_of
+from batchnorm.surgery.opening import opened
 
 __all__ = [
     "AttributeReads",
@@ -36,6 +39,7 @@ __all__ = [
     "is_rewritten",
     "restore_activations",
     "restore_forwards",
+    "with_own_forwards",
 ]
 
 NAMES_OF_FX: dict[str, Any] = {
@@ -49,6 +53,9 @@ NAMES_OF_FX: dict[str, Any] = {
 
 OF_MODULES = {*vars(nn.Module())}
 """Attributes that every module has."""
+
+DERIVED = {"_own_class", "_changes"}
+"""Attributes of the classes that `derive` makes."""
 
 AttributeReads = dict[tuple[str, str], Any]
 """The values of attributes that a forward read, by the path of the module, relative to the block, and the name."""
@@ -106,6 +113,12 @@ def forward_from(
     activations : mapping
         As in `Forward`.
     """
+    if any(p.name == "self" for p in parameters_of(module)):
+        return "its forward has a parameter named self, which is not the module"
+    for node in graph.nodes:
+        odd = _numbers_of_other_classes((node.args, node.kwargs))
+        if odd:
+            return f"its forward computes with a number of class {odd[0]}, which source code cannot hold"
     code = graph.python_code("self")
     lines = code.src.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("def forward("))
@@ -123,6 +136,18 @@ def forward_from(
     except TypeError:
         return "its forward uses a value that cannot be hashed"
     return Forward(source, tuple(used.items()), tuple(activations.items()))
+
+
+def _numbers_of_other_classes(arguments: Any) -> list[str]:
+    """Return the classes of the values that print as something else than the number or text that they are."""
+    found: list[str] = []
+
+    def look(leaf: Any) -> None:
+        if isinstance(leaf, int | float | complex | str | np.generic) and not isinstance(leaf, bool):
+            found.extend([type(leaf).__name__] if type(leaf) not in (int, float, complex, str) else [])
+
+    map_aggregate(arguments, look)
+    return found
 
 
 def _header(module: nn.Module, constants: Mapping[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
@@ -220,6 +245,14 @@ def is_rewritten(module: nn.Module) -> bool:
     return any(isinstance(change, Forward) and change.activations for change in changes)
 
 
+def with_own_forwards(model: nn.Module, function: str, *, inplace: bool) -> nn.Module:
+    """Return a model whose layers are called by its author's forwards: itself, or a copy where some were new."""
+    if any(map(is_rewritten, model.modules())):
+        model = opened(model, function, inplace=inplace)
+        restore_forwards(model)
+    return model
+
+
 def activated_for_forwards(model: nn.Module) -> set[nn.Module]:
     """Return the layers that have an activation because a forward that `restore_forwards` takes back leaves it out."""
     return {
@@ -282,11 +315,26 @@ class _Recorder:
 
     def __call__(self, base: type[nn.Module]) -> Mapping[str, Any]:
         def read(module: nn.Module, name: str) -> Any:
-            if name in object.__getattribute__(module, "__dict__") and name not in OF_MODULES:
+            if name == "training" or (name not in OF_MODULES and _is_value(module, name)):
                 self.noted.append((module, name))
             return base.__getattribute__(module, name)
 
         return {"__getattribute__": read}
+
+
+class _Mode:
+    """The mode of a module, which changes: no forward can be made for one."""
+
+
+def _is_value(module: nn.Module, name: str) -> bool:
+    """Return whether an attribute is set on the module or by its author's class, and is no method or property."""
+    own = object.__getattribute__(module, "__dict__")
+    if name in own or own.get("_modules", {}).get(name, module) is None:
+        return True
+    kinds = [kind for kind in object.__getattribute__(module, "__class__").__mro__ if name in vars(kind)]
+    if not kinds or kinds[0].__module__.startswith("torch.") or name.startswith("__") or name in DERIVED:
+        return False
+    return not hasattr(vars(kinds[0])[name], "__get__")
 
 
 @contextmanager
@@ -301,7 +349,11 @@ def attributes_read(module: nn.Module) -> Iterator[Callable[[], AttributeReads]]
     for each in classes:
         derive(each, recorder)
     try:
-        yield lambda: {(paths[each], name): vars(each)[name] for each, name in recorder.noted}
+        yield lambda: {
+            (paths[each], name): _Mode() if name == "training" else getattr(each, name)
+            for each, name in [*recorder.noted]
+            if name != "training" or each is not module
+        }
     finally:
         for each, kind in classes.items():
             each.__class__ = kind

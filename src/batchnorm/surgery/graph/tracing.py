@@ -37,6 +37,7 @@ Arguments = Mapping[str, Any]
 """The arguments that a forward is called with, by name; `SYMBOL` stands for one that is computed in the model."""
 
 UNRECORDED = {"autocast", "no_grad", "inference_mode", "enable_grad", "set_grad_enabled", "checkpoint"}
+UNRECORDED |= {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"}
 """Names of torch that torch.fx does not record, so that code made of a graph would run without them."""
 
 
@@ -104,6 +105,11 @@ class ForwardTracer(SymbolTracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a call of the module is one node of the graph."""
         return m not in self.inlined
+
+    def proxy(self, node: Node) -> Proxy:
+        """Return the symbol for a node, which notes how torch runs it."""
+        node.meta["state"] = _state()
+        return super().proxy(node)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -248,6 +254,8 @@ def _reason_against_code(module: nn.Module, graphs: list[Graph], changes: bool) 
     where = difference(graphs, constants=True)
     if where:
         return f"the forward of {name} has other constants in training than in eval ({where})"
+    if any(node.meta.get("state") != _state() for graph in graphs for node in graph.nodes if "state" in node.meta):
+        return f"the forward of {name} turns gradients or autocast on or off"
     unrecorded = UNRECORDED & {name for each in _functions_of(type(module)) for name in _names(each.__code__)}
     if unrecorded:
         return f"the forward of {name} uses {', '.join(sorted(unrecorded))}"
@@ -271,6 +279,12 @@ def _functions_of(kind: type[nn.Module]) -> set[FunctionType]:
 
 def _names(code: CodeType) -> set[str]:
     return {*code.co_names, *(name for item in code.co_consts if isinstance(item, CodeType) for name in _names(item))}
+
+
+def _state() -> tuple[bool, ...]:
+    """Return what decides how torch runs a step: whether it keeps gradients, and autocast."""
+    devices = ("cpu", "cuda")
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(torch.is_autocast_enabled, devices)
 
 
 def _generator_states() -> tuple[Any, ...]:

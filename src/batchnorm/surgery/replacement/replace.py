@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import InputError, InputTypeError, UnsupportedError
 from batchnorm.nn.layer import Layer
+from batchnorm.surgery.acceleration.rewriting import with_own_forwards
 from batchnorm.surgery.examples import Example, eval_outputs, largest_difference, untouched
 from batchnorm.surgery.norms.formula import Norm, read_norm
 from batchnorm.surgery.opening import COPIES, batch_norms, check_model, is_lazy, opened
@@ -97,6 +98,7 @@ def replace(
     """
     recipe = _recipe(with_, num_groups, channels_per_group)
     check_model(model, "replace")
+    model = with_own_forwards(model, "replace", inplace=inplace)
     difference = None
     if example is not None and inplace:  # a trial on a copy, so that an error leaves the model as it was
         trial = replace(model, with_, example=example, num_groups=num_groups, channels_per_group=channels_per_group)
