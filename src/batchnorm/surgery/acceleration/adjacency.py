@@ -22,6 +22,7 @@ from batchnorm.surgery.graph.blocks import paths_above
 __all__ = ["always_together", "method_that_names", "reached_from_outside"]
 
 Parents = dict[ast.AST, ast.AST]
+OWN_VALUES = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "eps", "momentum", "num_features"}
 REFLECTION = {"children", "modules", "named_children", "named_modules", "_modules", "get_submodule", "getattr"}
 
 
@@ -94,11 +95,14 @@ def reached_from_outside(dataflow: Dataflow, block: str, names: set[str]) -> str
 
 
 def _functions(kind: type) -> Iterator[FunctionType]:
-    """Iterate over the functions of a class by its author that take values, and the author's functions they call."""
+    """Iterate over the functions of a class by its author that take values, and the author's functions they call.
+
+    Those of base classes in other files count where the class has a forward, which those of libraries have not.
+    """
     waiting = [
         function
         for each in kind.__mro__
-        if not each.__module__.startswith("torch.") and each is not object
+        if not each.__module__.startswith("torch.") and (each.__module__ == kind.__module__ or "forward" in vars(each))
         for function in map(_plain, vars(each).values())
         if function is not None and function.__name__ != "__init__" and _takes_values(function)
     ]
@@ -161,7 +165,7 @@ def _together(tree: ast.AST, layer: str, activation: str, identities: set[str]) 
 def _matters(node: ast.Attribute, parents: Parents) -> bool:
     """Return whether an attribute is more than a layer whose own tensors are read, as ``self.bn.weight``."""
     parent = parents[node]
-    return not (isinstance(parent, ast.Attribute) and parent.attr in ("weight", "bias", "num_features"))
+    return not (isinstance(parent, ast.Attribute) and parent.attr in OWN_VALUES)
 
 
 def _follower(node: ast.Attribute, parents: Parents, identities: set[str]) -> ast.expr | None:
@@ -247,13 +251,13 @@ def _reaches(function: FunctionType, names: set[str], container: list[str], *, u
     """
     known = {name for name in names if name.isidentifier()}
     tree, used = _tree(function), _names(function.__code__)
-    if unread and REFLECTION & used:
+    if unread and function.__name__ == "forward" and REFLECTION & used:
         return True
     if tree is None:
         return bool(known & used or set(container) & used)
     parents, own = _parents(tree), function.__code__.co_varnames[:1]
     for node in (node for name in known for node in _attributes(tree, name)):
-        if not (isinstance(node.value, ast.Name) and node.value.id in own):
+        if _matters(node, parents) and not (isinstance(node.value, ast.Name) and node.value.id in own):
             return True
     return any(
         not _as_a_whole(node, parents, levels_inside=len(container) - 1 - i)

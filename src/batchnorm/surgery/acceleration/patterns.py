@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -153,15 +155,25 @@ def _writes_in_place(module: nn.Module) -> bool:
 
 
 def may_change_in_place(node: Node, module: nn.Module | None) -> bool:
-    """Return whether a step may write over its first argument: modules of other code may, whatever they say."""
+    """Return whether a step may write over its first argument: those of other code too, where it is written so."""
     if module is None:
         return changes_in_place(node, None)
-    return any(_writes_in_place(each) or not _is_of_torch(each) for each in module.modules())
+    return any(_writes_in_place(each) or _may_write(each) for each in module.modules())
 
 
-def _is_of_torch(module: nn.Module) -> bool:
+def _may_write(module: nn.Module) -> bool:
+    """Return whether the code of a module's forward has an operation in place; torch's have none but by `inplace`."""
     kind = next(each for each in type(module).__mro__ if "forward" in vars(each))
-    return kind.__module__.startswith("torch.") or isinstance(module, TorchBatchNorm)
+    if kind.__module__.startswith("torch.") or isinstance(module, TorchBatchNorm):
+        return False
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code is None or any(
+        (step.opname == "BINARY_OP" and step.argrepr.endswith("="))
+        or step.opname == "STORE_SUBSCR"
+        or "inplace" in str(step.argval)
+        or (isinstance(step.argval, str) and step.argval.endswith("_") and not step.argval.endswith("__"))
+        for step in dis.get_instructions(code)
+    )
 
 
 def kind_of(node: Node, module: nn.Module | None) -> str:
