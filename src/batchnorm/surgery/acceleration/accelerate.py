@@ -72,8 +72,8 @@ def accelerate(model: nn.Module, example: Example | None = None, inplace: bool =
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     >>> model, report = bn.accelerate(model, inplace=True)
     >>> print(report)
-    layer        before                   after
-    1       BatchNorm2d   bn.BatchNorm2d + ReLU
+    layer        before                after
+    1       BatchNorm2d   BatchNorm2d + ReLU
     """
     operated = opened(model, "accelerate", inplace=inplace)
     batch_norms(operated, "accelerate")
