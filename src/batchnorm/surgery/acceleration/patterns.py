@@ -166,7 +166,7 @@ def _may_write(module: nn.Module) -> bool:
     kind = next(each for each in type(module).__mro__ if "forward" in vars(each))
     if kind.__module__.startswith("torch.") or isinstance(module, TorchBatchNorm):
         return False
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    code = getattr(inspect.unwrap(vars(kind)["forward"]), "__code__", None)
     return code is None or any(
         (step.opname == "BINARY_OP" and step.argrepr.endswith("="))
         or step.opname == "STORE_SUBSCR"
