@@ -10,17 +10,20 @@ SANITIZERS := -fsanitize=address,undefined
 
 TORCH ?= 2.10.0
 TORCH_VENV := .venv-torch-$(TORCH)
-TORCH_TESTS := $(addprefix tests/,kernels ops nn statistics $(addprefix test_,$(addsuffix .py,\
+TORCH_TESTS := $(addprefix tests/,kernels ops nn statistics surgery $(addprefix test_,$(addsuffix .py,\
     checks errors exports functional normalize processes reports text torch_internals)))
-QUICK := not (slow or browser or compile or distributed or peers)
+QUICK := not (thorough or slow or browser or compile or distributed or peers)
 
-.PHONY: demo test test-quick test-torch coverage lint hooks bench sanitize clean
+.PHONY: demo test test-all test-quick test-torch coverage lint hooks bench sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/batchnorm compare digits
 
 # The tests of a file run in one process, because they share fixtures that take long to make.
 test: lint $(VENV)/axe $(VENV)/peers
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m 'not thorough'
+
+test-all: lint $(VENV)/axe $(VENV)/peers
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile
 
 test-quick: $(VENV)/installed
