@@ -1,9 +1,9 @@
-"""Time whole training steps on the CPU, accelerated against stock: python benchmarks/accelerate.py --write.
+"""Time whole training steps on the CPU, accelerated against stock: python benchmarks/accelerated_models.py --write.
 
 Both networks have the same weights and take the same batches in one process, with the same settings of the allocator,
 one step of each in turn. A step is forward, loss, backward and gradient descent. The ratio is that of the medians. The
 inference of `bn.fold` is timed against stock likewise, for a third of the seconds. With --write the results go to
-benchmarks/results/accelerate.json; the table is printed in Markdown.
+benchmarks/results/accelerated_models.json; the table is printed in Markdown.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 
 import batchnorm as bn
 
-RESULTS = Path(__file__).parent / "results/accelerate.json"
+RESULTS = Path(__file__).parent / "results/accelerated_models.json"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 CASES = [  # model, batch, image, layout
     ("torchvision/resnet50", 8, 224, "contiguous"),
