@@ -108,7 +108,9 @@ def test_the_method_is_replaced_for_the_one_module_alone():
     assert torch.equal(module(x), plain(x) * 2)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))], ids=str)
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "copy", "pickle"]
+)
 def test_a_copy_computes_the_same_and_is_of_the_own_class_too(copied):
     module, x = doubled(), randn(4, 3)
     twin = copied(module)

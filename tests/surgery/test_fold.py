@@ -392,7 +392,9 @@ def test_a_block_that_cannot_be_traced_is_read_on_the_example():
 
 @pytest.mark.parametrize("path", ["", "0", "0.1"])
 @pytest.mark.parametrize(
-    "copied", [lambda m: m, copy.deepcopy, lambda m: saved_and_loaded(m, weights_only=False)], ids=str
+    "copied",
+    [lambda m: m, copy.deepcopy, lambda m: saved_and_loaded(m, weights_only=False)],
+    ids=["itself", "deepcopy", "saved"],
 )
 def test_a_folded_model_refuses_to_train_before_any_mode_is_changed(copied, path):
     model, _ = small()
