@@ -80,9 +80,13 @@ $(PYTHON) -m venv $(VENV)
 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 endef
 
-# Libraries that build on torch, for the tests in tests/peers; the constraints keep torch as it is.
+# Libraries that build on torch, for the tests in tests/peers; the constraints keep torch as it is. The extra is read from
+# pyproject.toml, because an installation of the package with it would build the kernels again.
 $(VENV)/peers: $(VENV)/installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,peers]' && touch $@ || \
+	@$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	    print(*extras['optional-dependencies']['peers'], sep='\n')" > $(VENV)/peers.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VENV)/peers.txt && \
+	    touch $@ || \
 	    echo "make test: the extra peers could not be installed, so the tests that need it are skipped"
 
 $(VENV)/axe: $(VENV)/installed

@@ -44,6 +44,10 @@ MARKED_FILES = {
 """Patterns of the files whose tests get a mark, so that ``make test-quick`` leaves them out."""
 
 
+THOROUGH = frozenset((HERE / "thorough.txt").read_text().splitlines())
+"""The cases that `make test` leaves out."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items):
     """Mark tests by their fixtures, their names and their files."""
@@ -56,6 +60,8 @@ def _marks(item):
     yield from (mark for fixture, mark in MARKED_FIXTURES.items() if fixture in getattr(item, "fixturenames", ()))
     if "compil" in item.name:
         yield "compile"
+    if item.nodeid in THOROUGH:
+        yield "thorough"
     if item.path.is_relative_to(HERE):
         path = item.path.relative_to(HERE).as_posix()
         yield from (mark for mark, patterns in MARKED_FILES.items() if any(fnmatch(path, each) for each in patterns))

@@ -40,11 +40,6 @@ needs_torchs_bias = pytest.mark.skipif(
 )
 
 
-def thorough(*values):
-    """Return a case that takes long and is like others: `make test-all` runs it, and `make test` leaves it out."""
-    return pytest.param(*values, marks=pytest.mark.thorough)
-
-
 def skip_or_fail(reason):
     """Skip the running test because the machine lacks a tool; in CI, where every tool is installed, fail it."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)

@@ -6,9 +6,8 @@ from torch import nn
 
 import batchnorm as bn
 from steps_of_models import assert_same_training
-from support import peer, randn, thorough
+from support import peer, randn
 
-LONG = ("googlenet", "mobilenet_v2", "dla34")
 TORCHVISION = {  # the layers that do: an activation, add, add and ReLU, and nothing but batch normalization
     "resnet18": (9, 0, 8, 3),
     "mobilenet_v2": (0, 10, 0, 42),
@@ -48,14 +47,14 @@ def check(model, expected, size=64):
     assert_same_training(model, fast, x, tolerance=1e-7)  # deep networks multiply rounding errors
 
 
-@pytest.mark.parametrize("name", [thorough(name) if name in LONG else name for name in TORCHVISION])
+@pytest.mark.parametrize("name", TORCHVISION)
 def test_models_of_torchvision(name):
     options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
     torch.manual_seed(0)
     check(getattr(peer("torchvision").models, name)(num_classes=10, **options), TORCHVISION[name])
 
 
-@pytest.mark.parametrize("name", [thorough(name) if name in LONG else name for name in TIMM])
+@pytest.mark.parametrize("name", TIMM)
 def test_models_of_timm(name):
     torch.manual_seed(0)
     check(peer("timm").create_model(name, num_classes=10), TIMM[name])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import batchnorm as bn
 from batchnorm.surgery.norms.formula import read_norm
 from batchnorm.surgery.opening import batch_norms, opened
-from support import peer, randn, thorough
+from support import peer, randn
 
 
 def test_dropout_of_timm_runs_between_normalization_and_activation():
@@ -74,7 +74,7 @@ def losses(model, optimizer, steps):
     return found
 
 
-@pytest.mark.parametrize(("name", "inplace"), [thorough("torchvision resnet18", True), ("mobilenetv3_small_050", True)])
+@pytest.mark.parametrize(("name", "inplace"), [("torchvision resnet18", True), ("mobilenetv3_small_050", False)])
 def test_training_continues_with_the_same_losses_over_20_steps(name, inplace):
     model = small(name)
     twin = copy.deepcopy(model)
@@ -94,7 +94,7 @@ def test_training_continues_with_the_same_losses_over_20_steps(name, inplace):
         torch.testing.assert_close(state[key], values, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [thorough("efficientnet_b0"), "regnetx_002", "levit_128s", "resnet18"])
+@pytest.mark.parametrize("name", ["efficientnet_b0", "regnetx_002", "levit_128s", "resnet18"])
 def test_models_of_timm_are_converted_whole_and_back(name):
     options = {"drop_block_rate": 0.1} if name == "resnet18" else {}
     torch.manual_seed(0)
